@@ -1,0 +1,83 @@
+//! Keys and values of the sequences being generated, preallocated: one slot a sequence.
+
+use crate::kernels::attention::{Heads, KEY_BLOCK};
+use crate::model::Architecture;
+
+/// One token of one sequence on its way through the model.
+#[derive(Debug, Clone, Copy)]
+pub struct Row {
+    pub slot: usize,
+    pub position: usize,
+    pub token: u32,
+    pub wants_logits: bool,
+}
+
+/// Keys transposed (`[dim][capacity]`) and values (`[capacity][dim]`) of every layer, slot and key head.
+pub struct Cache {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    heads: Heads,
+    slots: usize,
+    capacity: usize,
+}
+
+impl Cache {
+    /// Room for `slots` sequences of `len` tokens.
+    pub fn new(architecture: &Architecture, slots: usize, len: usize) -> Self {
+        let heads = architecture.attention();
+        let capacity = len.next_multiple_of(KEY_BLOCK);
+        let floats = architecture.layers * slots * heads.keys * heads.dim * capacity;
+        Self { keys: vec![0.0; floats], values: vec![0.0; floats], heads, slots, capacity }
+    }
+
+    /// Whether this cache serves `slots` sequences of `len` tokens.
+    pub fn fits(&self, slots: usize, len: usize) -> bool {
+        self.slots >= slots && self.capacity >= len
+    }
+
+    /// Tokens a slot holds.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    fn range(&self, layer: usize, slot: usize, head: usize) -> std::ops::Range<usize> {
+        let size = self.heads.dim * self.capacity;
+        let at = ((layer * self.slots + slot) * self.heads.keys + head) * size;
+        at..at + size
+    }
+
+    /// Keys and values of one head of one sequence.
+    pub fn head(&self, layer: usize, slot: usize, head: usize) -> (&[f32], &[f32]) {
+        let range = self.range(layer, slot, head);
+        (&self.keys[range.clone()], &self.values[range])
+    }
+
+    /// Stores a row's keys and values (`[key heads * dim]`) at its position.
+    pub fn append(&mut self, layer: usize, row: &Row, keys: &[f32], values: &[f32]) {
+        let (dim, capacity) = (self.heads.dim, self.capacity);
+        for head in 0..self.heads.keys {
+            let range = self.range(layer, row.slot, head);
+            let column = &mut self.keys[range.clone()];
+            for (d, &k) in keys[head * dim..(head + 1) * dim].iter().enumerate() {
+                column[d * capacity + row.position] = k;
+            }
+            let at = range.start + row.position * dim;
+            self.values[at..at + dim].copy_from_slice(&values[head * dim..(head + 1) * dim]);
+        }
+    }
+
+    /// Copies the first `len` tokens of a slot to another: completions of one prompt compute it once.
+    pub fn copy_prefix(&mut self, layers: usize, from: usize, to: usize, len: usize) {
+        let (dim, capacity) = (self.heads.dim, self.capacity);
+        for layer in 0..layers {
+            for head in 0..self.heads.keys {
+                let (source, target) = (self.range(layer, from, head).start, self.range(layer, to, head).start);
+                for d in 0..dim {
+                    let row = source + d * capacity;
+                    self.keys.copy_within(row..row + len, target + d * capacity);
+                }
+                self.values.copy_within(source..source + len * dim, target);
+            }
+        }
+    }
+}

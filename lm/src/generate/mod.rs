@@ -1,0 +1,311 @@
+//! Generation with continuous batching: a finished sequence leaves, the next prompt takes its slot.
+//!
+//! A completion is a function of (weights, prompt, seed, rollout id, settings) alone. Batch size, order, thread
+//! count and the neighbours in a batch change nothing: rows are batch-invariant ([`crate::kernels`]), and random
+//! numbers are addressed by rollout and position ([`crate::random`]).
+
+mod cache;
+mod cpu;
+mod plain;
+mod sampling;
+
+pub use sampling::Sampling;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use candle_core::DType;
+
+use crate::error::{Error, Result};
+use crate::kernels::head::logprob;
+use crate::kernels::math::log_sum_exp;
+use crate::model::Decoder;
+use crate::random::Stream;
+use crate::text::Text;
+use cache::{Cache, Row};
+
+/// One completion to generate.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Addresses the random numbers; unique in a run.
+    pub id: u64,
+    /// Tokens of the prompt; completions of one prompt share it when they are asked for side by side.
+    pub prompt: Arc<Vec<u32>>,
+}
+
+/// Settings shared by the completions of a call.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub sampling: Sampling,
+    /// Tokens at most.
+    pub max_new_tokens: usize,
+    /// No end-of-sequence token before this many.
+    pub min_new_tokens: usize,
+    /// Tokens that end a completion; they are part of it.
+    pub eos: Vec<u32>,
+    /// Texts that end a completion; its text stops before them, its tokens include them.
+    pub stop: Vec<String>,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Sequences in flight at most.
+    pub batch: usize,
+}
+
+/// Why a completion ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// An end-of-sequence token.
+    Eos,
+    /// A stop text.
+    Stop,
+    /// The token limit.
+    Length,
+}
+
+/// A finished completion.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Completion {
+    pub id: u64,
+    pub tokens: Vec<u32>,
+    /// Log-probability of each token under the unfiltered distribution at the sampling temperature.
+    pub logprobs: Vec<f32>,
+    pub finish: Finish,
+}
+
+/// Prompt tokens that go through the model in one pass, so that a long prompt does not hold up the others.
+const PREFILL_ROWS: usize = 512;
+
+enum Backend {
+    Packed { weights: cpu::PackedWeights, buffers: cpu::Buffers, cache: Option<Cache> },
+    Plain { cache: plain::PlainCache },
+}
+
+/// Generates from the weights a decoder had when this was made.
+pub struct Generator {
+    decoder: Decoder,
+    backend: Backend,
+}
+
+struct Active {
+    request: Request,
+    slot: usize,
+    /// Tokens whose keys and values are in the cache.
+    cached: usize,
+    stream: Stream,
+    tokens: Vec<u32>,
+    logprobs: Vec<f32>,
+}
+
+impl Generator {
+    /// Packs the weights (CPU, f32) or uses them in place (other devices).
+    pub fn new(decoder: &Decoder) -> Result<Self> {
+        let fits = decoder.device().is_cpu() && decoder.dtype() == DType::F32 && decoder.kernels() == crate::ops::Kernels::Fused;
+        let backend = if fits {
+            Backend::Packed { weights: cpu::PackedWeights::new(decoder)?, buffers: cpu::Buffers::default(), cache: None }
+        } else {
+            Backend::Plain { cache: plain::PlainCache::new(decoder, 0) }
+        };
+        Ok(Self { decoder: decoder.clone(), backend })
+    }
+
+    /// Generates every request and hands each completion to `finished` as it ends.
+    ///
+    /// `text` is needed for stop texts only. When `cancelled` turns true the call ends with [`Error::Cancelled`];
+    /// completions handed over by then stand.
+    pub fn generate(
+        &mut self,
+        requests: Vec<Request>,
+        options: &Options,
+        text: Option<&Text>,
+        cancelled: &dyn Fn() -> bool,
+        finished: &mut dyn FnMut(Completion),
+    ) -> Result<()> {
+        options.sampling.validate()?;
+        self.check(&requests, options)?;
+        let slots = options.batch.clamp(1, requests.len().max(1));
+        let longest = requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0) + options.max_new_tokens;
+        self.reserve(slots, longest);
+
+        let mut waiting: VecDeque<Request> = requests.into();
+        let mut free: Vec<usize> = (0..slots).rev().collect();
+        let mut active: Vec<Active> = Vec::new();
+        let mut scratch = Vec::new();
+        while !(waiting.is_empty() && active.is_empty()) {
+            if cancelled() {
+                return Err(Error::Cancelled);
+            }
+            self.admit(&mut waiting, &mut free, &mut active, options)?;
+            let rows = rows(&active);
+            let mut advance = vec![0; active.len()];
+            for (which, _) in &rows {
+                advance[*which] += 1;
+            }
+            let wanting: Vec<usize> = rows.iter().filter(|(_, r)| r.wants_logits).map(|(which, _)| *which).collect();
+            let rows: Vec<Row> = rows.into_iter().map(|(_, row)| row).collect();
+            let vocab = self.decoder.architecture().vocab;
+            let logits = self.forward(&rows)?;
+            for (which, logits) in wanting.iter().zip(logits.chunks_exact(vocab)) {
+                active[*which].draw(logits, options, &mut scratch);
+            }
+            for (a, rows) in active.iter_mut().zip(advance) {
+                a.cached += rows;
+            }
+            let mut going = Vec::with_capacity(active.len());
+            for a in active {
+                match a.finish(options, text)? {
+                    Some(finish) => {
+                        free.push(a.slot);
+                        finished(Completion { id: a.request.id, tokens: a.tokens, logprobs: a.logprobs, finish });
+                    }
+                    None => going.push(a),
+                }
+            }
+            active = going;
+        }
+        Ok(())
+    }
+
+    fn check(&self, requests: &[Request], options: &Options) -> Result<()> {
+        let arch = self.decoder.architecture();
+        for r in requests {
+            if r.prompt.is_empty() {
+                return Err(Error::EmptyPrompt { id: r.id });
+            }
+            if let Some(&token) = r.prompt.iter().find(|&&t| t as usize >= arch.vocab) {
+                return Err(Error::ForeignToken { token, vocab: arch.vocab });
+            }
+            let (prompt, new, context) = (r.prompt.len(), options.max_new_tokens, arch.context);
+            if prompt + new > context {
+                return Err(Error::TooLong { id: r.id, prompt, new, context });
+            }
+        }
+        if options.max_new_tokens == 0 {
+            return Err(Error::Sampling("max_new_tokens = 0 must be 1 or more".into()));
+        }
+        Ok(())
+    }
+
+    fn reserve(&mut self, slots: usize, len: usize) {
+        match &mut self.backend {
+            Backend::Packed { cache, .. } => {
+                if !cache.as_ref().is_some_and(|c| c.fits(slots, len)) {
+                    *cache = Some(Cache::new(self.decoder.architecture(), slots, len));
+                }
+            }
+            Backend::Plain { cache } => *cache = plain::PlainCache::new(&self.decoder, slots),
+        }
+    }
+
+    /// Fills free slots; a request whose prompt is already cached in another slot copies it from there.
+    fn admit(&mut self, waiting: &mut VecDeque<Request>, free: &mut Vec<usize>, active: &mut Vec<Active>, options: &Options) -> Result<()> {
+        while let (Some(next), Some(&slot)) = (waiting.front(), free.last()) {
+            let twin = active.iter().find(|a| Arc::ptr_eq(&a.request.prompt, &next.prompt));
+            // The last prompt token runs again for its logits: the same bits, by batch invariance.
+            let shared = next.prompt.len() - 1;
+            let cached = match twin {
+                Some(twin) if twin.cached < shared => break, // wait until its prompt is through
+                Some(twin) => {
+                    let from = twin.slot;
+                    self.copy_prefix(from, slot, shared)?;
+                    shared
+                }
+                None => 0,
+            };
+            let Some(request) = waiting.pop_front() else { break };
+            free.pop();
+            let stream = Stream::new(options.seed, request.id);
+            active.push(Active { request, slot, cached, stream, tokens: Vec::new(), logprobs: Vec::new() });
+        }
+        Ok(())
+    }
+
+    fn copy_prefix(&mut self, from: usize, to: usize, len: usize) -> Result<()> {
+        match &mut self.backend {
+            Backend::Packed { cache: Some(cache), .. } => {
+                cache.copy_prefix(self.decoder.architecture().layers, from, to, len);
+                Ok(())
+            }
+            Backend::Packed { cache: None, .. } => Ok(()),
+            Backend::Plain { cache } => cache.copy_prefix(from, to, len),
+        }
+    }
+
+    fn forward(&mut self, rows: &[Row]) -> Result<std::borrow::Cow<'_, [f32]>> {
+        match &mut self.backend {
+            Backend::Packed { weights, buffers, cache: Some(cache) } => {
+                Ok(cpu::forward(&self.decoder, weights, cache, rows, buffers)?.into())
+            }
+            Backend::Packed { cache: None, .. } => Ok(Vec::new().into()),
+            Backend::Plain { cache } => Ok(plain::forward(&self.decoder, cache, rows)?.into()),
+        }
+    }
+}
+
+/// The rows of the next pass: a new token for each sequence under way, and prompts up to a limit.
+fn rows(active: &[Active]) -> Vec<(usize, Row)> {
+    let mut rows = Vec::new();
+    let mut prefill = 0;
+    for (which, a) in active.iter().enumerate() {
+        let prompt = &a.request.prompt;
+        let row = |position: usize, token: u32, wants_logits: bool| (which, Row { slot: a.slot, position, token, wants_logits });
+        match a.tokens.last() {
+            Some(&last) => rows.push(row(prompt.len() + a.tokens.len() - 1, last, true)),
+            None => {
+                // At least one row each, or a sequence could wait for ever.
+                let end = prompt.len().min(a.cached + (PREFILL_ROWS.saturating_sub(prefill)).max(1));
+                for position in a.cached..end {
+                    rows.push(row(position, prompt[position], position + 1 == prompt.len()));
+                }
+                prefill += end - a.cached;
+            }
+        }
+    }
+    rows
+}
+
+impl Active {
+    fn draw(&mut self, logits: &[f32], options: &Options, scratch: &mut Vec<f32>) {
+        let temperature = options.sampling.logprob_temperature() as f32;
+        let lse = log_sum_exp(logits, 1.0 / temperature);
+        let u = self.stream.uniform(self.tokens.len() as u64);
+        let token = if self.tokens.len() < options.min_new_tokens {
+            let mut masked = logits.to_vec();
+            for &eos in &options.eos {
+                if let Some(x) = masked.get_mut(eos as usize) {
+                    *x = f32::NEG_INFINITY;
+                }
+            }
+            options.sampling.draw(&masked, u, scratch)
+        } else {
+            options.sampling.draw(logits, u, scratch)
+        };
+        self.tokens.push(token);
+        self.logprobs.push(logprob(logits, token, temperature, lse));
+    }
+
+    fn finish(&self, options: &Options, text: Option<&Text>) -> Result<Option<Finish>> {
+        let Some(last) = self.tokens.last() else { return Ok(None) };
+        if options.eos.contains(last) {
+            return Ok(Some(Finish::Eos));
+        }
+        if let (Some(text), false) = (text, options.stop.is_empty()) {
+            let said = text.decode(&self.tokens)?;
+            if options.stop.iter().any(|stop| said.contains(stop)) {
+                return Ok(Some(Finish::Stop));
+            }
+        }
+        Ok((self.tokens.len() >= options.max_new_tokens).then_some(Finish::Length))
+    }
+}
+
+/// The text of a completion: without special tokens, and cut before the first stop text.
+pub fn completion_text(text: &Text, tokens: &[u32], stop: &[String]) -> Result<String> {
+    let mut said = text.decode(tokens)?;
+    if let Some(at) = stop.iter().filter_map(|s| said.find(s)).min() {
+        said.truncate(at);
+    }
+    Ok(said)
+}
+
+#[cfg(test)]
+mod tests;

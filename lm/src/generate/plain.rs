@@ -1,0 +1,81 @@
+//! The forward pass of generation in plain candle operations, for devices without kernels of ours.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, IndexOp, Tensor};
+
+use super::cache::Row;
+use crate::error::Result;
+use crate::kernels::rope::Angles;
+use crate::model::Decoder;
+use crate::ops::{self, Kernels, Positions, attend_tail};
+
+/// Keys and values of each slot, by layer.
+pub struct PlainCache {
+    slots: Vec<Vec<Option<(Tensor, Tensor)>>>,
+    angles: Arc<Angles>,
+}
+
+impl PlainCache {
+    /// Empty slots.
+    pub fn new(decoder: &Decoder, slots: usize) -> Self {
+        let arch = decoder.architecture();
+        let angles = Angles::new(&arch.rope.inverse_frequencies(arch.head_dim), arch.context);
+        Self { slots: vec![vec![None; arch.layers]; slots], angles: Arc::new(angles) }
+    }
+
+    /// The first `len` tokens of a slot become those of another.
+    pub fn copy_prefix(&mut self, from: usize, to: usize, len: usize) -> Result<()> {
+        self.slots[to] = self.slots[from]
+            .iter()
+            .map(|entry| entry.as_ref().map(|(k, v)| Ok((k.narrow(0, 0, len)?, v.narrow(0, 0, len)?))).transpose())
+            .collect::<Result<_>>()?;
+        Ok(())
+    }
+}
+
+/// Runs rows (those of a slot in order and side by side) and returns the logits of those that want them.
+pub fn forward(decoder: &Decoder, cache: &mut PlainCache, rows: &[Row]) -> Result<Vec<f32>> {
+    let arch = decoder.architecture();
+    let (layers, heads, kernels) = (decoder.layers(), arch.attention(), Kernels::Plain);
+    let ids: Vec<u32> = rows.iter().map(|r| r.token).collect();
+    let positions = Positions::new(cache.angles.clone(), rows.iter().map(|r| r.position as u32).collect());
+    let groups: Vec<&[Row]> = rows.chunk_by(|a, b| a.slot == b.slot).collect();
+    let mut x = layers.embed.index_select(&Tensor::new(ids, decoder.device())?, 0)?;
+    for (layer, block) in layers.blocks.iter().enumerate() {
+        let h = ops::rms_norm(&x, &block.input_norm, arch.norm_eps, kernels)?;
+        let q = ops::rope(&block.q.forward(&h, kernels)?, heads.dim, &positions, kernels)?;
+        let k = ops::rope(&block.k.forward(&h, kernels)?, heads.dim, &positions, kernels)?;
+        let v = block.v.forward(&h, kernels)?;
+        let mut attended = Vec::with_capacity(groups.len());
+        let mut at = 0;
+        for group in &groups {
+            let part = |t: &Tensor| t.narrow(0, at, group.len());
+            let entry = &mut cache.slots[group[0].slot][layer];
+            let (keys, values) = match entry.take().filter(|_| group[0].position > 0) {
+                // A reused slot may hold more than this sequence has seen.
+                Some((k0, v0)) => {
+                    let seen = group[0].position;
+                    (Tensor::cat(&[&k0.narrow(0, 0, seen)?, &part(&k)?], 0)?, Tensor::cat(&[&v0.narrow(0, 0, seen)?, &part(&v)?], 0)?)
+                }
+                None => (part(&k)?, part(&v)?),
+            };
+            attended.push(attend_tail(&part(&q)?, &keys, &values, &heads)?);
+            *entry = Some((keys, values));
+            at += group.len();
+        }
+        let attended = Tensor::cat(&attended, 0)?;
+        x = (x + block.o.forward(&attended, kernels)?)?;
+        let h = ops::rms_norm(&x, &block.post_norm, arch.norm_eps, kernels)?;
+        let mlp = ops::swiglu(&block.gate.forward(&h, kernels)?, &block.up.forward(&h, kernels)?, kernels)?;
+        x = (x + block.down.forward(&mlp, kernels)?)?;
+    }
+    let wanted: Vec<u32> = rows.iter().enumerate().filter(|(_, r)| r.wants_logits).map(|(i, _)| i as u32).collect();
+    if wanted.is_empty() {
+        return Ok(Vec::new());
+    }
+    let x = x.i(&Tensor::new(wanted, decoder.device())?)?;
+    let h = ops::rms_norm(&x, &layers.norm, arch.norm_eps, kernels)?;
+    let logits = ops::linear(&h, &layers.head, kernels)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+    Ok(logits.flatten_all()?.to_vec1()?)
+}

@@ -1,0 +1,174 @@
+//! Which token comes next: temperature, top-k, top-p and min-p, in the order of `transformers`.
+
+use crate::error::{Error, Result};
+use crate::kernels::math::{exp_row, log_sum_exp, max};
+
+/// How the next token is drawn.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    /// Divides the logits; 0 takes the likeliest token.
+    pub temperature: f64,
+    /// Only the `k` likeliest tokens (ties with the last one stay); 0 keeps all.
+    pub top_k: usize,
+    /// The likeliest tokens that together reach this probability; 1 keeps all.
+    pub top_p: f64,
+    /// Only tokens at least this many times as likely as the likeliest; 0 keeps all.
+    pub min_p: f64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 }
+    }
+}
+
+impl Sampling {
+    /// An error that names the setting that is out of its range.
+    pub fn validate(&self) -> Result<()> {
+        let wrong = |name: &str, value: f64, range: &str| Err(Error::Sampling(format!("{name} = {value} must be {range}")));
+        if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
+            return wrong("temperature", self.temperature, "0 or more");
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return wrong("top_p", self.top_p, "above 0 and at most 1");
+        }
+        if !(0.0..=1.0).contains(&self.min_p) {
+            return wrong("min_p", self.min_p, "from 0 to 1");
+        }
+        Ok(())
+    }
+
+    /// Temperature of log-probabilities: a greedy sampler reports those of the untempered distribution.
+    pub fn logprob_temperature(&self) -> f64 {
+        if self.temperature == 0.0 { 1.0 } else { self.temperature }
+    }
+
+    /// Probabilities after all filters; zero for a token that was dropped.
+    pub fn distribution(&self, logits: &[f32]) -> Vec<f32> {
+        let mut p = Vec::new();
+        self.fill(logits, &mut p);
+        p
+    }
+
+    /// Draws a token with the uniform number `u` from `[0, 1)`; `scratch` is reused between calls.
+    pub fn draw(&self, logits: &[f32], u: f64, scratch: &mut Vec<f32>) -> u32 {
+        if self.temperature == 0.0 {
+            return argmax(logits);
+        }
+        self.fill(logits, scratch);
+        let total: f64 = scratch.iter().map(|&p| p as f64).sum();
+        let mut left = u * total;
+        let mut last = 0;
+        for (token, &p) in scratch.iter().enumerate() {
+            if p > 0.0 {
+                last = token;
+                left -= p as f64;
+                if left < 0.0 {
+                    break;
+                }
+            }
+        }
+        last as u32
+    }
+
+    fn fill(&self, logits: &[f32], p: &mut Vec<f32>) {
+        p.clear();
+        if self.temperature == 0.0 {
+            p.resize(logits.len(), 0.0);
+            p[argmax(logits) as usize] = 1.0;
+            return;
+        }
+        p.extend_from_slice(logits);
+        let scale = 1.0 / self.temperature as f32;
+        if self.top_k > 0 && self.top_k < p.len() {
+            let mut sorted = p.clone();
+            let (_, &mut threshold, _) = sorted.select_nth_unstable_by(self.top_k - 1, |a, b| b.total_cmp(a));
+            drop_where(p, |x| x < threshold);
+        }
+        normalise(p, scale);
+        if self.top_p < 1.0 {
+            let mut order: Vec<u32> = (0..p.len() as u32).filter(|&i| p[i as usize] > 0.0).collect();
+            order.sort_by(|&a, &b| p[a as usize].total_cmp(&p[b as usize]).then(a.cmp(&b)));
+            let mut below = 0.0;
+            for &i in &order[..order.len().saturating_sub(1)] {
+                below += p[i as usize] as f64;
+                if below > 1.0 - self.top_p {
+                    break;
+                }
+                p[i as usize] = 0.0;
+            }
+            rescale(p);
+        }
+        if self.min_p > 0.0 {
+            let threshold = max(p) * self.min_p as f32;
+            for x in p.iter_mut().filter(|x| **x < threshold) {
+                *x = 0.0;
+            }
+            rescale(p);
+        }
+    }
+}
+
+fn drop_where(p: &mut [f32], drop: impl Fn(f32) -> bool) {
+    for x in p.iter_mut().filter(|x| drop(**x)) {
+        *x = f32::NEG_INFINITY;
+    }
+}
+
+fn normalise(p: &mut [f32], scale: f32) {
+    let lse = log_sum_exp(p, scale);
+    exp_row(p, scale, lse);
+}
+
+fn rescale(p: &mut [f32]) {
+    let total: f64 = p.iter().map(|&x| x as f64).sum();
+    for x in p {
+        *x = (*x as f64 / total) as f32;
+    }
+}
+
+fn argmax(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (i, &x) in logits.iter().enumerate() {
+        if x > logits[best] {
+            best = i;
+        }
+    }
+    best as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn draws_follow_the_distribution() {
+        let logits: Vec<f32> = [0.5f32, 0.3, 0.15, 0.05].iter().map(|p| p.ln()).collect();
+        let sampling = Sampling::default();
+        let stream = crate::random::Stream::new(1, 1);
+        let mut counts = [0; 4];
+        for i in 0..20_000 {
+            counts[sampling.draw(&logits, stream.uniform(i), &mut Vec::new()) as usize] += 1;
+        }
+        for (count, p) in counts.iter().zip([0.5, 0.3, 0.15, 0.05]) {
+            assert!((*count as f64 / 20_000.0 - p).abs() < 0.015, "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn filters_drop_the_tail_and_zero_temperature_takes_the_top() {
+        let logits: Vec<f32> = [0.4f32, 0.3, 0.2, 0.1].iter().map(|p| p.ln()).collect();
+        let kept = |s: Sampling| s.distribution(&logits).iter().filter(|&&p| p > 0.0).count();
+        assert_eq!(kept(Sampling { top_k: 2, ..Default::default() }), 2);
+        assert_eq!(kept(Sampling { top_p: 0.65, ..Default::default() }), 2);
+        assert_eq!(kept(Sampling { min_p: 0.6, ..Default::default() }), 2);
+        assert_eq!(kept(Sampling { temperature: 0.0, ..Default::default() }), 1);
+    }
+
+    #[test]
+    fn settings_out_of_range_are_named() {
+        let error = Sampling { top_p: 0.0, ..Default::default() }.validate().unwrap_err().to_string();
+        assert!(error.contains("top_p = 0"), "{error}");
+        assert!(Sampling { temperature: f64::NAN, ..Default::default() }.validate().is_err());
+    }
+}

@@ -1,0 +1,19 @@
+//! Language models for Rehearsal: load, run forward with gradients, generate, tokenise.
+//!
+//! This crate knows no objective, no actor, no store, no clock and no log.
+
+pub mod error;
+pub mod generate;
+pub mod kernels;
+pub mod load;
+pub mod model;
+pub mod ops;
+pub mod random;
+#[cfg(test)]
+mod testing;
+pub mod text;
+
+pub use error::{Error, Result};
+pub use load::{Checkpoint, Files};
+pub use model::{Architecture, Batch, Decoder, Forward, Gradients, Parameters, Sequence};
+pub use text::{ChatTemplate, Message, Text};

@@ -1,0 +1,173 @@
+//! GGUF files: weights dequantised to f32, with the tokenizer and chat template they carry.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+
+use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::{Device, Tensor};
+
+use super::gguf_tokenizer::tokenizer;
+use super::{Checkpoint, check};
+use crate::error::{Error, Result};
+use crate::model::{Architecture, Parameters, Rope, Scaling};
+use crate::text::Text;
+
+/// Metadata of a GGUF file, with errors that name the key.
+pub(super) struct Metadata<'a> {
+    content: &'a Content,
+    path: &'a Path,
+}
+
+impl Metadata<'_> {
+    pub fn malformed(&self, reason: impl Into<String>) -> Error {
+        Error::Malformed { path: self.path.into(), reason: reason.into() }
+    }
+
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        self.content.metadata.get(key)
+    }
+
+    pub fn needed(&self, key: &str) -> Result<&Value> {
+        self.get(key).ok_or_else(|| self.malformed(format!("metadata key `{key}` is missing")))
+    }
+
+    pub fn text(&self, key: &str) -> Option<&str> {
+        self.get(key).and_then(|v| v.to_string().ok()).map(String::as_str)
+    }
+
+    pub fn number(&self, key: &str) -> Option<f64> {
+        match self.get(key)? {
+            Value::F32(x) => Some(*x as f64),
+            Value::F64(x) => Some(*x),
+            other => other.to_u64().ok().map(|x| x as f64),
+        }
+    }
+
+    fn size(&self, key: &str) -> Result<usize> {
+        self.needed(key)?;
+        self.number(key).map(|x| x as usize).ok_or_else(|| self.malformed(format!("metadata key `{key}` is no number")))
+    }
+
+    pub fn token(&self, name: &str) -> Option<u32> {
+        self.number(&format!("tokenizer.ggml.{name}_token_id")).map(|x| x as u32)
+    }
+}
+
+pub fn open(path: &Path) -> Result<Checkpoint> {
+    let file = File::open(path).map_err(|source| Error::Read { path: path.into(), source })?;
+    let mut reader = BufReader::new(file);
+    let malformed = |e: candle_core::Error| Error::Malformed { path: path.into(), reason: e.to_string() };
+    let content = Content::read(&mut reader).map_err(malformed)?;
+    let metadata = Metadata { content: &content, path };
+    let architecture = architecture(&metadata)?;
+
+    let mut parameters = Parameters::new();
+    let mut names: Vec<&String> = content.tensor_infos.keys().collect();
+    names.sort();
+    for name in names {
+        // Frequencies of a scaled rope, which the config carries as numbers.
+        if name == "rope_freqs.weight" {
+            continue;
+        }
+        let tensor = content.tensor(&mut reader, name, &Device::Cpu).and_then(|t| t.dequantize(&Device::Cpu)).map_err(malformed)?;
+        let Some(hf) = hf_name(name) else {
+            return Err(metadata.malformed(format!("tensor `{name}` is not part of a llama model")));
+        };
+        let tensor = match name.rsplit('.').nth(1) {
+            Some("attn_q") => halves(&tensor, architecture.heads)?,
+            Some("attn_k") => halves(&tensor, architecture.kv_heads)?,
+            _ => tensor,
+        };
+        parameters.insert(hf, tensor);
+    }
+    let (tokenizer, config) = tokenizer(&metadata)?;
+    let text = Text::from_json(tokenizer.as_bytes(), Some(config.to_string().as_bytes()), None)?;
+    let parameters = check(&architecture, parameters, path)?;
+    Ok(Checkpoint { config: architecture.to_json(), architecture, parameters, text })
+}
+
+fn architecture(metadata: &Metadata<'_>) -> Result<Architecture> {
+    let kind = metadata.text("general.architecture").unwrap_or_default();
+    if kind != "llama" {
+        return Err(metadata.malformed(format!("architecture `{kind}` is not supported; `llama` is")));
+    }
+    let key = |name: &str| format!("llama.{name}");
+    let heads = metadata.size(&key("attention.head_count"))?;
+    let hidden = metadata.size(&key("embedding_length"))?;
+    let kv_heads = metadata.number(&key("attention.head_count_kv")).map_or(heads, |n| n as usize);
+    if heads == 0 || kv_heads == 0 || heads % kv_heads != 0 {
+        return Err(metadata.malformed(format!("{kv_heads} key heads do not divide {heads} query heads")));
+    }
+    let context = metadata.size(&key("context_length"))?;
+    let scaling = match metadata.text(&key("rope.scaling.type")) {
+        None | Some("none") if metadata.content.tensor_infos.contains_key("rope_freqs.weight") => Scaling::Llama3 {
+            factor: metadata.number(&key("rope.scaling.factor")).unwrap_or(if context > 131_071 { 8.0 } else { 1.0 }),
+            low: 1.0,
+            high: 4.0,
+            original_context: 8192.0,
+        },
+        None | Some("none") => Scaling::None,
+        Some("linear") => Scaling::Linear { factor: metadata.number(&key("rope.scaling.factor")).unwrap_or(1.0) },
+        Some(other) => return Err(metadata.malformed(format!("rope scaling `{other}` is not supported"))),
+    };
+    let vocab = match metadata.get("tokenizer.ggml.tokens") {
+        Some(tokens) => tokens.to_vec().map_err(|e| metadata.malformed(e.to_string()))?.len(),
+        None => metadata.size(&key("vocab_size"))?,
+    };
+    Ok(Architecture {
+        model_type: "llama".into(),
+        vocab,
+        hidden,
+        layers: metadata.size(&key("block_count"))?,
+        heads,
+        kv_heads,
+        head_dim: metadata.number(&key("attention.key_length")).map_or(hidden / heads, |n| n as usize),
+        mlp: metadata.size(&key("feed_forward_length"))?,
+        // Stored as f32, which turns 1e-5 into 0.000009999999747.
+        norm_eps: metadata
+            .number(&key("attention.layer_norm_rms_epsilon"))
+            .map_or(1e-5, |eps| format!("{eps:.6e}").parse().unwrap_or(eps)),
+        rope: Rope { theta: metadata.number(&key("rope.freq_base")).unwrap_or(10_000.0), scaling },
+        context,
+        tied: !metadata.content.tensor_infos.contains_key("output.weight"),
+        attention_bias: metadata.content.tensor_infos.contains_key("blk.0.attn_q.bias"),
+        mlp_bias: false,
+        window: None,
+        bos: metadata.token("bos"),
+        eos: metadata.token("eos").into_iter().chain(metadata.token("eot")).collect(),
+        pad: metadata.token("padding"),
+    })
+}
+
+fn hf_name(name: &str) -> Option<String> {
+    match name {
+        "token_embd.weight" => return Some("model.embed_tokens.weight".into()),
+        "output_norm.weight" => return Some("model.norm.weight".into()),
+        "output.weight" => return Some("lm_head.weight".into()),
+        _ => {}
+    }
+    let mut parts = name.strip_prefix("blk.")?.splitn(3, '.');
+    let (layer, part, kind) = (parts.next()?, parts.next()?, parts.next()?);
+    let part = match part {
+        "attn_q" => "self_attn.q_proj",
+        "attn_k" => "self_attn.k_proj",
+        "attn_v" => "self_attn.v_proj",
+        "attn_output" => "self_attn.o_proj",
+        "ffn_gate" => "mlp.gate_proj",
+        "ffn_up" => "mlp.up_proj",
+        "ffn_down" => "mlp.down_proj",
+        "attn_norm" => "input_layernorm",
+        "ffn_norm" => "post_attention_layernorm",
+        _ => return None,
+    };
+    Some(format!("model.layers.{layer}.{part}.{kind}"))
+}
+
+/// llama.cpp keeps rotary pairs side by side; Hugging Face keeps the first elements of all pairs, then the second.
+fn halves(tensor: &Tensor, heads: usize) -> Result<Tensor> {
+    let dims = tensor.dims().to_vec();
+    let (rows, columns) = (dims[0], dims[1..].iter().product::<usize>());
+    let split = tensor.reshape((heads, rows / heads / 2, 2, columns))?;
+    Ok(split.transpose(1, 2)?.contiguous()?.reshape(dims)?)
+}

@@ -1,0 +1,79 @@
+//! Chat templates in Jinja, as `transformers` renders them.
+
+use std::sync::Arc;
+
+use minijinja::{Environment, ErrorKind, context};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+
+/// One message of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+    pub content: String,
+}
+
+impl Message {
+    /// What a user says.
+    pub fn user(content: impl Into<String>) -> Self {
+        Self { role: "user".into(), content: content.into() }
+    }
+
+    /// What the system says.
+    pub fn system(content: impl Into<String>) -> Self {
+        Self { role: "system".into(), content: content.into() }
+    }
+}
+
+/// A compiled template with the special tokens it may name.
+#[derive(Clone)]
+pub struct ChatTemplate {
+    environment: Arc<Environment<'static>>,
+    bos: String,
+    eos: String,
+}
+
+impl ChatTemplate {
+    /// Compiles a template.
+    pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self> {
+        let mut environment = Environment::new();
+        // transformers renders with trim_blocks and lstrip_blocks, and Python's methods on strings and lists.
+        environment.set_trim_blocks(true);
+        environment.set_lstrip_blocks(true);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", |message: String| -> std::result::Result<String, minijinja::Error> {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment
+            .add_template_owned("chat", source.to_string())
+            .map_err(|e| Error::Template(format!("does not compile: {e:#}")))?;
+        Ok(Self { environment: Arc::new(environment), bos: bos.into(), eos: eos.into() })
+    }
+
+    /// The template of a `tokenizer_config.json`: a string, or a list of which the one named `default` counts.
+    pub(crate) fn from_config(config: &Value) -> Result<Option<Self>> {
+        let source = match &config["chat_template"] {
+            Value::String(source) => Some(source.as_str()),
+            Value::Array(named) => {
+                named.iter().find(|t| t["name"] == "default").and_then(|t| t["template"].as_str())
+            }
+            _ => None,
+        };
+        // A token is a string, or an object with its content.
+        let token = |key: &str| config[key].as_str().or(config[key]["content"].as_str()).unwrap_or_default().to_string();
+        source.map(|source| Self::new(source, &token("bos_token"), &token("eos_token"))).transpose()
+    }
+
+    /// The prompt of a conversation; `add_generation_prompt` opens the assistant's turn.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let error = |e: minijinja::Error| match e.detail() {
+            Some(detail) => Error::Template(detail.to_string()),
+            None => Error::Template(format!("{e:#}")),
+        };
+        let values = context! { messages, add_generation_prompt, bos_token => self.bos, eos_token => self.eos };
+        self.environment.get_template("chat").and_then(|t| t.render(values)).map_err(error)
+    }
+}
