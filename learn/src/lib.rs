@@ -1,1 +1,36 @@
+//! Objectives as pure functions beside their equations, the optimiser and its schedules.
+//!
+//! This crate knows no model, actor, store, clock, random number or log: tensors and a small configuration in,
+//! a loss and its statistics out.
 
+pub mod adamw;
+pub mod masked;
+pub mod pairs;
+pub mod preference;
+pub mod schedule;
+pub mod token;
+
+pub use adamw::{AdamW, AdamWConfig, clip_gradients, global_norm};
+pub use pairs::{Pair, TieRule, select_pairs};
+pub use preference::{PreferenceConfig, PreferenceKind, PreferenceLogprobs, PreferenceLoss, preference_loss};
+pub use schedule::{Schedule, ScheduleKind};
+
+/// What can go wrong in an objective or the optimiser.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("`{name}` = {value} must be {range}")]
+    OutOfRange { name: &'static str, value: f64, range: &'static str },
+    #[error("parameter `{0}` has no gradient; every trained parameter must be part of the loss")]
+    NoGradient(String),
+    #[error("there is a gradient for `{0}`, which is not a trained parameter")]
+    StrayGradient(String),
+    #[error("the optimiser's moments do not fit: {0}")]
+    Moments(String),
+    #[error("{what}: {found} values, but {wanted} are needed")]
+    Length { what: &'static str, found: usize, wanted: usize },
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;

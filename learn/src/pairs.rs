@@ -1,0 +1,62 @@
+//! From scores of the completions of one prompt to a pair: best against worst.
+
+/// What becomes of a prompt whose best and worst completion score the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TieRule {
+    /// No pair; the tie is counted.
+    #[default]
+    Skip,
+    /// The first completion is chosen over the last of the worst (TRL).
+    First,
+}
+
+/// Indices into the completions of one prompt.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Pair {
+    pub chosen: usize,
+    pub rejected: usize,
+    /// Score of the chosen minus score of the rejected.
+    pub margin: f64,
+}
+
+/// The pair of one prompt, or none for a tie under [`TieRule::Skip`] or fewer than two completions.
+///
+/// The first of the best wins, the last of the worst loses. Scores that are not numbers have no place here; the
+/// reward role refuses them.
+pub fn select_pair(scores: &[f64], ties: TieRule) -> Option<Pair> {
+    let chosen = (0..scores.len()).reduce(|best, i| if scores[i] > scores[best] { i } else { best })?;
+    let rejected = (0..scores.len()).filter(|&i| i != chosen).reduce(|worst, i| if scores[i] <= scores[worst] { i } else { worst })?;
+    let margin = scores[chosen] - scores[rejected];
+    (margin > 0.0 || ties == TieRule::First).then_some(Pair { chosen, rejected, margin })
+}
+
+/// [`select_pair`] for consecutive groups of `group` scores; indices are into `scores`.
+pub fn select_pairs(scores: &[f64], group: usize, ties: TieRule) -> Vec<Option<Pair>> {
+    let offset = |(g, pair): (usize, Option<Pair>)| {
+        pair.map(|p| Pair { chosen: p.chosen + g * group, rejected: p.rejected + g * group, ..p })
+    };
+    scores.chunks(group.max(1)).map(|s| select_pair(s, ties)).enumerate().map(offset).collect()
+}
+
+/// A completion that did not end by itself loses this much before it is compared (TRL's `missing_eos_penalty`).
+pub fn penalise_missing_eos(score: f64, ended: bool, penalty: f64) -> f64 {
+    if ended { score } else { score - penalty }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn best_meets_worst() {
+        let pairs = select_pairs(&[0.0, 3.0, -1.0, 2.0, 5.0, 5.0, 5.0, 5.0], 4, TieRule::Skip);
+        assert_eq!(pairs, [Some(Pair { chosen: 1, rejected: 2, margin: 4.0 }), None]);
+    }
+
+    #[test]
+    fn a_tie_is_no_pair_or_the_first_one() {
+        assert_eq!(select_pair(&[1.0, 1.0], TieRule::Skip), None);
+        assert_eq!(select_pair(&[1.0, 1.0], TieRule::First), Some(Pair { chosen: 0, rejected: 1, margin: 0.0 }));
+        assert_eq!(select_pair(&[1.0], TieRule::First), None);
+    }
+}
