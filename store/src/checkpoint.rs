@@ -1,0 +1,385 @@
+//! Checkpoints: a manifest in the database, tensors in shards beside it or, when small, in the database too.
+
+use std::collections::BTreeSet;
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::{Deserialize, Serialize};
+
+use crate::error::IoContext;
+use crate::kv::Changes;
+use crate::shards::write_durably;
+use crate::{Error, Repair, Result, Store, key, record};
+
+/// Tensors of a checkpoint that together are no larger than this live in the database.
+const INLINE_BYTES_MAX: usize = 32 << 20;
+/// A shard is closed once it holds this much.
+const SHARD_BYTES_MIN: usize = 64 << 20;
+
+/// A tensor as the store sees it.
+#[derive(Debug, Clone)]
+pub struct TensorBytes<'a> {
+    pub name: String,
+    /// Name of the type as safetensors has it: `F32`, `BF16`, …
+    pub dtype: &'static str,
+    pub shape: Vec<usize>,
+    pub data: &'a [u8],
+}
+
+/// A tensor read back.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OwnedTensor {
+    pub name: String,
+    pub dtype: String,
+    pub shape: Vec<usize>,
+    pub data: Vec<u8>,
+}
+
+/// What a checkpoint is without its tensors.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CheckpointSummary {
+    pub step: u64,
+    pub bytes: u64,
+    pub tensors: usize,
+}
+
+/// A checkpoint read back, every checksum checked.
+#[derive(Debug)]
+pub struct LoadedCheckpoint {
+    pub step: u64,
+    /// What the caller gave as state.
+    pub state: Vec<u8>,
+    pub tensors: Vec<OwnedTensor>,
+}
+
+/// What saving cost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SavedCheckpoint {
+    /// Bytes of tensors written.
+    pub written: u64,
+    /// Bytes of tensors that an earlier checkpoint had already.
+    pub shared: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Manifest {
+    step: u64,
+    shards: Vec<Shard>,
+    tensors: u32,
+    state: Vec<u8>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Shard {
+    hash: String,
+    bytes: u64,
+    /// In the database, not in a file.
+    inline: bool,
+}
+
+impl Store {
+    /// Saves a checkpoint and then lets go of all but the newest `keep`. It is visible only once it is whole.
+    pub fn save_checkpoint(&mut self, step: u64, tensors: &[TensorBytes<'_>], state: &[u8], keep: usize) -> Result<SavedCheckpoint> {
+        let total: usize = tensors.iter().map(|t| t.data.len()).sum();
+        let inline = total <= INLINE_BYTES_MAX;
+        let mut saved = SavedCheckpoint::default();
+        let mut shards = Vec::new();
+        let mut changes = Changes::default();
+        for group in groups(tensors) {
+            let bytes = serialise(group)?;
+            let hash = blake3::hash(&bytes).to_hex().to_string();
+            let written = if inline {
+                let new = self.kv.get(&key::shard_part(&hash, 0))?.is_none();
+                if new {
+                    for (i, part) in bytes.chunks(record::PART_BYTES).enumerate() {
+                        changes.put(key::shard_part(&hash, i as u32), part.to_vec());
+                    }
+                }
+                new
+            } else {
+                self.shards.write(&hash, &bytes)?
+            };
+            let size = bytes.len() as u64;
+            *if written { &mut saved.written } else { &mut saved.shared } += size;
+            shards.push(Shard { hash, bytes: size, inline });
+        }
+        let manifest = Manifest { step, shards, tensors: tensors.len() as u32, state: state.to_vec() };
+        if !inline {
+            self.write_copy(&manifest)?;
+            self.shards.sync()?;
+        }
+        record::put(&mut changes, key::checkpoint(step), record::CHECKPOINT, &manifest)?;
+        self.kv.apply(changes)?;
+        self.retain(keep)?;
+        Ok(saved)
+    }
+
+    /// All checkpoints, oldest first.
+    pub fn checkpoints(&self) -> Result<Vec<CheckpointSummary>> {
+        let manifests = self.manifests()?;
+        Ok(manifests.iter().map(|m| CheckpointSummary {
+            step: m.step,
+            bytes: m.shards.iter().map(|s| s.bytes).sum(),
+            tensors: m.tensors as usize,
+        }).collect())
+    }
+
+    /// The checkpoint of a step, or an error that names what is damaged.
+    pub fn load_checkpoint(&self, step: u64) -> Result<LoadedCheckpoint> {
+        let manifest: Manifest = record::get(&*self.kv, &key::checkpoint(step), record::CHECKPOINT)?.ok_or(Error::NoCheckpoint(step))?;
+        let mut tensors = Vec::new();
+        for shard in &manifest.shards {
+            let bytes = if shard.inline { self.inline_shard(shard, step)? } else { self.shards.read(&shard.hash)? };
+            let corrupt = |e: safetensors::SafeTensorError| Error::Corrupt { what: shard.hash.clone(), reason: e.to_string() };
+            for (name, view) in SafeTensors::deserialize(&bytes).map_err(corrupt)?.tensors() {
+                let (dtype, shape) = (dtype_name(view.dtype()).to_string(), view.shape().to_vec());
+                tensors.push(OwnedTensor { name, dtype, shape, data: view.data().to_vec() });
+            }
+        }
+        tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(LoadedCheckpoint { step, state: manifest.state, tensors })
+    }
+
+    /// The newest checkpoint that is whole, with a note for each newer one that is not.
+    pub fn latest_checkpoint(&self) -> Result<(Option<LoadedCheckpoint>, Vec<Repair>)> {
+        let mut damaged = Vec::new();
+        for summary in self.checkpoints()?.iter().rev() {
+            match self.load_checkpoint(summary.step) {
+                Ok(checkpoint) => return Ok((Some(checkpoint), damaged)),
+                Err(e @ Error::Corrupt { .. }) => {
+                    damaged.push(Repair(format!("checkpoint of step {} is not used: {e}", summary.step)));
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok((None, damaged))
+    }
+
+    fn manifests(&self) -> Result<Vec<Manifest>> {
+        let mut all = Vec::new();
+        for entry in self.kv.scan(key::CHECKPOINT)? {
+            let (key, value) = entry?;
+            match record::decode(&*self.kv, &key, &value, record::CHECKPOINT) {
+                Ok(manifest) => all.push(manifest),
+                Err(Error::Corrupt { .. }) => {} // `verify` names it; the others still count
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(all)
+    }
+
+    fn inline_shard(&self, shard: &Shard, step: u64) -> Result<Vec<u8>> {
+        let corrupt = |reason: &str| Error::Corrupt { what: format!("checkpoint of step {step}"), reason: reason.into() };
+        let mut bytes = Vec::with_capacity(shard.bytes as usize);
+        for part in 0..(shard.bytes as usize).div_ceil(record::PART_BYTES) {
+            let part = self.kv.get(&key::shard_part(&shard.hash, part as u32))?;
+            bytes.extend(part.ok_or_else(|| corrupt("a part of its tensors is missing"))?);
+        }
+        if blake3::hash(&bytes).to_hex().as_str() != shard.hash {
+            return Err(corrupt("its tensors do not fit their checksum"));
+        }
+        Ok(bytes)
+    }
+
+    /// Deletes all but the newest `keep` manifests, and then, durably after that, what only they used.
+    fn retain(&mut self, keep: usize) -> Result<()> {
+        let manifests = self.manifests()?;
+        let (old, kept) = manifests.split_at(manifests.len().saturating_sub(keep.max(1)));
+        if old.is_empty() {
+            return Ok(());
+        }
+        let used: BTreeSet<String> = kept.iter().flat_map(|m| &m.shards).map(|s| s.hash.clone()).collect();
+        let mut changes = Changes::default();
+        for manifest in old {
+            record::remove(&*self.kv, &mut changes, key::checkpoint(manifest.step))?;
+        }
+        self.kv.apply(changes)?;
+        let mut changes = Changes::default();
+        for shard in old.iter().flat_map(|m| &m.shards).filter(|s| s.inline && !used.contains(&s.hash)) {
+            for part in 0..(shard.bytes as usize).div_ceil(record::PART_BYTES) {
+                changes.remove(key::shard_part(&shard.hash, part as u32));
+            }
+        }
+        if !changes.0.is_empty() {
+            self.kv.apply(changes)?;
+        }
+        for manifest in old {
+            let copy = self.copy_path(manifest.step);
+            if copy.exists() {
+                std::fs::remove_file(&copy).at(&copy)?;
+            }
+        }
+        self.shards.collect(&used)
+    }
+
+    fn copy_path(&self, step: u64) -> std::path::PathBuf {
+        self.shards.directory().join(format!("{step:012}.manifest"))
+    }
+
+    /// A copy of the manifest beside the shards, from which a lost database can be made again.
+    fn write_copy(&self, manifest: &Manifest) -> Result<()> {
+        let payload = postcard::to_stdvec(manifest).map_err(|e| Error::Encode(e.to_string()))?;
+        let mut bytes = vec![record::CHECKPOINT.version];
+        bytes.extend_from_slice(blake3::hash(&payload).as_bytes());
+        bytes.extend_from_slice(&payload);
+        write_durably(&self.copy_path(manifest.step), &bytes)
+    }
+
+    /// Takes over the checkpoints beside a database that knows of none: it was lost or removed.
+    pub(crate) fn adopt_orphans(&mut self) -> Result<Vec<Repair>> {
+        let mut repairs = Vec::new();
+        if self.kv.scan(key::CHECKPOINT)?.next().is_some() {
+            return Ok(repairs);
+        }
+        for (path, name) in self.shards.files()? {
+            if !name.ends_with(".manifest") {
+                continue;
+            }
+            let bytes = std::fs::read(&path).at(&path)?;
+            let Some((header, payload)) = bytes.split_at_checked(33) else { continue };
+            if header[0] != record::CHECKPOINT.version || header[1..] != *blake3::hash(payload).as_bytes() {
+                repairs.push(Repair(format!("{} is damaged and was left alone", path.display())));
+                continue;
+            }
+            let Ok(manifest) = postcard::from_bytes::<Manifest>(payload) else { continue };
+            let mut changes = Changes::default();
+            record::put(&mut changes, key::checkpoint(manifest.step), record::CHECKPOINT, &manifest)?;
+            self.kv.apply(changes)?;
+            repairs.push(Repair(format!("found the checkpoint of step {} again by {}", manifest.step, path.display())));
+        }
+        Ok(repairs)
+    }
+}
+
+/// Consecutive tensors, at least [`SHARD_BYTES_MIN`] to a group except in the last.
+fn groups<'a, 'b>(tensors: &'a [TensorBytes<'b>]) -> Vec<&'a [TensorBytes<'b>]> {
+    let mut groups = Vec::new();
+    let (mut start, mut filled) = (0, 0);
+    for (i, tensor) in tensors.iter().enumerate() {
+        filled += tensor.data.len();
+        if filled >= SHARD_BYTES_MIN {
+            groups.push(&tensors[start..=i]);
+            (start, filled) = (i + 1, 0);
+        }
+    }
+    if start < tensors.len() {
+        groups.push(&tensors[start..]);
+    }
+    groups
+}
+
+fn serialise(tensors: &[TensorBytes<'_>]) -> Result<Vec<u8>> {
+    let encode = |e: safetensors::SafeTensorError| Error::Encode(e.to_string());
+    let views = tensors
+        .iter()
+        .map(|t| {
+            let dtype = dtype(t.dtype).ok_or_else(|| Error::Encode(format!("`{}` has the unknown type {}", t.name, t.dtype)))?;
+            Ok((t.name.as_str(), TensorView::new(dtype, t.shape.clone(), t.data).map_err(encode)?))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    safetensors::serialize(views, None).map_err(encode)
+}
+
+const DTYPES: [(&str, Dtype); 6] = [
+    ("F32", Dtype::F32),
+    ("F64", Dtype::F64),
+    ("F16", Dtype::F16),
+    ("BF16", Dtype::BF16),
+    ("U8", Dtype::U8),
+    ("U32", Dtype::U32),
+];
+
+fn dtype(name: &str) -> Option<Dtype> {
+    DTYPES.iter().find(|(n, _)| *n == name).map(|(_, d)| *d)
+}
+
+fn dtype_name(dtype: Dtype) -> &'static str {
+    DTYPES.iter().find(|(_, d)| *d == dtype).map_or("?", |(n, _)| n)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tensors(fill: u8, megabytes: usize) -> Vec<(String, Vec<u8>)> {
+        // The first two are large enough for shards of their own.
+        (0..3).map(|i| (format!("t{i}"), vec![if i == 0 { 1 } else { fill }; (megabytes << 20).max(64)])).collect()
+    }
+
+    fn save(store: &mut Store, step: u64, data: &[(String, Vec<u8>)]) -> SavedCheckpoint {
+        let views: Vec<_> = data
+            .iter()
+            .map(|(name, data)| TensorBytes { name: name.clone(), dtype: "U8", shape: vec![data.len()], data })
+            .collect();
+        store.save_checkpoint(step, &views, format!("state {step}").as_bytes(), 2).unwrap()
+    }
+
+    fn check(store: &Store, step: u64, data: &[(String, Vec<u8>)]) {
+        let loaded = store.load_checkpoint(step).unwrap();
+        assert_eq!(loaded.state, format!("state {step}").as_bytes());
+        let got: Vec<_> = loaded.tensors.into_iter().map(|t| (t.name, t.data)).collect();
+        assert_eq!(got, data);
+    }
+
+    #[test]
+    fn small_and_large_checkpoints_read_back_and_old_ones_go() {
+        for megabytes in [0, 70] {
+            let directory = tempfile::tempdir().unwrap();
+            let (mut store, _) = Store::open(directory.path()).unwrap();
+            for step in 1..=4 {
+                save(&mut store, step, &tensors(step as u8, megabytes));
+            }
+            let steps: Vec<u64> = store.checkpoints().unwrap().iter().map(|c| c.step).collect();
+            assert_eq!(steps, [3, 4]);
+            check(&store, 4, &tensors(4, megabytes));
+            drop(store);
+            let (store, repairs) = Store::open(directory.path()).unwrap();
+            assert_eq!(repairs, []);
+            check(&store, 3, &tensors(3, megabytes));
+            assert!(store.verify().unwrap().0.is_empty());
+        }
+    }
+
+    #[test]
+    fn unchanged_shards_are_shared_and_unused_ones_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut store, _) = Store::open(directory.path()).unwrap();
+        assert_eq!(save(&mut store, 1, &tensors(1, 70)).shared, 0);
+        let second = save(&mut store, 2, &tensors(2, 70));
+        assert!(second.shared > 70 << 20 && second.written > 140 << 20, "{second:?}");
+        save(&mut store, 3, &tensors(3, 70));
+        let files = store.shards.files().unwrap();
+        assert_eq!(files.iter().filter(|(_, n)| n.ends_with("safetensors")).count(), 5, "{files:?}");
+    }
+
+    #[test]
+    fn a_damaged_checkpoint_is_named_and_the_one_before_is_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut store, _) = Store::open(directory.path()).unwrap();
+        save(&mut store, 1, &tensors(1, 70));
+        save(&mut store, 2, &tensors(2, 70));
+        let only_in_two: Vec<_> = (store.manifests().unwrap()[1].shards.iter().map(|s| s.hash.clone()))
+            .filter(|h| !store.manifests().unwrap()[0].shards.iter().any(|s| s.hash == *h))
+            .collect();
+        let path = directory.path().join("checkpoints").join(format!("{}.safetensors", only_in_two[0]));
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[1000] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        let (latest, damaged) = store.latest_checkpoint().unwrap();
+        assert_eq!(latest.unwrap().step, 1);
+        assert!(damaged[0].0.contains(&only_in_two[0]), "{damaged:?}");
+        assert_eq!(store.verify().unwrap().0.len(), 1);
+    }
+
+    #[test]
+    fn a_lost_database_is_made_again_from_the_copies() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut store, _) = Store::open(directory.path()).unwrap();
+        save(&mut store, 7, &tensors(1, 70));
+        drop(store);
+        std::fs::remove_dir_all(directory.path().join("store")).unwrap();
+        std::fs::remove_file(directory.path().join("store.sentinel")).unwrap();
+        let (store, repairs) = Store::open(directory.path()).unwrap();
+        assert!(repairs[0].0.contains("step 7"), "{repairs:?}");
+        check(&store, 7, &tensors(1, 70));
+    }
+}

@@ -1,0 +1,70 @@
+//! Keys: one letter for the kind, then big-endian numbers, so that a scan is in the order of steps.
+
+/// Every key of a kind begins with its letter and a slash.
+pub const CHECKPOINT: &[u8] = b"c/";
+pub const ROLLOUT: &[u8] = b"r/";
+pub const VERDICT: &[u8] = b"v/";
+pub const LEDGER: &[u8] = b"l/";
+const PROMPT_INDEX: &[u8] = b"i/";
+
+fn with(prefix: &[u8], parts: &[&[u8]]) -> Vec<u8> {
+    std::iter::once(&prefix).chain(parts).flat_map(|p| p.iter().copied()).collect()
+}
+
+pub fn job(name: &str) -> Vec<u8> {
+    with(b"j/", &[name.as_bytes()])
+}
+
+pub fn checkpoint(step: u64) -> Vec<u8> {
+    with(CHECKPOINT, &[&step.to_be_bytes()])
+}
+
+/// All of a kind that belongs to a step.
+pub fn step(kind: &[u8], step: u64) -> Vec<u8> {
+    with(kind, &[&step.to_be_bytes()])
+}
+
+/// The `index`-th of a kind in a step.
+pub fn item(kind: &[u8], step: u64, index: u32) -> Vec<u8> {
+    with(kind, &[&step.to_be_bytes(), &index.to_be_bytes()])
+}
+
+/// Step of a key made by [`step`], [`item`] or [`checkpoint`].
+pub fn step_of(key: &[u8]) -> Option<u64> {
+    Some(u64::from_be_bytes(key.get(2..10)?.try_into().ok()?))
+}
+
+/// All ledger entries of a prompt.
+pub fn prompt(hash: &[u8; 32]) -> Vec<u8> {
+    with(PROMPT_INDEX, &[&hash[..16]])
+}
+
+/// The index entry that leads from a prompt to a ledger entry.
+pub fn prompt_item(hash: &[u8; 32], step: u64, index: u32) -> Vec<u8> {
+    with(&prompt(hash), &[&step.to_be_bytes(), &index.to_be_bytes()])
+}
+
+/// The ledger key that an index entry leads to.
+pub fn indexed(key: &[u8]) -> Vec<u8> {
+    with(LEDGER, &[&key[key.len() - 12..]])
+}
+
+/// An index entry has no value.
+pub fn is_index(key: &[u8]) -> bool {
+    key.starts_with(PROMPT_INDEX)
+}
+
+/// The `part`-th piece of a long record.
+pub fn part(of: &[u8], part: u32) -> Vec<u8> {
+    with(b"#", &[of, &part.to_be_bytes()])
+}
+
+/// The `part`-th piece of a shard kept in the database; part `u32::MAX` is unused.
+pub fn shard_part(hash: &str, part: u32) -> Vec<u8> {
+    with(&shard(hash), &[&part.to_be_bytes()])
+}
+
+/// All pieces of a shard kept in the database.
+pub fn shard(hash: &str) -> Vec<u8> {
+    with(b"t/", &[hash.as_bytes(), b"/"])
+}

@@ -1,0 +1,181 @@
+//! Versioned, checksummed records: `[layout][version][checksum: 8][payload]`, long payloads in parts.
+//!
+//! sled keeps values above about 7 KiB in separate files that its flush does not sync; parts stay below that.
+
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::kv::{Changes, KeyValue};
+use crate::{Error, Result, key};
+
+/// What a record is and the newest version this program reads.
+#[derive(Clone, Copy)]
+pub struct Kind {
+    pub name: &'static str,
+    pub version: u8,
+}
+
+pub const JOB: Kind = Kind { name: "job state", version: 1 };
+pub const CHECKPOINT: Kind = Kind { name: "checkpoint manifest", version: 1 };
+pub const ROLLOUT: Kind = Kind { name: "rollout", version: 1 };
+pub const VERDICT: Kind = Kind { name: "verdict", version: 1 };
+pub const LEDGER: Kind = Kind { name: "preference", version: 1 };
+
+/// Bytes of a value at most.
+pub const PART_BYTES: usize = 6 * 1024;
+
+const WHOLE: u8 = 0;
+const SPLIT: u8 = 1;
+const HEADER: usize = 10;
+
+/// Adds a record to `changes`.
+pub fn put<T: Serialize>(changes: &mut Changes, key: Vec<u8>, kind: Kind, value: &T) -> Result<()> {
+    let payload = postcard::to_stdvec(value).map_err(|e| Error::Encode(e.to_string()))?;
+    let header = |layout: u8| {
+        let mut bytes = vec![layout, kind.version];
+        bytes.extend_from_slice(&checksum(kind.version, &payload));
+        bytes
+    };
+    if payload.len() + HEADER <= PART_BYTES {
+        let mut bytes = header(WHOLE);
+        bytes.extend_from_slice(&payload);
+        changes.put(key, bytes);
+        return Ok(());
+    }
+    let mut bytes = header(SPLIT);
+    bytes.extend_from_slice(&(payload.len().div_ceil(PART_BYTES) as u32).to_be_bytes());
+    for (i, part) in payload.chunks(PART_BYTES).enumerate() {
+        changes.put(key::part(&key, i as u32), part.to_vec());
+    }
+    changes.put(key, bytes);
+    Ok(())
+}
+
+/// Adds the removal of a record and its parts to `changes`.
+pub fn remove(kv: &dyn KeyValue, changes: &mut Changes, key: Vec<u8>) -> Result<()> {
+    if let Some(value) = kv.get(&key)? {
+        for i in 0..parts(&value) {
+            changes.remove(key::part(&key, i));
+        }
+        changes.remove(key);
+    }
+    Ok(())
+}
+
+/// Reads a record.
+pub fn get<T: DeserializeOwned>(kv: &dyn KeyValue, key: &[u8], kind: Kind) -> Result<Option<T>> {
+    match kv.get(key)? {
+        Some(value) => decode(kv, key, &value, kind).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Decodes a value found under `key`.
+pub fn decode<T: DeserializeOwned>(kv: &dyn KeyValue, key: &[u8], value: &[u8], kind: Kind) -> Result<T> {
+    let what = || format!("{} {}", kind.name, name(key));
+    let (version, payload) = payload(kv, key, value)?;
+    if version > kind.version {
+        return Err(Error::TooNew { what: what(), found: version, known: kind.version });
+    }
+    postcard::from_bytes(&payload).map_err(|e| Error::Corrupt { what: what(), reason: e.to_string() })
+}
+
+/// Checks a value's checksum without decoding it.
+pub fn check(kv: &dyn KeyValue, key: &[u8], value: &[u8]) -> Result<()> {
+    payload(kv, key, value).map(|_| ())
+}
+
+fn payload(kv: &dyn KeyValue, key: &[u8], value: &[u8]) -> Result<(u8, Vec<u8>)> {
+    let corrupt = |reason: &str| Error::Corrupt { what: format!("record {}", name(key)), reason: reason.into() };
+    if value.len() < HEADER {
+        return Err(corrupt("it is too short"));
+    }
+    let (version, sum) = (value[1], &value[2..HEADER]);
+    let payload = match value[0] {
+        WHOLE => value[HEADER..].to_vec(),
+        SPLIT => {
+            let mut payload = Vec::new();
+            for i in 0..parts(value) {
+                payload.extend(kv.get(&key::part(key, i))?.ok_or_else(|| corrupt("a part is missing"))?);
+            }
+            payload
+        }
+        _ => return Err(corrupt("its layout is unknown")),
+    };
+    if checksum(version, &payload) != sum {
+        return Err(corrupt("its checksum does not fit"));
+    }
+    Ok((version, payload))
+}
+
+fn parts(value: &[u8]) -> u32 {
+    match (value.first(), value.get(HEADER..HEADER + 4)) {
+        (Some(&SPLIT), Some(n)) => n.try_into().map_or(0, u32::from_be_bytes),
+        _ => 0,
+    }
+}
+
+fn checksum(version: u8, payload: &[u8]) -> [u8; 8] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&[version]).update(payload);
+    let mut sum = [0; 8];
+    sum.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+    sum
+}
+
+/// A key as people can read it.
+fn name(key: &[u8]) -> String {
+    let letter = key.first().map_or('?', |&c| c as char);
+    match crate::key::step_of(key) {
+        Some(step) if letter != 'j' => format!("{letter}/{step}"),
+        _ => String::from_utf8_lossy(key).into_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::MemoryKv;
+
+    fn written(value: &Vec<u8>) -> MemoryKv {
+        let mut kv = MemoryKv::default();
+        let mut changes = Changes::default();
+        put(&mut changes, b"j/x".to_vec(), JOB, value).unwrap();
+        kv.apply(changes).unwrap();
+        kv
+    }
+
+    #[test]
+    fn short_and_long_records_read_back_and_vanish_whole() {
+        for len in [0, 10, PART_BYTES - 20, PART_BYTES, 5 * PART_BYTES + 1] {
+            let value: Vec<u8> = (0..len).map(|i| i as u8).collect();
+            let mut kv = written(&value);
+            assert_eq!(get::<Vec<u8>>(&kv, b"j/x", JOB).unwrap().unwrap(), value);
+            let mut changes = Changes::default();
+            remove(&kv, &mut changes, b"j/x".to_vec()).unwrap();
+            kv.apply(changes).unwrap();
+            assert_eq!(kv.scan(b"").unwrap().count(), 0);
+        }
+    }
+
+    #[test]
+    fn every_flipped_byte_is_noticed() {
+        let kv = written(&vec![7; 50]);
+        let value = kv.get(b"j/x").unwrap().unwrap();
+        for at in 0..value.len() {
+            let mut flipped = value.clone();
+            flipped[at] ^= 0x40;
+            let result: Result<Vec<u8>> = decode(&kv, b"j/x", &flipped, JOB);
+            assert!(matches!(result, Err(Error::Corrupt { .. } | Error::TooNew { .. })), "byte {at}: {result:?}");
+        }
+    }
+
+    #[test]
+    fn a_newer_version_is_refused_by_name() {
+        let mut kv = MemoryKv::default();
+        let mut changes = Changes::default();
+        put(&mut changes, b"j/x".to_vec(), Kind { version: 2, ..JOB }, &1u8).unwrap();
+        kv.apply(changes).unwrap();
+        let error = get::<u8>(&kv, b"j/x", JOB).unwrap_err().to_string();
+        assert!(error.contains("newer version"), "{error}");
+    }
+}

@@ -1,0 +1,101 @@
+//! Content-addressed files beside the database: named by the blake3 of their bytes, shared between checkpoints.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use crate::error::IoContext;
+use crate::{Error, Result};
+
+const EXTENSION: &str = "safetensors";
+
+pub struct Shards {
+    directory: PathBuf,
+}
+
+impl Shards {
+    pub fn open(directory: &Path) -> Result<Self> {
+        fs::create_dir_all(directory).at(directory)?;
+        let shards = Self { directory: directory.into() };
+        // Half-written files of a killed process.
+        for (path, name) in shards.files()? {
+            if name.ends_with(".tmp") {
+                fs::remove_file(&path).at(&path)?;
+            }
+        }
+        Ok(shards)
+    }
+
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    fn path(&self, hash: &str) -> PathBuf {
+        self.directory.join(format!("{hash}.{EXTENSION}"))
+    }
+
+    /// Writes a shard unless it is there; returns whether it was written. Durable after [`Shards::sync`].
+    pub fn write(&self, hash: &str, bytes: &[u8]) -> Result<bool> {
+        let path = self.path(hash);
+        if fs::metadata(&path).is_ok_and(|m| m.len() == bytes.len() as u64) {
+            return Ok(false);
+        }
+        write_durably(&path, bytes)?;
+        Ok(true)
+    }
+
+    /// Makes the names of written shards durable.
+    pub fn sync(&self) -> Result<()> {
+        File::open(&self.directory).and_then(|d| d.sync_all()).at(&self.directory)
+    }
+
+    /// Reads a shard and checks that its bytes are those of its name.
+    pub fn read(&self, hash: &str) -> Result<Vec<u8>> {
+        let path = self.path(hash);
+        let corrupt = |reason: String| Error::Corrupt { what: path.display().to_string(), reason };
+        let bytes = fs::read(&path).map_err(|e| corrupt(e.to_string()))?;
+        if blake3::hash(&bytes).to_hex().as_str() != hash {
+            return Err(corrupt("its content does not fit its name".into()));
+        }
+        Ok(bytes)
+    }
+
+    /// Removes shards that no checkpoint names.
+    pub fn collect(&self, used: &BTreeSet<String>) -> Result<()> {
+        for (path, name) in self.files()? {
+            let hash = name.strip_suffix(&format!(".{EXTENSION}"));
+            if hash.is_some_and(|h| !used.contains(h)) {
+                fs::remove_file(&path).at(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Files of the directory with their names.
+    pub fn files(&self) -> Result<Vec<(PathBuf, String)>> {
+        let mut all = Vec::new();
+        for entry in fs::read_dir(&self.directory).at(&self.directory)? {
+            let path = entry.at(&self.directory)?.path();
+            if let Some(name) = path.file_name().and_then(|n| n.to_str()).map(String::from) {
+                all.push((path, name));
+            }
+        }
+        all.sort();
+        Ok(all)
+    }
+}
+
+/// Temporary name, contents, fsync, rename: the file is whole or absent.
+pub fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
+    let temporary = path.with_extension("tmp");
+    let written = File::create(&temporary).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()
+    });
+    if let Err(e) = written {
+        let _ = fs::remove_file(&temporary); // make room again; the error below is what counts
+        return Err(e).at(path);
+    }
+    fs::rename(&temporary, path).at(path)
+}
