@@ -1,0 +1,209 @@
+//! What all roles share: a state machine on its own thread, an actor that carries messages to it, and the link
+//! from a handle to whichever incarnation of the actor is alive.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, mpsc};
+use std::time::{Duration, Instant};
+
+use ractor::rpc::CallResult;
+use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, Message, RpcReplyPort};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+use crate::{Error, Result};
+
+/// Where a machine sends its answer.
+pub(crate) type Reply<T> = RpcReplyPort<Result<T>>;
+
+/// Answers a request; a caller that has gone needs no answer.
+pub(crate) fn answer<T>(reply: Reply<T>, result: Result<T>) {
+    let _ = reply.send(result);
+}
+
+/// A place in a role's bounded mailbox; it is freed when the message has been handled.
+pub(crate) struct Ticket(#[expect(dead_code, reason = "held for its drop")] OwnedSemaphorePermit);
+
+/// A role without actors: messages in, replies out. Unit tests drive it directly.
+pub(crate) trait Machine: 'static {
+    type Message: Message;
+
+    fn apply(&mut self, message: Self::Message);
+}
+
+/// Builds a machine on the thread that will own it; called again when the role is restarted.
+pub(crate) type Build<M> = Arc<dyn Fn() -> Result<M> + Send + Sync>;
+
+/// What a role has done so far.
+#[derive(Debug, Default)]
+pub struct RoleStats {
+    busy_ns: AtomicU64,
+    messages: AtomicU64,
+}
+
+impl RoleStats {
+    /// Time spent on messages.
+    pub fn busy(&self) -> Duration {
+        Duration::from_nanos(self.busy_ns.load(Ordering::Relaxed))
+    }
+
+    /// Messages handled.
+    pub fn messages(&self) -> u64 {
+        self.messages.load(Ordering::Relaxed)
+    }
+}
+
+/// The living incarnation of a role, and why the last one died.
+pub(crate) struct Slot<Msg> {
+    actor: RwLock<Option<ActorRef<Msg>>>,
+    last_failure: Mutex<Option<String>>,
+    pub stats: RoleStats,
+}
+
+impl<Msg> Slot<Msg> {
+    fn failure(&self) -> Option<String> {
+        self.last_failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// The handle's end: finds the living actor, bounds its mailbox, keeps its deadline.
+pub(crate) struct Link<Msg> {
+    role: &'static str,
+    slot: Arc<Slot<Msg>>,
+    permits: Arc<Semaphore>,
+    capacity: usize,
+    deadline: Duration,
+}
+
+impl<Msg> Clone for Link<Msg> {
+    fn clone(&self) -> Self {
+        Self { slot: self.slot.clone(), permits: self.permits.clone(), ..*self }
+    }
+}
+
+impl<Msg: Message> Link<Msg> {
+    pub fn new(role: &'static str, capacity: usize, deadline: Duration) -> Self {
+        let slot = Slot { actor: RwLock::new(None), last_failure: Mutex::new(None), stats: RoleStats::default() };
+        Self { role, slot: Arc::new(slot), permits: Arc::new(Semaphore::new(capacity)), capacity, deadline }
+    }
+
+    /// Messages sent and not yet handled.
+    pub fn depth(&self) -> usize {
+        self.capacity.saturating_sub(self.permits.available_permits())
+    }
+
+    pub fn stats(&self) -> &RoleStats {
+        &self.slot.stats
+    }
+
+    /// Sends a message and waits for its answer. The one place where ractor's failures become ours.
+    pub async fn ask<T: Send + 'static>(&self, message: impl FnOnce(Ticket, Reply<T>) -> Msg) -> Result<T> {
+        let died = || Error::Died { role: self.role, reason: self.slot.failure() };
+        let permit = self.permits.clone().acquire_owned().await.map_err(|_| died())?;
+        let actor = self.slot.actor.read().unwrap_or_else(PoisonError::into_inner).clone().ok_or_else(died)?;
+        match actor.call(|reply| message(Ticket(permit), reply), Some(self.deadline)).await {
+            Ok(CallResult::Success(answer)) => answer,
+            Ok(CallResult::Timeout) => Err(Error::Timeout { role: self.role, after: self.deadline }),
+            Ok(CallResult::SenderError) | Err(_) => Err(died()),
+        }
+    }
+
+    /// Starts an incarnation of the role under a supervisor and points the link at it.
+    pub async fn start<M: Machine<Message = Msg>>(&self, build: Build<M>, name: String, supervisor: ActorCell) -> Result<ActorCell> {
+        let arguments = Arguments { build, slot: self.slot.clone(), role: self.role };
+        let started = Actor::spawn_linked(Some(name), RoleActor::<M>(std::marker::PhantomData), arguments, supervisor).await;
+        match started {
+            Ok((actor, _)) => {
+                *self.slot.actor.write().unwrap_or_else(PoisonError::into_inner) = Some(actor.clone());
+                Ok(actor.get_cell())
+            }
+            Err(e) => {
+                let reason = self.slot.failure().unwrap_or_else(|| e.to_string());
+                Err(Error::Start { role: self.role, reason })
+            }
+        }
+    }
+}
+
+/// The thin actor: it forwards messages to the machine's thread and dies with it.
+struct RoleActor<M>(std::marker::PhantomData<fn() -> M>);
+
+struct Arguments<M: Machine> {
+    build: Build<M>,
+    slot: Arc<Slot<M::Message>>,
+    role: &'static str,
+}
+
+impl<M: Machine> Actor for RoleActor<M> {
+    type Msg = M::Message;
+    type State = mpsc::Sender<M::Message>;
+    type Arguments = Arguments<M>;
+
+    async fn pre_start(&self, myself: ActorRef<M::Message>, arguments: Arguments<M>) -> std::result::Result<Self::State, ActorProcessingErr> {
+        let Arguments { build, slot, role } = arguments;
+        let (sender, receiver) = mpsc::channel();
+        let (ready, is_ready) = oneshot::channel();
+        let (ended, has_ended) = oneshot::channel::<Option<String>>();
+        let thread_slot = slot.clone();
+        std::thread::Builder::new().name(format!("rehearsal-{role}")).spawn(move || {
+            let machine = match catch_unwind(AssertUnwindSafe(|| build())) {
+                Ok(Ok(machine)) => machine,
+                Ok(Err(e)) => return drop(ready.send(Err(e.to_string()))),
+                Err(panic) => return drop(ready.send(Err(panic_text(&*panic)))),
+            };
+            if ready.send(Ok(())).is_ok() {
+                let _ = ended.send(run(machine, receiver, &thread_slot.stats)); // nobody listens after a stop
+            }
+        })?;
+        let remember = |slot: &Slot<M::Message>, reason: String| {
+            *slot.last_failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+        };
+        if let Err(reason) = is_ready.await.unwrap_or_else(|_| Err("its thread ended".into())) {
+            remember(&slot, reason.clone());
+            return Err(reason.into());
+        }
+        tokio::spawn(async move {
+            if let Ok(Some(reason)) = has_ended.await {
+                remember(&slot, reason.clone());
+                myself.stop(Some(reason));
+            }
+        });
+        Ok(sender)
+    }
+
+    async fn handle(&self, myself: ActorRef<M::Message>, message: M::Message, machine: &mut Self::State) -> std::result::Result<(), ActorProcessingErr> {
+        if machine.send(message).is_err() {
+            // The thread is gone; its caller sees the dropped reply.
+            myself.stop(None);
+        }
+        Ok(())
+    }
+}
+
+/// Handles messages until the actor is gone, or returns why the machine panicked.
+fn run<M: Machine>(mut machine: M, messages: mpsc::Receiver<M::Message>, stats: &RoleStats) -> Option<String> {
+    while let Ok(message) = messages.recv() {
+        let start = Instant::now();
+        let result = catch_unwind(AssertUnwindSafe(|| machine.apply(message)));
+        stats.busy_ns.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        stats.messages.fetch_add(1, Ordering::Relaxed);
+        if let Err(panic) = result {
+            return Some(panic_text(&*panic));
+        }
+    }
+    None
+}
+
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    format!("panicked: {}", text.unwrap_or("no message"))
+}
+
+/// Marks an enum as a message that stays in this process, with and without ractor's `cluster` feature.
+macro_rules! local_message {
+    ($name:ty) => {
+        #[cfg(feature = "cluster")]
+        impl ractor::Message for $name {}
+    };
+}
+pub(crate) use local_message;
