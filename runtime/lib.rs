@@ -1,1 +1,42 @@
+//! Rehearsal aligns language models inside a Rust program.
+//!
+//! A [`Job`] is a [`Config`], something that knows better than the model (a [`Reward`]), and a directory. It runs
+//! on the host's tokio runtime, tells what happens as typed [`Event`]s, records metrics where the host wants them,
+//! stops politely, and goes on after any crash as if nothing had happened.
+//!
+//! ```no_run
+//! # async fn f() -> Result<(), Box<dyn std::error::Error>> {
+//! use rehearsal::{Config, Job, RewardFn, Sample};
+//!
+//! let config = Config::from_toml("[job]\ndirectory = \"runs/brief\"\nsteps = 40", ".".as_ref())?;
+//! let brief = RewardFn::new("brief", |s: &Sample| Ok::<_, String>(-(s.tokens as f64)));
+//! let outcome = Job::builder(config).reward(brief).build()?.run(Default::default()).await?;
+//! println!("{} of {} steps", outcome.step, outcome.steps);
+//! # Ok(())
+//! # }
+//! ```
 
+pub mod cli;
+pub mod config;
+pub mod embedded;
+mod error;
+mod events;
+pub mod exporter;
+mod job;
+mod loops;
+pub mod metrics;
+mod prompts;
+mod rollouts;
+pub mod rules;
+mod run;
+mod state;
+
+pub use config::Config;
+pub use error::{Error, Result};
+pub use events::{Event, Outcome, Seconds, StepSummary};
+pub use job::{CONFIG_FILE, Job, JobBuilder};
+pub use rehearsal_actors::{Judged, Reward, RewardError, RewardFn, Sample};
+pub use rehearsal_lm as lm;
+pub use rehearsal_store as store;
+pub use state::{Answer, Counters, Evaluation, JobState};
+pub use tokio_util::sync::CancellationToken;

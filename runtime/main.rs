@@ -1,1 +1,7 @@
-fn main(){}
+//! The `rehearsal` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    rehearsal::cli::main()
+}

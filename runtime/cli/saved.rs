@@ -1,0 +1,49 @@
+//! Models as the command line names them: files, the embedded one, or a job's newest checkpoint.
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use rehearsal_lm::{Checkpoint, Parameters};
+use rehearsal_store::{OwnedTensor, Store};
+
+use super::run::saved_config;
+use crate::config::ModelSource;
+use crate::error::{Error, Result};
+use crate::job::{CONFIG_FILE, load_model};
+
+/// A model by name; for a job's directory, its policy as of the newest whole checkpoint.
+pub fn model(name: &str) -> Result<Checkpoint> {
+    let path = Path::new(name);
+    if path.join(CONFIG_FILE).exists() {
+        let (store, _) = Store::open(path)?;
+        return policy(path, &store);
+    }
+    load_model(&if name == "embedded" { ModelSource::Embedded } else { ModelSource::Path(path.into()) })
+}
+
+/// A job's policy: its start when there is no checkpoint yet.
+pub fn policy(directory: &Path, store: &Store) -> Result<Checkpoint> {
+    let mut checkpoint = load_model(&saved_config(directory, None)?.model.policy)?;
+    let (latest, damaged) = store.latest_checkpoint()?;
+    for note in damaged {
+        tracing::warn!("{}", note.0);
+    }
+    if let Some(latest) = latest {
+        let tensors: Parameters = latest
+            .tensors
+            .into_iter()
+            .filter_map(|t| Some((t.name.strip_prefix("policy.")?.to_string(), t)))
+            .map(|(name, t)| Ok((name, tensor(&t)?)))
+            .collect::<Result<_>>()?;
+        checkpoint.parameters = tensors;
+    }
+    Ok(checkpoint)
+}
+
+fn tensor(t: &OwnedTensor) -> Result<Tensor> {
+    let dtype = match t.dtype.as_str() {
+        "F32" => DType::F32,
+        other => return Err(Error::State(format!("`{}` has the type {other}", t.name))),
+    };
+    Ok(Tensor::from_raw_buffer(&t.data, dtype, &t.shape, &Device::Cpu).map_err(rehearsal_lm::Error::from)?)
+}

@@ -1,0 +1,238 @@
+//! The configuration of a job: what the user typed is read by [`reader`], what the program trusts is [`Config`].
+
+mod reader;
+mod reference;
+mod schema;
+
+pub use reader::{ConfigError, Problem};
+pub use reference::markdown;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rehearsal_actors::{Placement, PolicyConfig};
+use rehearsal_learn::{AdamWConfig, PreferenceConfig, Schedule, ScheduleKind, TieRule};
+use rehearsal_lm::generate::Sampling;
+
+/// A valid configuration. The reference of all keys is `docs/config.md`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    pub job: JobConfig,
+    pub model: ModelConfig,
+    pub prompts: PromptsConfig,
+    pub rollout: RolloutConfig,
+    pub reward: RewardConfig,
+    pub loss: LossConfig,
+    pub optimizer: OptimizerConfig,
+    pub evaluation: EvaluationConfig,
+    pub checkpoint: CheckpointConfig,
+    pub placement: PlacementConfig,
+    pub limits: LimitsConfig,
+    pub metrics: MetricsConfig,
+}
+
+/// `[job]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct JobConfig {
+    /// Where everything the job makes is kept.
+    pub directory: PathBuf,
+    /// Optimiser steps.
+    pub steps: u64,
+    pub seed: u64,
+}
+
+/// Where a model comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelSource {
+    /// The tiny one inside this program.
+    Embedded,
+    /// A Hugging Face directory or a GGUF file.
+    Path(PathBuf),
+}
+
+/// `[model]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    pub policy: ModelSource,
+    /// The policy's own start where none is named.
+    pub reference: ModelSource,
+}
+
+/// What becomes of a line or prompt that cannot be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnBad {
+    /// The job does not start.
+    Fail,
+    /// It is left out, and counted.
+    Skip,
+}
+
+/// `[prompts]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct PromptsConfig {
+    /// JSON Lines with a column `prompt`: a text or a conversation. `None` takes the embedded prompts.
+    pub train: Option<PathBuf>,
+    pub held_out: Option<PathBuf>,
+    /// Column with a reference answer for rules that compare.
+    pub answer_column: String,
+    /// System message put before prompts that have none.
+    pub system: Option<String>,
+    /// Prompts are put into the model's chat template.
+    pub chat: bool,
+    pub on_bad_line: OnBad,
+    pub on_long: OnBad,
+    /// Tokens of a prompt at most; 0 for what the context leaves.
+    pub tokens_max: usize,
+}
+
+/// `[rollout]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct RolloutConfig {
+    pub prompts_per_step: usize,
+    pub completions_per_prompt: usize,
+    pub max_new_tokens: usize,
+    pub min_new_tokens: usize,
+    pub sampling: Sampling,
+    pub stop: Vec<String>,
+    /// Sequences generated side by side at most.
+    pub batch: usize,
+}
+
+/// `[reward]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct RewardConfig {
+    /// Names of rules; empty when the program brings its own reward.
+    pub rules: Vec<String>,
+    /// One for each rule.
+    pub weights: Vec<f64>,
+    pub words_min: u64,
+    pub words_max: u64,
+    pub pattern: Option<String>,
+}
+
+/// `[loss]`
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LossConfig {
+    pub preference: PreferenceConfig,
+    pub ties: TieRule,
+    pub missing_eos_penalty: f64,
+}
+
+/// `[optimizer]`
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct OptimizerConfig {
+    pub adamw: AdamWConfig,
+    pub learning_rate: f64,
+    pub schedule: ScheduleKind,
+    pub warmup_steps: u64,
+    pub max_grad_norm: Option<f64>,
+    pub micro_batch_tokens: usize,
+}
+
+/// `[evaluation]`
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct EvaluationConfig {
+    /// 0: never.
+    pub every_steps: u64,
+    pub prompts: usize,
+    /// Samples shown with each evaluation.
+    pub samples: usize,
+}
+
+/// `[checkpoint]`
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CheckpointConfig {
+    pub every_steps: u64,
+    pub keep: usize,
+}
+
+/// `[placement]`
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PlacementConfig {
+    pub policy: Placement,
+    pub reference: Placement,
+    /// CPU threads; 0 for all.
+    pub threads: usize,
+}
+
+/// `[limits]`
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LimitsConfig {
+    /// A role answers within this, or the request fails.
+    pub request: Duration,
+    pub restarts_max: u32,
+    pub rollouts_max: usize,
+    pub staleness_max: u64,
+}
+
+/// `[metrics]`
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MetricsConfig {
+    /// Where Prometheus may scrape; `None` listens nowhere.
+    pub listen: Option<SocketAddr>,
+}
+
+impl Config {
+    /// Reads a file; paths in it are relative to its folder.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let source = std::fs::read_to_string(path).map_err(|e| ConfigError {
+            file: path.into(),
+            problems: vec![Problem { line: 0, message: format!("cannot be read: {e}") }],
+        })?;
+        let base = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        Self::from_toml(&source, base).map_err(|e| ConfigError { file: path.into(), ..e })
+    }
+
+    /// Reads a document; paths in it are relative to `base`. All problems are reported at once.
+    pub fn from_toml(source: &str, base: &Path) -> Result<Self, ConfigError> {
+        let mut reader = reader::Reader::new(source);
+        let parsed = reader.parsed();
+        let config = schema::read(&mut reader, base);
+        if parsed {
+            reader.finish();
+        } else {
+            reader.problems.truncate(1); // what a broken document lacks is not the user's fault
+        }
+        if reader.problems.is_empty() { Ok(config) } else { Err(ConfigError { file: "the configuration".into(), problems: reader.problems }) }
+    }
+
+    /// Learning rates of the job.
+    pub fn schedule(&self) -> Schedule {
+        Schedule {
+            kind: self.optimizer.schedule,
+            peak: self.optimizer.learning_rate,
+            warmup_steps: self.optimizer.warmup_steps,
+            total_steps: self.job.steps,
+        }
+    }
+
+    pub(crate) fn policy(&self) -> PolicyConfig {
+        PolicyConfig {
+            placement: self.placement.policy,
+            optimizer: self.optimizer.adamw,
+            max_grad_norm: self.optimizer.max_grad_norm,
+            micro_batch_tokens: self.optimizer.micro_batch_tokens,
+        }
+    }
+
+    /// Completions of a step.
+    pub(crate) fn completions_per_step(&self) -> usize {
+        self.rollout.prompts_per_step * self.rollout.completions_per_prompt
+    }
+
+    /// What a resumed job must have in common with the job that was cut off, section by section.
+    pub(crate) fn fingerprint(&self) -> Vec<(String, String)> {
+        let section = |name: &str, value: &dyn std::fmt::Debug| (name.to_string(), format!("{value:?}"));
+        vec![
+            section("job.seed", &self.job.seed),
+            section("[model]", &self.model),
+            section("[prompts]", &self.prompts),
+            section("[rollout]", &RolloutConfig { batch: 0, ..self.rollout.clone() }),
+            section("[reward]", &self.reward),
+            section("[loss]", &self.loss),
+            section("[optimizer]", &OptimizerConfig { micro_batch_tokens: 0, ..self.optimizer }),
+            section("[evaluation]", &self.evaluation),
+        ]
+    }
+}

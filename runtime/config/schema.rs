@@ -1,0 +1,222 @@
+//! Every section and key, with its default, range and description: the one place that knows them.
+
+use std::path::Path;
+use std::time::Duration;
+
+use rehearsal_actors::Placement;
+use rehearsal_learn::{AdamWConfig, PreferenceConfig, PreferenceKind, ScheduleKind, TieRule};
+use rehearsal_lm::generate::Sampling;
+
+use super::reader::{Range, Reader, Section};
+use super::*;
+
+/// Reads all sections; problems are left in the reader, with defaults in their place.
+pub fn read(r: &mut Reader, base: &Path) -> Config {
+    Config {
+        job: job(r.section("job"), base),
+        model: model(r.section("model"), base),
+        prompts: prompts(r.section("prompts"), base),
+        rollout: rollout(r.section("rollout")),
+        reward: reward(r.section("reward")),
+        loss: loss(r.section("loss")),
+        optimizer: optimizer(r.section("optimizer")),
+        evaluation: evaluation(r.section("evaluation")),
+        checkpoint: checkpoint(r.section("checkpoint")),
+        placement: placement(r.section("placement")),
+        limits: limits(r.section("limits")),
+        metrics: metrics(r.section("metrics")),
+    }
+}
+
+fn job(mut s: Section<'_>, base: &Path) -> JobConfig {
+    s.choice("algorithm", &[("online_dpo", ())], "What the job does.");
+    let directory = s.needed("directory", "a path, relative to this file", "Where checkpoints, ledger and history are kept.");
+    JobConfig {
+        directory: base.join(directory),
+        steps: s.integer("steps", 100, Range::from(1.0), "Optimiser steps of the whole job. May grow on resume."),
+        seed: s.integer("seed", 0, Range::within(0.0, i64::MAX as f64), "Seed of everything random: order of prompts, sampled tokens."),
+    }
+}
+
+fn source(s: &mut Section<'_>, key: &'static str, base: &Path, help: &'static str) -> Option<ModelSource> {
+    let text = s.text(key, "\"embedded\", or a path to a Hugging Face directory or .gguf file", help)?;
+    if text == "embedded" {
+        return Some(ModelSource::Embedded);
+    }
+    let path = base.join(text);
+    if !path.exists() {
+        s.problem(key, format!("names {}, which does not exist", path.display()));
+    }
+    Some(ModelSource::Path(path))
+}
+
+fn model(mut s: Section<'_>, base: &Path) -> ModelConfig {
+    let policy = source(&mut s, "policy", base, "The model to train. Without it, the tiny one inside this program.");
+    let policy = policy.unwrap_or(ModelSource::Embedded);
+    let reference = source(&mut s, "reference", base, "The model not to stray from. Without it, the policy as it was at the start.");
+    ModelConfig { reference: reference.unwrap_or_else(|| policy.clone()), policy }
+}
+
+fn prompts(mut s: Section<'_>, base: &Path) -> PromptsConfig {
+    let on_bad = [("fail", OnBad::Fail), ("skip", OnBad::Skip)];
+    PromptsConfig {
+        train: s.existing("train", base, "JSON Lines with a column `prompt` (a text or a list of messages). Without it, the embedded prompts."),
+        held_out: s.existing("held_out", base, "Prompts for evaluation, in the same form. Without it, the last prompts of `train` are kept apart for it."),
+        answer_column: s.text("answer_column", "a column", "Column with a reference answer, for rules that compare (default `answer`).").unwrap_or_else(|| "answer".into()),
+        system: s.text("system", "a text", "System message put before prompts that have none."),
+        chat: s.flag("chat", true, "Put prompts into the model's chat template, if it has one."),
+        on_bad_line: s.choice("on_bad_line", &on_bad, "A line that is no JSON object, or whose prompt is missing or empty: stop with its number, or skip and count it."),
+        on_long: s.choice("on_long", &[("skip", OnBad::Skip), ("fail", OnBad::Fail)], "A prompt over `tokens_max`: skip and count it, or stop with its number."),
+        tokens_max: s.integer("tokens_max", 0, Range::from(0.0), "Tokens of a prompt at most; 0 takes what the model's context leaves.") as usize,
+    }
+}
+
+fn rollout(mut s: Section<'_>) -> RolloutConfig {
+    let max_new_tokens = s.integer("max_new_tokens", 64, Range::from(1.0), "Tokens of a completion at most.") as usize;
+    let min_new_tokens = s.integer("min_new_tokens", 0, Range::from(0.0), "No end-of-sequence token before this many.") as usize;
+    if min_new_tokens > max_new_tokens {
+        s.problem("min_new_tokens", format!("= {min_new_tokens} exceeds `rollout.max_new_tokens` = {max_new_tokens}"));
+    }
+    RolloutConfig {
+        prompts_per_step: s.integer("prompts_per_step", 8, Range::within(1.0, 65_536.0), "Prompts of an optimiser step.") as usize,
+        completions_per_prompt: s.integer("completions_per_prompt", 2, Range::within(2.0, 256.0), "Completions of a prompt; the best meets the worst.") as usize,
+        max_new_tokens,
+        min_new_tokens,
+        sampling: Sampling {
+            temperature: s.number("temperature", 0.9, Range::above(0.0), "Divides the logits when sampling, and in every log-probability."),
+            top_k: s.integer("top_k", 0, Range::from(0.0), "Sample among the k likeliest tokens; 0 among all.") as usize,
+            top_p: s.number("top_p", 1.0, Range::above_to(0.0, 1.0), "Sample among the likeliest tokens that reach this probability."),
+            min_p: s.number("min_p", 0.0, Range::within(0.0, 1.0), "Sample among tokens at least this many times as likely as the likeliest."),
+        },
+        stop: s.texts("stop", "a list of texts", "Texts that end a completion."),
+        batch: s.integer("batch", 64, Range::within(1.0, 4096.0), "Sequences generated side by side at most. Changes memory and speed, no result.") as usize,
+    }
+}
+
+fn reward(mut s: Section<'_>) -> RewardConfig {
+    let rules = s.texts("rules", "a list of rule names", "Rules whose weighted sum is the reward: `length_window`, `ends_properly`, `matches`, `exact_answer`, `distinct_words`. Empty when the program brings a reward of its own.");
+    let weights = s.numbers("weights", "one number for each rule", "Weights of the rules; 1 each when left out.");
+    let words_min = s.integer("words_min", 1, Range::from(0.0), "`length_window`: words at least.");
+    let words_max = s.integer("words_max", 50, Range::from(1.0), "`length_window`: words at most.");
+    let pattern = s.text("pattern", "a regular expression", "`matches`: what a completion must contain.");
+    for name in &rules {
+        if !crate::rules::NAMES.contains(&name.as_str()) {
+            s.problem("rules", format!("names `{name}`; there are {}", crate::rules::NAMES.join(", ")));
+        }
+    }
+    if !weights.is_empty() && weights.len() != rules.len() {
+        s.problem("weights", format!("has {} numbers for {} rules", weights.len(), rules.len()));
+    }
+    if words_min > words_max {
+        s.problem("words_min", format!("= {words_min} exceeds `reward.words_max` = {words_max}"));
+    }
+    match &pattern {
+        Some(text) => {
+            if let Err(e) = regex::Regex::new(text) {
+                s.problem("pattern", format!("is no regular expression: {}", e.to_string().replace('\n', " ")));
+            }
+        }
+        None if rules.iter().any(|r| r == "matches") => s.problem("rules", "has `matches`, which needs `reward.pattern`"),
+        None => {}
+    }
+    let weights = if weights.is_empty() { vec![1.0; rules.len()] } else { weights };
+    RewardConfig { rules, weights, words_min, words_max, pattern }
+}
+
+fn loss(mut s: Section<'_>) -> LossConfig {
+    let kinds = [
+        ("sigmoid", PreferenceKind::Sigmoid),
+        ("robust", PreferenceKind::Robust),
+        ("sigmoid_norm", PreferenceKind::SigmoidNorm),
+        ("hinge", PreferenceKind::Hinge),
+        ("ipo", PreferenceKind::Ipo),
+        ("ipo_sum", PreferenceKind::IpoSum),
+    ];
+    LossConfig {
+        preference: PreferenceConfig {
+            kind: s.choice("kind", &kinds, "Loss of a pair: DPO (`sigmoid`, cDPO with `label_smoothing`) and its relatives."),
+            beta: s.number("beta", 0.1, Range::above(0.0), "Strength of the pull to the reference (τ for IPO)."),
+            label_smoothing: s.number("label_smoothing", 0.0, Range::within(0.0, 0.499), "Probability that a verdict is wrong; for `sigmoid` and `robust`."),
+        },
+        ties: s.choice("ties", &[("skip", TieRule::Skip), ("first", TieRule::First)], "Equal scores: no pair, or the first completion wins (TRL)."),
+        missing_eos_penalty: s.number("missing_eos_penalty", 0.0, Range::from(0.0), "Taken off the score of a completion that was cut off by its length."),
+    }
+}
+
+fn optimizer(mut s: Section<'_>) -> OptimizerConfig {
+    let floor = s.number("min_lr_rate", 0.0, Range::within(0.0, 1.0), "`cosine`: the last learning rate as a share of the peak.");
+    let schedules = [
+        ("constant", ScheduleKind::Constant),
+        ("constant_from_tenth", ScheduleKind::ConstantFromTenth),
+        ("linear", ScheduleKind::Linear),
+        ("cosine", ScheduleKind::Cosine { floor }),
+    ];
+    let norm = s.number("max_grad_norm", 1.0, Range::from(0.0), "Gradients are scaled down to this global norm; 0 leaves them.");
+    OptimizerConfig {
+        adamw: AdamWConfig {
+            beta1: s.number("beta1", 0.9, Range::within(0.0, 0.999_999), "AdamW: decay of the first moment."),
+            beta2: s.number("beta2", 0.999, Range::within(0.0, 0.999_999), "AdamW: decay of the second moment."),
+            eps: s.number("eps", 1e-8, Range::above(0.0), "AdamW: added to the root of the second moment."),
+            weight_decay: s.number("weight_decay", 0.0, Range::from(0.0), "AdamW: decoupled decay of matrices."),
+        },
+        learning_rate: s.number("learning_rate", 5e-7, Range::above(0.0), "Peak learning rate."),
+        schedule: s.choice("schedule", &schedules, "Shape of the learning rate after its warm-up."),
+        warmup_steps: s.integer("warmup_steps", 0, Range::from(0.0), "Steps from 0 to the peak."),
+        max_grad_norm: (norm > 0.0).then_some(norm),
+        micro_batch_tokens: s.integer("micro_batch_tokens", 4096, Range::from(1.0), "Tokens that go through forward and backward at a time: memory against speed.") as usize,
+    }
+}
+
+fn evaluation(mut s: Section<'_>) -> EvaluationConfig {
+    EvaluationConfig {
+        every_steps: s.integer("every_steps", 0, Range::from(0.0), "Answer the held-out prompts at the start, every so many steps, and at the end; 0 never."),
+        prompts: s.integer("prompts", 32, Range::from(1.0), "Held-out prompts at most.") as usize,
+        samples: s.integer("samples", 3, Range::within(0.0, 100.0), "Answers kept to look at.") as usize,
+    }
+}
+
+fn checkpoint(mut s: Section<'_>) -> CheckpointConfig {
+    CheckpointConfig {
+        every_steps: s.integer("every_steps", 50, Range::from(1.0), "Steps between checkpoints; one is also made at the end and on a polite stop."),
+        keep: s.integer("keep", 2, Range::within(1.0, 1000.0), "Checkpoints kept.") as usize,
+    }
+}
+
+fn place(s: &mut Section<'_>, key: &'static str, help: &'static str) -> Option<Placement> {
+    let text = s.text(key, "\"cpu\" or \"cuda:N\"", help)?;
+    match text.parse() {
+        Ok(placement) => Some(placement),
+        Err(e) => {
+            s.problem(key, format!("= \"{text}\": {e}"));
+            None
+        }
+    }
+}
+
+fn placement(mut s: Section<'_>) -> PlacementConfig {
+    let policy = place(&mut s, "policy", "Device of the policy (default `cpu`).").unwrap_or_default();
+    let reference = place(&mut s, "reference", "Device of the reference (default: that of the policy).").unwrap_or(policy);
+    PlacementConfig {
+        policy,
+        reference,
+        threads: s.integer("threads", 0, Range::within(0.0, 1024.0), "CPU threads; 0 takes one for each core. Changes the speed, no result.") as usize,
+    }
+}
+
+fn limits(mut s: Section<'_>) -> LimitsConfig {
+    LimitsConfig {
+        request: Duration::from_secs(s.integer("request_seconds", 3600, Range::from(1.0), "A role answers within this, or the request fails.")),
+        restarts_max: s.integer("restarts_max", 3, Range::within(0.0, 1000.0), "Times a role that died is started again.") as u32,
+        rollouts_max: s.integer("rollouts_max", 65_536, Range::from(1.0), "Rollouts the buffer holds at most.") as usize,
+        staleness_max: s.integer("staleness_max", 0, Range::from(0.0), "Updates a rollout may be old when it is learned from."),
+    }
+}
+
+fn metrics(mut s: Section<'_>) -> MetricsConfig {
+    let listen = s.text("listen", "an address with a port", "Serve Prometheus metrics there, such as `127.0.0.1:9464`. Without it nothing listens.");
+    let parsed = listen.as_ref().and_then(|text| text.parse().ok());
+    if let (Some(text), None) = (&listen, &parsed) {
+        s.problem("listen", format!("= \"{text}\" must be an address with a port, such as 127.0.0.1:9464"));
+    }
+    MetricsConfig { listen: parsed }
+}

@@ -1,0 +1,176 @@
+//! Prompts: JSON Lines with TRL's column `prompt`, a text or a conversation.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rehearsal_lm::random::Stream;
+use rehearsal_lm::{Message, Text};
+use rehearsal_store::{Prompt, Turn};
+use serde_json::Value;
+
+use crate::config::{Config, OnBad};
+use crate::error::{At, Error, Result};
+
+/// Streams of random numbers from here upward belong to the order of prompts; rollouts count from below.
+const ORDER_STREAMS: u64 = 1 << 63;
+
+/// A prompt ready to be answered.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PromptRow {
+    /// Line in its file, from 0.
+    pub row: u64,
+    pub prompt: Prompt,
+    /// The last message, for scorers.
+    pub text: String,
+    pub tokens: Arc<Vec<u32>>,
+    pub answer: Option<String>,
+}
+
+/// The prompts of a job and how many were left out.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Prompts {
+    pub train: Vec<PromptRow>,
+    pub held_out: Vec<PromptRow>,
+    pub bad_lines: u64,
+    pub too_long: u64,
+}
+
+impl Prompts {
+    /// Reads, checks and tokenises the prompts of a configuration; `room` is the context a prompt may take.
+    pub fn load(config: &Config, text: &Text, room: usize) -> Result<Self> {
+        let mut prompts = Self::default();
+        let tokens_max = match config.prompts.tokens_max {
+            0 => room,
+            n => n.min(room),
+        };
+        prompts.train = prompts.read(config, text, config.prompts.train.as_deref(), tokens_max)?;
+        let n = config.evaluation.prompts;
+        if let Some(file) = &config.prompts.held_out {
+            prompts.held_out = prompts.read(config, text, Some(file), tokens_max)?;
+            prompts.held_out.truncate(n);
+        } else if config.evaluation.every_steps > 0 {
+            let kept = n.min(prompts.train.len() / 5);
+            prompts.held_out = prompts.train.split_off(prompts.train.len() - kept);
+        }
+        Ok(prompts)
+    }
+
+    fn read(&mut self, config: &Config, text: &Text, file: Option<&Path>, tokens_max: usize) -> Result<Vec<PromptRow>> {
+        let name = file.unwrap_or(Path::new("the embedded prompts"));
+        let source = match file {
+            Some(file) => std::fs::read_to_string(file).at(file)?,
+            None => crate::embedded::prompts(),
+        };
+        let error = |line: usize, message: String| Error::Prompts { file: name.into(), message: format!("line {}: {message}", line + 1) };
+        let mut rows = Vec::new();
+        for (line, json) in source.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
+            let row = match parse(json, config) {
+                Ok(row) => row,
+                Err(_) if config.prompts.on_bad_line == OnBad::Skip => {
+                    self.bad_lines += 1;
+                    continue;
+                }
+                Err(message) => return Err(error(line, format!("{message}; set `prompts.on_bad_line = \"skip\"` to leave such lines out"))),
+            };
+            let tokens = encode(&row, config, text)?;
+            if tokens.len() > tokens_max {
+                if config.prompts.on_long == OnBad::Fail {
+                    let n = tokens.len();
+                    return Err(error(line, format!("the prompt has {n} tokens and may have {tokens_max}; shorten it, or set `prompts.on_long = \"skip\"`")));
+                }
+                self.too_long += 1;
+                continue;
+            }
+            rows.push(PromptRow { row: line as u64, text: row.last, prompt: row.prompt, tokens: Arc::new(tokens), answer: row.answer });
+        }
+        if rows.is_empty() {
+            let message = format!("no prompt can be used ({} bad lines, {} too long)", self.bad_lines, self.too_long);
+            return Err(Error::Prompts { file: name.into(), message });
+        }
+        Ok(rows)
+    }
+
+    /// The `n` training prompts after the first `cursor` draws: a permutation of all, then another, and so on.
+    pub fn draw(&self, seed: u64, cursor: u64, n: usize) -> Vec<&PromptRow> {
+        let total = self.train.len() as u64;
+        let mut order = (u64::MAX, Vec::new());
+        (cursor..cursor + n as u64)
+            .map(|at| {
+                let epoch = at / total;
+                if order.0 != epoch {
+                    order = (epoch, Stream::new(seed, ORDER_STREAMS + epoch).permutation(total as usize));
+                }
+                &self.train[order.1[(at % total) as usize]]
+            })
+            .collect()
+    }
+}
+
+struct Parsed {
+    prompt: Prompt,
+    last: String,
+    answer: Option<String>,
+}
+
+fn parse(json: &str, config: &Config) -> std::result::Result<Parsed, String> {
+    let value: Value = serde_json::from_str(json).map_err(|e| format!("is no JSON: {e}"))?;
+    let prompt = value.get("prompt").ok_or("has no column `prompt`")?;
+    let (prompt, last) = match prompt {
+        Value::String(text) => (Prompt::Text(text.clone()), text.clone()),
+        Value::Array(messages) => {
+            let turns: Vec<Turn> = messages
+                .iter()
+                .map(|m| serde_json::from_value(m.clone()).map_err(|_| "has a message without `role` and `content`".to_string()))
+                .collect::<std::result::Result<_, _>>()?;
+            let last = turns.last().map(|t| t.content.clone()).unwrap_or_default();
+            (Prompt::Conversation(turns), last)
+        }
+        _ => return Err("has a `prompt` that is neither a text nor a list of messages".into()),
+    };
+    if last.trim().is_empty() {
+        return Err("has an empty prompt".into());
+    }
+    let answer = value.get(&config.prompts.answer_column).map(|a| a.as_str().map_or_else(|| a.to_string(), String::from));
+    Ok(Parsed { prompt, last, answer })
+}
+
+fn encode(row: &Parsed, config: &Config, text: &Text) -> Result<Vec<u32>> {
+    let mut messages: Vec<Message> = match &row.prompt {
+        Prompt::Text(text) => vec![Message::user(text)],
+        Prompt::Conversation(turns) => turns.iter().map(|t| Message { role: t.role.clone(), content: t.content.clone() }).collect(),
+    };
+    if !config.prompts.chat {
+        return Ok(text.encode(&row.last)?);
+    }
+    if let (Some(system), false) = (&config.prompts.system, messages.iter().any(|m| m.role == "system")) {
+        messages.insert(0, Message::system(system));
+    }
+    Ok(text.encode_chat(&messages)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows(n: u64) -> Prompts {
+        let row = |row| PromptRow { row, prompt: Prompt::Text(String::new()), text: String::new(), tokens: Arc::default(), answer: None };
+        Prompts { train: (0..n).map(row).collect(), ..Prompts::default() }
+    }
+
+    #[test]
+    fn every_epoch_is_a_permutation_wherever_it_is_cut() {
+        let prompts = rows(10);
+        let at_once: Vec<u64> = prompts.draw(1, 0, 30).iter().map(|p| p.row).collect();
+        let mut in_parts = Vec::new();
+        for cursor in (0..30).step_by(3) {
+            in_parts.extend(prompts.draw(1, cursor, 3).iter().map(|p| p.row));
+        }
+        assert_eq!(at_once, in_parts);
+        for epoch in at_once.chunks(10) {
+            let mut epoch = epoch.to_vec();
+            epoch.sort();
+            assert_eq!(epoch, (0..10).collect::<Vec<_>>());
+        }
+        assert_ne!(at_once[..10], at_once[10..20]);
+    }
+}

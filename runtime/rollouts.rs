@@ -1,0 +1,162 @@
+//! From prompts to scored completions: generate, log, score, compare with the reference, buffer.
+//!
+//! Completions are logged as they finish and verdicts before anything is done with them, so a step that is cut off
+//! is replayed from the log and never generated or judged twice.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use rehearsal_actors::{Group, Judged, Replay, Sample, ScoredCompletion, Tokens};
+use rehearsal_lm::generate::{Completion, Finish, Request, completion_text};
+use rehearsal_store::{Rollout, Verdict};
+use tokio::sync::mpsc;
+
+use crate::error::Result;
+use crate::events::{Event, Seconds};
+use crate::prompts::PromptRow;
+use crate::run::Run;
+
+/// Rollout ids from here upward belong to evaluations, which draw the same numbers each time.
+pub(crate) const EVALUATION_IDS: u64 = 1 << 62;
+
+/// A completion on its way, with the prompt it answers.
+struct Answered {
+    index: usize,
+    completion: Completion,
+    text: String,
+}
+
+impl Run {
+    /// Completions of a step's prompts, scored and compared with the reference, in the order of the prompts.
+    pub async fn rollouts(&mut self, prompts: &[PromptRow], policy_version: u64, seconds: &mut Seconds) -> Result<Vec<Group>> {
+        let step = self.state.step;
+        let k = self.config.rollout.completions_per_prompt;
+        let first_id = step * self.config.completions_per_step() as u64;
+        let replay = self.roles.archivist.replay(step).await?;
+        let answered = self.answers(prompts, k, first_id, Some((step, policy_version, &replay)), seconds).await?;
+
+        let known: BTreeMap<u32, Judged> =
+            replay.verdicts.into_iter().map(|v| (v.index, Judged { score: v.score, reason: v.reason })).collect();
+        let start = Instant::now();
+        let unknown: Vec<&Answered> = answered.iter().filter(|a| !known.contains_key(&(a.index as u32))).collect();
+        let samples = unknown.iter().map(|a| sample(&prompts[a.index / k], a)).collect();
+        let mut judged = self.roles.reward.score(samples).await?;
+        let verdicts: Vec<Verdict> = (unknown.iter().zip(&judged))
+            .map(|(a, j)| Verdict { step, index: a.index as u32, score: j.score, reason: j.reason.clone() })
+            .collect();
+        if !verdicts.is_empty() {
+            self.roles.archivist.log_verdicts(verdicts).await?;
+        }
+        let mut fresh: BTreeMap<u32, Judged> = unknown.iter().map(|a| a.index as u32).zip(judged.drain(..)).collect();
+        seconds.reward += start.elapsed().as_secs_f64();
+
+        let ref_logprobs = self.reference_logprobs(prompts, k, &answered, seconds).await?;
+        for (answered, ref_logprobs) in answered.into_iter().zip(ref_logprobs) {
+            let (prompt, place, index) = (answered.index / k, answered.index % k, answered.index as u32);
+            let Some(judged) = known.get(&index).cloned().or_else(|| fresh.remove(&index)) else { continue };
+            let Answered { completion, text, .. } = answered;
+            let scored = ScoredCompletion { place, policy_version, completion, text, judged, ref_logprobs };
+            self.roles.buffer.insert(prompt as u32, scored).await?;
+        }
+        let (groups, stale) = self.roles.buffer.take(policy_version).await?;
+        self.state.counters.stale += stale as u64;
+        Ok(groups)
+    }
+
+    /// Answers to evaluation prompts: one each, scored, with log-probabilities under the reference.
+    pub async fn evaluation_answers(&mut self, prompts: &[PromptRow]) -> Result<Vec<(ScoredCompletion, usize)>> {
+        let mut seconds = Seconds::default();
+        let answered = self.answers(prompts, 1, EVALUATION_IDS, None, &mut seconds).await?;
+        let judged = self.roles.reward.score(answered.iter().map(|a| sample(&prompts[a.index], a)).collect()).await?;
+        let ref_logprobs = self.reference_logprobs(prompts, 1, &answered, &mut seconds).await?;
+        let all = answered.into_iter().zip(judged).zip(ref_logprobs);
+        Ok(all
+            .map(|((a, judged), ref_logprobs)| {
+                let Answered { index, completion, text } = a;
+                (ScoredCompletion { place: 0, policy_version: 0, completion, text, judged, ref_logprobs }, index)
+            })
+            .collect())
+    }
+
+    /// Generates what the log does not have, logging each completion as it finishes.
+    async fn answers(
+        &mut self,
+        prompts: &[PromptRow],
+        k: usize,
+        first_id: u64,
+        logged: Option<(u64, u64, &Replay)>,
+        seconds: &mut Seconds,
+    ) -> Result<Vec<Answered>> {
+        let start = Instant::now();
+        let total = prompts.len() * k;
+        let mut done: BTreeMap<usize, Completion> = BTreeMap::new();
+        if let Some((_, _, replay)) = logged {
+            let old = replay.rollouts.iter().filter(|r| (r.index as usize) < total);
+            done.extend(old.map(|r| (r.index as usize, from_log(r))));
+        }
+        let request = |index: usize| Request { id: first_id + index as u64, prompt: prompts[index / k].tokens.clone() };
+        let requests: Vec<Request> = (0..total).filter(|i| !done.contains_key(i)).map(request).collect();
+        if !requests.is_empty() {
+            let (sender, mut receiver) = mpsc::unbounded_channel();
+            let (policy, options, cancel) = (self.roles.policy.clone(), self.generation(), self.cancel.clone());
+            let generating = tokio::spawn(async move { policy.generate(requests, options, sender, cancel).await });
+            while let Some(first) = receiver.recv().await {
+                let mut batch = vec![first];
+                while let Ok(next) = receiver.try_recv() {
+                    batch.push(next);
+                }
+                if let Some((step, policy_version, _)) = logged {
+                    let row = |c: &Completion| to_log(c, step, (c.id - first_id) as u32, policy_version);
+                    self.roles.archivist.log_rollouts(batch.iter().map(row).collect()).await?;
+                }
+                done.extend(batch.into_iter().map(|c| ((c.id - first_id) as usize, c)));
+                self.tell(Event::Rollout { step: self.state.step, done: done.len(), of: total });
+            }
+            let lost = |_| rehearsal_actors::Error::Died { role: "policy", reason: None };
+            generating.await.map_err(lost)??;
+        }
+        seconds.generate += start.elapsed().as_secs_f64();
+        let stop = &self.config.rollout.stop;
+        done.into_iter()
+            .map(|(index, completion)| {
+                let text = completion_text(&self.model.text, &completion.tokens, stop)?;
+                Ok(Answered { index, completion, text })
+            })
+            .collect()
+    }
+
+    async fn reference_logprobs(&self, prompts: &[PromptRow], k: usize, answered: &[Answered], seconds: &mut Seconds) -> Result<Vec<Vec<f32>>> {
+        let start = Instant::now();
+        let tokens = answered
+            .iter()
+            .map(|a| Tokens { prompt: prompts[a.index / k].tokens.clone(), completion: a.completion.tokens.clone().into() })
+            .collect();
+        let temperature = self.config.rollout.sampling.logprob_temperature();
+        let logprobs = self.roles.reference.logprobs(tokens, temperature).await?;
+        seconds.reference += start.elapsed().as_secs_f64();
+        Ok(logprobs)
+    }
+}
+
+fn sample(prompt: &PromptRow, answered: &Answered) -> Sample {
+    Sample {
+        prompt: prompt.text.clone(),
+        completion: answered.text.clone(),
+        tokens: answered.completion.tokens.len(),
+        finish: answered.completion.finish,
+        answer: prompt.answer.clone(),
+        row: prompt.row,
+    }
+}
+
+const FINISHES: [Finish; 3] = [Finish::Eos, Finish::Stop, Finish::Length];
+
+fn to_log(c: &Completion, step: u64, index: u32, policy_version: u64) -> Rollout {
+    let finish = FINISHES.iter().position(|f| *f == c.finish).unwrap_or_default() as u8;
+    Rollout { step, index, id: c.id, policy_version, tokens: c.tokens.clone(), logprobs: c.logprobs.clone(), finish }
+}
+
+fn from_log(r: &Rollout) -> Completion {
+    let finish = FINISHES.get(r.finish as usize).copied().unwrap_or(Finish::Length);
+    Completion { id: r.id, tokens: r.tokens.clone(), logprobs: r.logprobs.clone(), finish }
+}

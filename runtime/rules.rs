@@ -1,0 +1,157 @@
+//! Rewards named in the configuration: rules a program can check.
+
+use regex::Regex;
+use rehearsal_actors::{Judged, Reward, RewardError, Sample};
+use rehearsal_lm::generate::Finish;
+
+use crate::config::RewardConfig;
+
+/// Names of all rules.
+pub const NAMES: [&str; 5] = ["length_window", "ends_properly", "matches", "exact_answer", "distinct_words"];
+
+/// One rule.
+enum Rule {
+    /// 1 within a number of words; outside, the shortfall or excess relative to the bound is taken off, down to 0.
+    LengthWindow { min: u64, max: u64 },
+    /// 1 for a completion that ended by itself, on the end of a sentence; one half for only one of both.
+    EndsProperly,
+    /// 1 if the pattern is found.
+    Matches(Regex),
+    /// 1 if the last number of the completion is the last number of the answer (GSM8K).
+    ExactAnswer,
+    /// Number of different words.
+    DistinctWords,
+}
+
+impl Rule {
+    fn score(&self, sample: &Sample) -> Result<f64, String> {
+        let text = sample.completion.as_str();
+        Ok(match self {
+            Rule::LengthWindow { min, max } => {
+                let (words, min, max) = (text.split_whitespace().count() as f64, *min as f64, *max as f64);
+                let outside = if words < min { (min - words) / min } else { ((words - max) / max).max(0.0) };
+                (1.0 - outside).max(0.0)
+            }
+            Rule::EndsProperly => {
+                let ended = sample.finish != Finish::Length;
+                let closed = text.trim_end().ends_with(['.', '!', '?', '"', ')', '`']);
+                (f64::from(ended) + f64::from(closed)) / 2.0
+            }
+            Rule::Matches(pattern) => f64::from(pattern.is_match(text)),
+            Rule::ExactAnswer => {
+                let wanted = sample.answer.as_deref().ok_or("the prompt's row has no answer to compare with")?;
+                let wanted = last_number(wanted).ok_or_else(|| format!("the answer `{wanted}` has no number"))?;
+                f64::from(last_number(text) == Some(wanted))
+            }
+            Rule::DistinctWords => text.split_whitespace().collect::<std::collections::BTreeSet<_>>().len() as f64,
+        })
+    }
+}
+
+/// The last number of a text, without the commas between thousands.
+fn last_number(text: &str) -> Option<f64> {
+    let is_part = |c: char| c.is_ascii_digit() || matches!(c, ',' | '.' | '-');
+    text.split(|c| !is_part(c))
+        .filter_map(|word| word.replace(',', "").trim_end_matches('.').parse::<f64>().ok())
+        .next_back()
+}
+
+/// The weighted sum of rules.
+pub struct Rules {
+    rules: Vec<(String, f64, Rule)>,
+}
+
+impl Rules {
+    /// The rules of a configuration, which has been validated.
+    pub fn new(config: &RewardConfig) -> Result<Self, String> {
+        let rule = |name: &str| -> Result<Rule, String> {
+            Ok(match name {
+                "length_window" => Rule::LengthWindow { min: config.words_min, max: config.words_max },
+                "ends_properly" => Rule::EndsProperly,
+                "matches" => {
+                    let pattern = config.pattern.as_deref().ok_or("`matches` needs `reward.pattern`")?;
+                    Rule::Matches(Regex::new(pattern).map_err(|e| e.to_string())?)
+                }
+                "exact_answer" => Rule::ExactAnswer,
+                "distinct_words" => Rule::DistinctWords,
+                other => return Err(format!("there is no rule `{other}`; there are {}", NAMES.join(", "))),
+            })
+        };
+        let rules = config.rules.iter().zip(&config.weights).map(|(name, &w)| Ok((name.clone(), w, rule(name)?)));
+        Ok(Self { rules: rules.collect::<Result<_, String>>()? })
+    }
+
+    fn judge(&self, sample: &Sample) -> Result<Judged, RewardError> {
+        let mut total = 0.0;
+        let mut reasons = Vec::with_capacity(self.rules.len());
+        for (name, weight, rule) in &self.rules {
+            let failed = |reason| RewardError::Failed { name: name.clone(), row: sample.row, reason };
+            let score = rule.score(sample).map_err(failed)?;
+            total += weight * score;
+            reasons.push(format!("{name} {score:.3}"));
+        }
+        Ok(Judged { score: total, reason: reasons.join(", ") })
+    }
+}
+
+impl Reward for Rules {
+    fn name(&self) -> &str {
+        "rules"
+    }
+
+    fn score(&self, samples: &[Sample]) -> Result<Vec<Judged>, RewardError> {
+        samples.iter().map(|s| self.judge(s)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn score(rule: Rule, completion: &str, finish: Finish, answer: Option<&str>) -> Result<f64, String> {
+        let (prompt, completion, answer) = (String::new(), completion.to_string(), answer.map(String::from));
+        rule.score(&Sample { prompt, completion, tokens: 0, finish, answer, row: 0 })
+    }
+
+    #[test]
+    fn a_length_window_falls_off_on_both_sides() {
+        let window = |text: &str| score(Rule::LengthWindow { min: 2, max: 4 }, text, Finish::Eos, None).unwrap();
+        assert_eq!([window(""), window("a"), window("a b"), window("a b c d")], [0.0, 0.5, 1.0, 1.0]);
+        assert_eq!([window("a b c d e f"), window(&"a ".repeat(20))], [0.5, 0.0]);
+    }
+
+    #[test]
+    fn a_proper_end_is_a_stop_and_a_sentence() {
+        let ends = |text: &str, finish| score(Rule::EndsProperly, text, finish, None).unwrap();
+        assert_eq!(ends("Done.", Finish::Eos), 1.0);
+        assert_eq!(ends("Done", Finish::Eos), 0.5);
+        assert_eq!(ends("Done.", Finish::Length), 0.5);
+        assert_eq!(ends("Do", Finish::Length), 0.0);
+    }
+
+    #[test]
+    fn the_last_number_is_the_answer() {
+        let exact = |text: &str, answer| score(Rule::ExactAnswer, text, Finish::Eos, answer).unwrap();
+        assert_eq!(exact("3 and 4 make 1,207.", Some("#### 1207")), 1.0);
+        assert_eq!(exact("It costs $-3.50", Some("-3.5")), 1.0);
+        assert_eq!(exact("12", Some("13")), 0.0);
+        assert_eq!(exact("none", Some("13")), 0.0);
+        assert!(score(Rule::ExactAnswer, "1", Finish::Eos, None).unwrap_err().contains("no answer"));
+    }
+
+    #[test]
+    fn rules_are_weighed_and_give_their_reasons() {
+        let config = RewardConfig {
+            rules: vec!["matches".into(), "distinct_words".into()],
+            weights: vec![2.0, 0.5],
+            words_min: 1,
+            words_max: 9,
+            pattern: Some("(?i)please".into()),
+        };
+        let rules = Rules::new(&config).unwrap();
+        let (prompt, completion) = (String::new(), "Please do do it".to_string());
+        let judged = rules.judge(&Sample { prompt, completion, tokens: 0, finish: Finish::Eos, answer: None, row: 0 }).unwrap();
+        assert_eq!(judged.score, 3.5);
+        assert_eq!(judged.reason, "matches 1.000, distinct_words 3.000");
+    }
+}
