@@ -1,0 +1,102 @@
+//! Kills the real program again and again: the end is that of a run that was never interrupted.
+
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use rehearsal::lm::random::Stream;
+
+use crate::support::{Remains, job_file, program, rehearsal, stderr};
+
+const STEPS: u64 = 40;
+const MORE: &str = "\n[checkpoint]\nevery_steps = 3\n\n[evaluation]\nevery_steps = 10\nprompts = 6\n";
+/// Kills that must have hit a running job.
+const KILLS: u32 = 22;
+
+fn start(args: &[&str]) -> Child {
+    program().args(args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+}
+
+/// Whether the child was still at work when it was killed after `delay`.
+fn kill_after(mut child: Child, delay: Duration) -> bool {
+    let deadline = Instant::now() + delay;
+    while Instant::now() < deadline {
+        if child.try_wait().unwrap().is_some() {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap(); // SIGKILL
+    child.wait().unwrap();
+    true
+}
+
+fn killed_run(folder: &Path) -> (Remains, u32) {
+    let (file, directory) = job_file(folder, STEPS, MORE);
+    let (file, directory_text) = (file.to_str().unwrap(), directory.to_str().unwrap());
+    let random = Stream::new(99, 1);
+    let mut kills = 0;
+    let mut child = start(&["run", file]);
+    for attempt in 0..400 {
+        // From before the store is open to several steps in, in all phases of a step.
+        let delay = Duration::from_millis(15 + (random.uniform(attempt) * 450.0) as u64);
+        if !kill_after(child, delay) {
+            break;
+        }
+        kills += 1;
+        let known = directory.join("store").is_dir();
+        let args = if known { ["resume", directory_text] } else { ["run", file] };
+        if kills >= 60 {
+            break;
+        }
+        child = start(&args);
+    }
+    // To the end, whatever the kills left. A job killed before its settings were kept starts again.
+    let output = rehearsal(&["resume", directory_text]);
+    if !output.status.success() {
+        let again = rehearsal(&["run", file]);
+        assert!(again.status.success(), "{}\n{}", stderr(&output), stderr(&again));
+    }
+    (Remains::of(&directory), kills)
+}
+
+#[test]
+fn a_job_killed_again_and_again_ends_the_same_to_the_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
+    std::fs::create_dir_all(&whole).unwrap();
+    std::fs::create_dir_all(&broken).unwrap();
+    let (file, directory) = job_file(&whole, STEPS, MORE);
+    let output = rehearsal(&["run", file.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let want = Remains::of(&directory);
+    assert_eq!(want.step, STEPS);
+    assert_eq!(want.history.len() as u64, STEPS);
+    assert_eq!(want.ledger.len() as u64, 4 * STEPS);
+
+    let (got, kills) = killed_run(&broken);
+    eprintln!("{kills} kills");
+    assert!(kills >= KILLS, "only {kills} kills hit a running job");
+    got.assert_same(&want);
+}
+
+#[test]
+fn a_polite_stop_saves_and_the_resumed_job_ends_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, directory) = job_file(folder.path(), 12, "");
+    let child = start(&["run", file.to_str().unwrap()]);
+    while !directory.join("history.jsonl").exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let signal = std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    assert!(signal.success());
+    let status = { child }.wait().unwrap();
+    assert_eq!(status.code(), Some(130));
+    let output = rehearsal(&["resume", directory.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+
+    let other = tempfile::tempdir().unwrap();
+    let (file, whole) = job_file(other.path(), 12, "");
+    assert!(rehearsal(&["run", file.to_str().unwrap()]).status.success());
+    Remains::of(&directory).assert_same(&Remains::of(&whole));
+}

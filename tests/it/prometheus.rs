@@ -1,0 +1,170 @@
+//! A real Prometheus scrapes a running job: every expression of the dashboard and the alert rules works.
+
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::support::{job_file, program};
+
+/// Expressions that may be empty on a healthy job, each with its reason.
+const MAY_BE_EMPTY: [(&str, &str); 1] = [("ALERTS", "no alert fires on a healthy job")];
+
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn deploy(file: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy").join(file)
+}
+
+fn installed(program: &str) -> bool {
+    let found = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
+    if !found {
+        eprintln!("SKIPPED: {program} is not installed (Debian: apt-get install prometheus)");
+    }
+    found
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// The body of an answer to `GET path`.
+fn get(port: u16, path: &str) -> Option<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    answer.split_once("\r\n\r\n").map(|(_, body)| body.to_string())
+}
+
+fn encode(text: &str) -> String {
+    text.bytes().map(|b| if b.is_ascii_alphanumeric() { (b as char).to_string() } else { format!("%{b:02X}") }).collect()
+}
+
+fn query(port: u16, expression: &str) -> Result<usize, String> {
+    let body = get(port, &format!("/api/v1/query?query={}", encode(expression))).ok_or("no answer")?;
+    let json: Value = serde_json::from_str(&body).map_err(|e| format!("{e}: {body}"))?;
+    if json["status"] != "success" {
+        return Err(body);
+    }
+    Ok(json["data"]["result"].as_array().map_or(0, Vec::len))
+}
+
+/// Every `expr` of the dashboard, with its variables filled in.
+fn dashboard_expressions() -> BTreeSet<String> {
+    fn collect(value: &Value, found: &mut BTreeSet<String>) {
+        match value {
+            Value::Object(map) => {
+                if let Some(Value::String(expr)) = map.get("expr") {
+                    found.insert(expr.replace("$__rate_interval", "15s").replace("$instance", ".*"));
+                }
+                map.values().for_each(|v| collect(v, found));
+            }
+            Value::Array(list) => list.iter().for_each(|v| collect(v, found)),
+            _ => {}
+        }
+    }
+    let text = std::fs::read_to_string(deploy("grafana-dashboard.json")).unwrap();
+    let mut found = BTreeSet::new();
+    collect(&serde_json::from_str(&text).unwrap(), &mut found);
+    found
+}
+
+/// Every `expr:` of the alert rules, without the comparison that makes them fire.
+fn alert_expressions() -> Vec<String> {
+    let text = std::fs::read_to_string(deploy("alerts.yml")).unwrap();
+    text.lines().filter_map(|l| l.trim().strip_prefix("expr: ")).map(String::from).collect()
+}
+
+#[test]
+fn the_deployed_files_pass_promtool() {
+    if !installed("promtool") {
+        return;
+    }
+    for args in [["check", "config", "prometheus.yml"], ["check", "rules", "alerts.yml"]] {
+        let output = Command::new("promtool").args(&args[..2]).arg(deploy(args[2])).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    }
+    let mut test = Command::new("promtool");
+    let output = test.args(["test", "rules"]).arg(deploy("alerts-test.yml")).current_dir(deploy("")).output().unwrap();
+    assert!(output.status.success(), "{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn a_real_prometheus_answers_every_expression_of_a_running_job() {
+    if !installed("prometheus") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (port, own) = (free_port(), free_port());
+    let more = format!("\n[checkpoint]\nevery_steps = 10\n\n[evaluation]\nevery_steps = 20\nprompts = 4\n\n[metrics]\nlisten = \"127.0.0.1:{port}\"\n");
+    let (file, _) = job_file(folder.path(), 1_000_000, &more);
+    let _job = Killed(program().args(["run", file.to_str().unwrap()]).stdout(Stdio::null()).spawn().unwrap());
+
+    // The deployed configuration, on this test's ports and scraping faster.
+    let deployed = std::fs::read_to_string(deploy("prometheus.yml")).unwrap();
+    let settings = deployed
+        .replace("127.0.0.1:9464", &format!("127.0.0.1:{port}"))
+        .replace("scrape_interval: 5s", "scrape_interval: 1s")
+        .replace("evaluation_interval: 5s", "evaluation_interval: 1s")
+        .replace("alerts.yml", deploy("alerts.yml").to_str().unwrap());
+    let settings_file = folder.path().join("prometheus.yml");
+    std::fs::write(&settings_file, settings).unwrap();
+    let _prometheus = Killed(
+        Command::new("prometheus")
+            .arg(format!("--config.file={}", settings_file.display()))
+            .arg(format!("--storage.tsdb.path={}", folder.path().join("data").display()))
+            .arg(format!("--web.listen-address=127.0.0.1:{own}"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
+
+    let deadline = Instant::now() + Duration::from_secs(90);
+    // Until there are rates to compute and an evaluation and a checkpoint have happened.
+    let ready = "count_over_time(rehearsal_steps_total[1m]) > 8 and rehearsal_held_out_kl != 0 and rehearsal_checkpoint_step > 0";
+    while !query(own, ready).is_ok_and(|n| n > 0) {
+        assert!(Instant::now() < deadline, "the job was not scraped: {:?}", query(own, "rehearsal_steps_total"));
+        std::thread::sleep(Duration::from_millis(300));
+    }
+
+    let expressions = dashboard_expressions();
+    assert!(expressions.len() > 15);
+    for expression in &expressions {
+        let rows = query(own, expression).unwrap_or_else(|e| panic!("{expression}: {e}"));
+        let may_be_empty = MAY_BE_EMPTY.iter().any(|(name, _)| expression.contains(name));
+        assert!(rows > 0 || may_be_empty, "`{expression}` has no data");
+    }
+    let alerts = alert_expressions();
+    assert!(alerts.len() >= 6);
+    for expression in &alerts {
+        query(own, expression).unwrap_or_else(|e| panic!("{expression}: {e}"));
+        // A rule compares; what it compares must be there.
+        let compared = expression.split([' ', '(', ')', '[', '{', '=']).find(|w| w.starts_with("rehearsal_") || *w == "up");
+        let metric = compared.unwrap_or_else(|| panic!("{expression} names no metric"));
+        assert!(query(own, metric).unwrap() > 0, "`{metric}` of an alert has no data");
+    }
+    let loaded = get(own, "/api/v1/rules").unwrap();
+    assert!(loaded.contains("RehearsalStalled") && !loaded.contains("\"health\":\"err\""), "{loaded}");
+
+    // Every metric of the table is there, under its name and kind.
+    let text = get(port, "/metrics").unwrap();
+    for metric in rehearsal::metrics::TABLE {
+        let kind = format!("{:?}", metric.kind).to_lowercase();
+        assert!(text.contains(&format!("# TYPE {} {kind}", metric.name)), "{} is not exported", metric.name);
+        assert!(text.contains(&format!("# HELP {} ", metric.name)), "{} is not described", metric.name);
+    }
+}

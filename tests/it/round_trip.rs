@@ -1,0 +1,98 @@
+//! Out and back: exported models in `transformers`, exported ledgers in TRL's form.
+
+use std::process::Command;
+
+use rehearsal::lm::{Batch, Checkpoint, Sequence};
+use serde_json::Value;
+
+use crate::support::{job_file, rehearsal, stderr};
+
+/// A Python that has `transformers` and `torch` (`REHEARSAL_PYTHON`, or `python3`).
+fn python() -> Option<String> {
+    let python = std::env::var("REHEARSAL_PYTHON").unwrap_or_else(|_| "python3".into());
+    let found = Command::new(&python).args(["-c", "import transformers, torch"]).output().is_ok_and(|o| o.status.success());
+    if !found {
+        eprintln!("SKIPPED: {python} has no transformers and torch; set REHEARSAL_PYTHON to one that has");
+    }
+    found.then_some(python)
+}
+
+const LOGITS: &str = "
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+tok = AutoTokenizer.from_pretrained(sys.argv[1])
+prompt = tok.apply_chat_template([{'role': 'user', 'content': 'What does the fox do?'}], add_generation_prompt=True, tokenize=False)
+ids = tok(prompt, add_special_tokens=False).input_ids
+with torch.no_grad():
+    logits = model(torch.tensor([ids])).logits[0].double()
+print(json.dumps({'prompt': prompt, 'ids': ids, 'logprobs': torch.log_softmax(logits, -1).tolist()}))
+";
+
+#[test]
+fn an_exported_model_says_the_same_in_transformers() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, directory) = job_file(folder.path(), 3, "");
+    assert!(rehearsal(&["run", file.to_str().unwrap()]).status.success());
+    let out = folder.path().join("model");
+    let output = rehearsal(&["export", directory.to_str().unwrap(), "--model", out.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+
+    let checkpoint = Checkpoint::open(&out).unwrap();
+    let decoder = checkpoint.frozen(&candle_core::Device::Cpu, candle_core::DType::F32).unwrap();
+    let Some(python) = python() else { return };
+    let output = Command::new(python).args(["-c", LOGITS]).arg(&out).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let said: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let messages = [rehearsal::lm::Message::user("What does the fox do?")];
+    let ids = checkpoint.text.encode_chat(&messages).unwrap();
+    assert_eq!(checkpoint.text.template().unwrap().render(&messages, true).unwrap(), said["prompt"].as_str().unwrap());
+    assert_eq!(ids, serde_json::from_value::<Vec<u32>>(said["ids"].clone()).unwrap());
+    for (position, want) in said["logprobs"].as_array().unwrap().iter().enumerate() {
+        let all: Vec<u32> = (0..checkpoint.architecture.vocab as u32).collect();
+        let batch = Batch::new(all.iter().map(|t| Sequence { prompt: &ids[..=position], completion: std::slice::from_ref(t) }));
+        let got = decoder.logprobs(&batch, 1.0).unwrap().to_vec1::<f32>().unwrap();
+        for (token, (got, want)) in got.iter().zip(want.as_array().unwrap()).enumerate() {
+            let want = want.as_f64().unwrap();
+            assert!((f64::from(*got) - want).abs() < 1e-4, "position {position}, token {token}: {got} {want}");
+        }
+    }
+}
+
+const DATASET: &str = "
+import sys
+from datasets import load_dataset
+from trl.data_utils import is_conversational, maybe_extract_prompt
+rows = load_dataset('json', data_files=sys.argv[1], split='train')
+row = rows[0]
+assert {'prompt', 'chosen', 'rejected'} <= set(rows.column_names), rows.column_names
+assert not is_conversational(row) and maybe_extract_prompt(row)['prompt'] == row['prompt']
+assert all(r['chosen'] != r['rejected'] and r['score_chosen'] > r['score_rejected'] for r in rows)
+print(len(rows))
+";
+
+#[test]
+fn an_exported_ledger_is_a_preference_dataset() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, directory) = job_file(folder.path(), 3, "");
+    assert!(rehearsal(&["run", file.to_str().unwrap()]).status.success());
+    let out = folder.path().join("pairs.jsonl");
+    let output = rehearsal(&["export", directory.to_str().unwrap(), "--ledger", out.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let lines: Vec<Value> = std::fs::read_to_string(&out).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert!(!lines.is_empty() && lines.len() <= 12);
+    for row in &lines {
+        for column in ["prompt", "chosen", "rejected"] {
+            assert!(row[column].is_string(), "{row}");
+        }
+        assert!(row["score_chosen"].as_f64() > row["score_rejected"].as_f64(), "{row}");
+    }
+    let Some(python) = python() else { return };
+    if !Command::new(&python).args(["-c", "import datasets, trl"]).output().is_ok_and(|o| o.status.success()) {
+        eprintln!("SKIPPED: {python} has no datasets and trl");
+        return;
+    }
+    let output = Command::new(python).args(["-c", DATASET]).arg(&out).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), lines.len().to_string());
+}

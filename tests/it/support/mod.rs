@@ -1,0 +1,133 @@
+//! Small jobs on the embedded model, in the process and as the real program.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use rehearsal::store::{Preference, Store};
+use rehearsal::{CancellationToken, Config, Error, Job, Outcome, Reward};
+
+/// A job of a few seconds. `steps` and what `more` says (whole sections) can be chosen.
+pub fn toml(directory: &Path, steps: u64, more: &str) -> String {
+    format!(
+        r#"
+[job]
+directory = "{}"
+steps = {steps}
+seed = 11
+
+[rollout]
+prompts_per_step = 4
+completions_per_prompt = 2
+max_new_tokens = 24
+temperature = 1.0
+
+[reward]
+rules = ["distinct_words", "ends_properly"]
+weights = [0.1, 1.0]
+
+[optimizer]
+learning_rate = 1e-4
+warmup_steps = 2
+{more}"#,
+        directory.display()
+    )
+}
+
+pub fn config(directory: &Path, steps: u64, more: &str) -> Config {
+    Config::from_toml(&toml(directory, steps, more), Path::new(".")).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// Runs a job in this process to its end.
+pub fn run(config: Config) -> Result<Outcome, Error> {
+    runtime().block_on(Job::builder(config).build()?.run(CancellationToken::new()))
+}
+
+/// Runs a job with a reward of its own.
+pub fn run_with(config: Config, reward: impl Reward) -> Result<Outcome, Error> {
+    runtime().block_on(Job::builder(config).reward(reward).build()?.run(CancellationToken::new()))
+}
+
+pub fn resume(config: Config) -> Result<Outcome, Error> {
+    runtime().block_on(Job::builder(config).build()?.resume(CancellationToken::new()))
+}
+
+pub fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Runtime::new().unwrap()
+}
+
+/// The program itself.
+pub fn program() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_rehearsal"))
+}
+
+pub fn rehearsal(args: &[&str]) -> Output {
+    program().args(args).output().unwrap()
+}
+
+pub fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Writes a job's file beside its directory.
+pub fn job_file(folder: &Path, steps: u64, more: &str) -> (PathBuf, PathBuf) {
+    let (file, directory) = (folder.join("job.toml"), folder.join("job"));
+    std::fs::write(&file, toml(&directory, steps, more)).unwrap();
+    (file, directory)
+}
+
+/// All that a finished job leaves behind, without the times at which it was written.
+#[derive(PartialEq)]
+pub struct Remains {
+    pub step: u64,
+    /// Weights, moments and the job's state with its counters, bit for bit.
+    pub tensors: Vec<(String, Vec<u8>)>,
+    pub state: Vec<u8>,
+    pub ledger: Vec<Preference>,
+    /// Steps of the history, without durations.
+    pub history: Vec<serde_json::Value>,
+}
+
+impl Remains {
+    pub fn of(directory: &Path) -> Self {
+        let (store, _) = Store::open(directory).unwrap();
+        let (wrong, _) = store.verify().unwrap();
+        assert!(wrong.is_empty(), "{wrong:?}");
+        let checkpoint = store.latest_checkpoint().unwrap().0.expect("a checkpoint");
+        let timeless = |p: Preference| Preference { time_ms: 0, ..p };
+        let history = std::fs::read_to_string(directory.join("history.jsonl")).unwrap();
+        let row = |line: &str| {
+            let mut row: serde_json::Value = serde_json::from_str(line).unwrap();
+            row.as_object_mut().unwrap().remove("seconds");
+            row
+        };
+        Self {
+            step: checkpoint.step,
+            tensors: checkpoint.tensors.into_iter().map(|t| (t.name, t.data)).collect(),
+            state: checkpoint.state,
+            ledger: store.preferences().unwrap().map(|p| timeless(p.unwrap())).collect(),
+            history: history.lines().map(row).collect(),
+        }
+    }
+
+    /// Says what differs first.
+    pub fn assert_same(&self, other: &Self) {
+        assert_eq!(self.step, other.step);
+        for ((name, a), (_, b)) in self.tensors.iter().zip(&other.tensors) {
+            assert!(a == b, "`{name}` differs");
+        }
+        assert_eq!(self.tensors.len(), other.tensors.len());
+        for (a, b) in self.ledger.iter().zip(&other.ledger) {
+            assert_eq!(a, b);
+        }
+        assert_eq!(self.ledger.len(), other.ledger.len());
+        for (a, b) in self.history.iter().zip(&other.history) {
+            assert_eq!(a, b);
+        }
+        assert_eq!(self.history.len(), other.history.len());
+        assert!(self.state == other.state, "the job's state differs");
+    }
+}
