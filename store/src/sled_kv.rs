@@ -6,10 +6,12 @@
 //!   the last acknowledged sequence number exposes the latter.
 //! - After an I/O error sled refuses everything until it is opened again.
 
+use std::cell::RefCell;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::error::IoContext;
 use crate::kv::{Changes, Entry, KeyValue};
@@ -19,14 +21,23 @@ const SEQUENCE: &[u8] = b"!sequence";
 const CACHE_BYTES: u64 = 64 << 20;
 
 pub struct SledKv {
-    db: Option<sled::Db>,
     path: PathBuf,
-    log: File,
     sentinel: File,
     sentinel_path: PathBuf,
+    /// Replaced when sled has to be opened again; one thread owns the store, so nobody waits for the cell.
+    state: RefCell<State>,
+}
+
+struct State {
+    /// None after a failed write: sled never recovers from one by itself.
+    db: Option<Open>,
     acknowledged: u64,
-    /// Set by a failed write: sled must be opened again before it is used.
-    broken: bool,
+}
+
+#[derive(Clone)]
+struct Open {
+    db: sled::Db,
+    log: Arc<File>,
 }
 
 impl SledKv {
@@ -34,58 +45,36 @@ impl SledKv {
     pub fn open(directory: &Path) -> Result<(Self, Vec<Repair>)> {
         let path = directory.join("store");
         let mut repairs = Vec::new();
-        remove_half_made_snapshots(&path, &mut repairs)?;
-        let db = match open_db(&path) {
-            Ok(db) => db,
-            Err(Error::Database { .. }) if set_snapshots_aside(&path, &mut repairs)? => open_db(&path)?,
+        let open = match Open::new(&path, &mut repairs) {
+            Ok(open) => open,
+            Err(Error::Database { .. }) if set_snapshots_aside(&path, &mut repairs)? => Open::new(&path, &mut repairs)?,
             Err(e) => return Err(e),
         };
         sync_directories(&path, directory)?;
-        let log_path = path.join("db");
-        let log = File::open(&log_path).at(&log_path)?;
         let sentinel_path = directory.join("store.sentinel");
         let sentinel =
             File::options().create(true).truncate(false).read(true).write(true).open(&sentinel_path).at(&sentinel_path)?;
-        let mut kv = Self { db: Some(db), path, log, sentinel, sentinel_path, acknowledged: 0, broken: false };
-        let (found, acknowledged) = (kv.sequence()?, kv.read_sentinel());
+        let (found, acknowledged) = (open.sequence(&path)?, read_sentinel(&sentinel));
         if found < acknowledged {
-            return Err(Error::Lost { path: kv.path, found, acknowledged });
+            return Err(Error::Lost { path, found, acknowledged });
         }
-        kv.acknowledged = found;
-        Ok((kv, repairs))
+        let state = RefCell::new(State { db: Some(open), acknowledged: found });
+        Ok((Self { path, sentinel, sentinel_path, state }, repairs))
     }
 
-    fn db(&self) -> Result<&sled::Db> {
-        self.db.as_ref().ok_or_else(|| Error::Database { path: self.path.clone(), reason: "it is closed".into() })
-    }
-
-    fn sequence(&self) -> Result<u64> {
-        let value = self.get(SEQUENCE)?;
-        Ok(value.and_then(|v| v.try_into().ok()).map_or(0, u64::from_be_bytes))
-    }
-
-    fn read_sentinel(&self) -> u64 {
-        let mut bytes = [0; 8];
-        match self.sentinel.read_exact_at(&mut bytes, 0) {
-            Ok(()) => u64::from_be_bytes(bytes),
-            Err(_) => 0, // a new store
+    /// The open database; after a failed write it is opened again first.
+    fn ready(&self) -> Result<Open> {
+        let mut state = self.state.borrow_mut();
+        if let Some(open) = &state.db {
+            return Ok(open.clone());
         }
+        let open = Open::new(&self.path, &mut Vec::new())?;
+        state.acknowledged = open.sequence(&self.path)?;
+        state.db = Some(open.clone());
+        Ok(open)
     }
 
-    /// Opens the database again after a failed write, which sled itself never recovers from.
-    fn reopen(&mut self) -> Result<()> {
-        drop(self.db.take());
-        let mut ignored = Vec::new();
-        remove_half_made_snapshots(&self.path, &mut ignored)?;
-        self.db = Some(open_db(&self.path)?);
-        let log_path = self.path.join("db");
-        self.log = File::open(&log_path).at(&log_path)?;
-        self.acknowledged = self.sequence()?;
-        self.broken = false;
-        Ok(())
-    }
-
-    fn write(&self, changes: &Changes, sequence: u64) -> Result<()> {
+    fn write(&self, open: &Open, changes: &Changes, sequence: u64) -> Result<()> {
         let mut batch = sled::Batch::default();
         for (key, value) in &changes.0 {
             match value {
@@ -94,43 +83,55 @@ impl SledKv {
             }
         }
         batch.insert(SEQUENCE, &sequence.to_be_bytes());
-        let db = self.db()?;
-        self.guard(|| db.apply_batch(batch).and_then(|()| db.flush().map(|_| ())))?;
-        self.log.sync_all().at(&self.path)?;
+        guard(&self.path, || open.db.apply_batch(batch).and_then(|()| open.db.flush().map(|_| ())))?;
+        open.log.sync_all().at(&self.path)?;
         self.sentinel.write_all_at(&sequence.to_be_bytes(), 0).at(&self.sentinel_path)?;
         self.sentinel.sync_data().at(&self.sentinel_path)
     }
+}
 
-    fn guard<T>(&self, f: impl FnOnce() -> sled::Result<T>) -> Result<T> {
-        guard(&self.path, f)
+impl Open {
+    fn new(path: &Path, repairs: &mut Vec<Repair>) -> Result<Self> {
+        remove_half_made_snapshots(path, repairs)?;
+        let db = open_db(path)?;
+        let log_path = path.join("db");
+        Ok(Self { db, log: Arc::new(File::open(&log_path).at(&log_path)?) })
+    }
+
+    fn sequence(&self, path: &Path) -> Result<u64> {
+        let value = guard(path, || self.db.get(SEQUENCE))?;
+        Ok(value.and_then(|v| v.as_ref().try_into().ok()).map_or(0, u64::from_be_bytes))
+    }
+}
+
+fn read_sentinel(sentinel: &File) -> u64 {
+    let mut bytes = [0; 8];
+    match sentinel.read_exact_at(&mut bytes, 0) {
+        Ok(()) => u64::from_be_bytes(bytes),
+        Err(_) => 0, // a new store
     }
 }
 
 impl KeyValue for SledKv {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        let db = self.db()?;
-        Ok(self.guard(|| db.get(key))?.map(|v| v.to_vec()))
+        let open = self.ready()?;
+        Ok(guard(&self.path, || open.db.get(key))?.map(|v| v.to_vec()))
     }
 
     fn apply(&mut self, changes: Changes) -> Result<()> {
-        if self.broken {
-            self.reopen()?;
+        let open = self.ready()?;
+        let sequence = self.state.borrow().acknowledged + 1;
+        let written = self.write(&open, &changes, sequence);
+        let mut state = self.state.borrow_mut();
+        match &written {
+            Ok(()) => state.acknowledged = sequence,
+            Err(_) => state.db = None,
         }
-        let sequence = self.acknowledged + 1;
-        match self.write(&changes, sequence) {
-            Ok(()) => {
-                self.acknowledged = sequence;
-                Ok(())
-            }
-            Err(e) => {
-                self.broken = true;
-                Err(e)
-            }
-        }
+        written
     }
 
     fn scan<'a>(&'a self, prefix: &[u8]) -> Result<Box<dyn Iterator<Item = Result<Entry>> + 'a>> {
-        let entries = self.db()?.scan_prefix(prefix);
+        let entries = self.ready()?.db.scan_prefix(prefix);
         let own = |key: &[u8]| key != SEQUENCE;
         Ok(Box::new(
             entries

@@ -256,14 +256,17 @@ fn a_damaged_checkpoint_is_found_by_verify() {
     let job = directory.to_str().unwrap();
     let output = rehearsal(&["verify", job]);
     assert!(output.status.success(), "{}", stderr(&output));
-    // Overwrite a stretch in the middle of the log, where the tensors are.
+    // Scratches all over the log, of which the tensors are the greatest part.
     let log = directory.join("store/db");
     let mut bytes = fs::read(&log).unwrap();
-    let middle = bytes.len() / 2;
-    bytes[middle..middle + 4096].fill(0xA5);
+    for at in (bytes.len() / 4..bytes.len() * 3 / 4).step_by(32 << 10) {
+        bytes[at..at + 64].fill(0xA5);
+    }
     fs::write(&log, bytes).unwrap();
     let output = rehearsal(&["verify", job]);
     assert!(!output.status.success(), "{}", crate::support::stdout(&output));
+    let said = crate::support::stdout(&output) + &stderr(&output);
+    assert!(["damaged", "lost", "failed"].iter().any(|w| said.contains(w)) && !said.contains("panicked at"), "{said}");
 }
 
 #[test]
