@@ -9,7 +9,9 @@ pub enum Error {
     Config(#[from] crate::config::ConfigError),
     #[error("{file}: {message}")]
     Prompts { file: PathBuf, message: String },
-    #[error("the configuration names no rules and the program brings no reward; set `reward.rules` or give the builder a reward")]
+    #[error(
+        "the configuration names no rules and the program brings no reward; set `reward.rules` or give the builder a reward"
+    )]
     NoReward,
     #[error("reward rules: {0}")]
     Rules(String),
@@ -17,7 +19,9 @@ pub enum Error {
     Exists(PathBuf),
     #[error("{0} holds no job to resume; start one by `run`")]
     NothingToResume(PathBuf),
-    #[error("the job in {directory} was started with other settings, and a resumed job must do what it would have done:\n{differences}")]
+    #[error(
+        "the job in {directory} was started with other settings, and a resumed job must do what it would have done:\n{differences}"
+    )]
     Changed { directory: PathBuf, differences: String },
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },

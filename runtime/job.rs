@@ -118,7 +118,8 @@ impl Job {
             None => store.put_job(FINGERPRINT, &now)?,
             Some(then) if then != now => {
                 let changed = then.iter().zip(&now).filter(|(a, b)| a != b);
-                let differences: Vec<String> = changed.map(|(a, b)| format!("  {}\n    then: {}\n    now:  {}", a.0, a.1, b.1)).collect();
+                let differences: Vec<String> =
+                    changed.map(|(a, b)| format!("  {}\n    then: {}\n    now:  {}", a.0, a.1, b.1)).collect();
                 return Err(Error::Changed { directory, differences: differences.join("\n") });
             }
             Some(_) => {}
@@ -126,7 +127,13 @@ impl Job {
         self.work(inputs, store, repairs, cancel).await
     }
 
-    async fn work(self, inputs: Inputs, store: Store, repairs: Vec<rehearsal_store::Repair>, cancel: CancellationToken) -> Result<Outcome> {
+    async fn work(
+        self,
+        inputs: Inputs,
+        store: Store,
+        repairs: Vec<rehearsal_store::Repair>,
+        cancel: CancellationToken,
+    ) -> Result<Outcome> {
         let Job { config, reward, recorder, events, .. } = self;
         let tell = |event| drop(events.send(event));
         for repair in repairs {
@@ -171,13 +178,28 @@ impl Job {
         let roles = Roles {
             archivist: director.archivist(store, full_disk).await?,
             policy: director.policy(policy.clone(), config.policy(), devices.clone()).await?,
-            reference: director.reference(reference, config.placement.reference, config.optimizer.micro_batch_tokens, devices).await?,
+            reference: director
+                .reference(reference, config.placement.reference, config.optimizer.micro_batch_tokens, devices)
+                .await?,
             reward: director.reward(reward).await?,
-            buffer: director.buffer(config.rollout.completions_per_prompt, config.limits.rollouts_max, config.limits.staleness_max).await?,
+            buffer: director
+                .buffer(config.rollout.completions_per_prompt, config.limits.rollouts_max, config.limits.staleness_max)
+                .await?,
             director,
         };
-        let mut run = Run { config, roles, state: JobState::default(), prompts, model: policy, meters, events, cancel, saved: None };
-        let result = run.to_the_end().await;
+        let mut run = Run {
+            config,
+            roles,
+            state: JobState::default(),
+            prompts,
+            model: policy,
+            meters,
+            events,
+            cancel,
+            saved: None,
+            last: serde_json::Value::Null,
+        };
+        let result = run.finish().await;
         run.roles.director.stop().await;
         watcher.abort();
         if let Ok(outcome) = &result {
@@ -189,7 +211,7 @@ impl Job {
 
 impl Run {
     /// Restores, then runs the loop until it ends, going back to the last checkpoint whenever a role dies.
-    async fn to_the_end(&mut self) -> Result<Outcome> {
+    async fn finish(&mut self) -> Result<Outcome> {
         self.restore().await?;
         self.tell(Event::Started {
             step: self.state.step,
@@ -219,11 +241,17 @@ impl Run {
         })
     }
 
-    async fn recover(&mut self, restarts: u32) -> Result<()> {
-        self.roles.director.settled(restarts).await;
-        match self.roles.director.failure() {
-            Some(failure) => Err(failure.into()),
-            None => self.restore().await,
+    /// Waits until the dead are dealt with and goes back to the last checkpoint, however often a role dies meanwhile.
+    async fn recover(&mut self, mut restarts: u32) -> Result<()> {
+        loop {
+            self.roles.director.settled(restarts).await;
+            if let Some(failure) = self.roles.director.failure() {
+                return Err(failure.into());
+            }
+            match self.restore().await {
+                Err(e) if e.is_death() => restarts += 1,
+                other => return other,
+            }
         }
     }
 }
@@ -249,7 +277,9 @@ impl Inputs {
             let second = if reference == policy { first.clone() } else { Arc::new(load_model(reference)?) };
             let (a, b) = (first.architecture.vocab, second.architecture.vocab);
             if a != b {
-                let message = format!("the reference has a vocabulary of {b}, the policy of {a}; they must share their tokenizer");
+                let message = format!(
+                    "the reference has a vocabulary of {b}, the policy of {a}; they must share their tokenizer"
+                );
                 return Err(rehearsal_lm::Error::Config(message).into());
             }
             let room = first.architecture.context.saturating_sub(config.rollout.max_new_tokens);

@@ -61,7 +61,10 @@ impl Prompts {
             Some(file) => std::fs::read_to_string(file).at(file)?,
             None => crate::embedded::prompts(),
         };
-        let error = |line: usize, message: String| Error::Prompts { file: name.into(), message: format!("line {}: {message}", line + 1) };
+        let error = |line: usize, message: String| Error::Prompts {
+            file: name.into(),
+            message: format!("line {}: {message}", line + 1),
+        };
         let mut rows = Vec::new();
         for (line, json) in source.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
             let row = match parse(json, config) {
@@ -70,18 +73,34 @@ impl Prompts {
                     self.bad_lines += 1;
                     continue;
                 }
-                Err(message) => return Err(error(line, format!("{message}; set `prompts.on_bad_line = \"skip\"` to leave such lines out"))),
+                Err(message) => {
+                    return Err(error(
+                        line,
+                        format!("{message}; set `prompts.on_bad_line = \"skip\"` to leave such lines out"),
+                    ));
+                }
             };
             let tokens = encode(&row, config, text)?;
             if tokens.len() > tokens_max {
                 if config.prompts.on_long == OnBad::Fail {
                     let n = tokens.len();
-                    return Err(error(line, format!("the prompt has {n} tokens and may have {tokens_max}; shorten it, or set `prompts.on_long = \"skip\"`")));
+                    return Err(error(
+                        line,
+                        format!(
+                            "the prompt has {n} tokens and may have {tokens_max}; shorten it, or set `prompts.on_long = \"skip\"`"
+                        ),
+                    ));
                 }
                 self.too_long += 1;
                 continue;
             }
-            rows.push(PromptRow { row: line as u64, text: row.last, prompt: row.prompt, tokens: Arc::new(tokens), answer: row.answer });
+            rows.push(PromptRow {
+                row: line as u64,
+                text: row.last,
+                prompt: row.prompt,
+                tokens: Arc::new(tokens),
+                answer: row.answer,
+            });
         }
         if rows.is_empty() {
             let message = format!("no prompt can be used ({} bad lines, {} too long)", self.bad_lines, self.too_long);
@@ -120,7 +139,10 @@ fn parse(json: &str, config: &Config) -> std::result::Result<Parsed, String> {
         Value::Array(messages) => {
             let turns: Vec<Turn> = messages
                 .iter()
-                .map(|m| serde_json::from_value(m.clone()).map_err(|_| "has a message without `role` and `content`".to_string()))
+                .map(|m| {
+                    serde_json::from_value(m.clone())
+                        .map_err(|_| "has a message without `role` and `content`".to_string())
+                })
                 .collect::<std::result::Result<_, _>>()?;
             let last = turns.last().map(|t| t.content.clone()).unwrap_or_default();
             (Prompt::Conversation(turns), last)
@@ -130,14 +152,17 @@ fn parse(json: &str, config: &Config) -> std::result::Result<Parsed, String> {
     if last.trim().is_empty() {
         return Err("has an empty prompt".into());
     }
-    let answer = value.get(&config.prompts.answer_column).map(|a| a.as_str().map_or_else(|| a.to_string(), String::from));
+    let answer =
+        value.get(&config.prompts.answer_column).map(|a| a.as_str().map_or_else(|| a.to_string(), String::from));
     Ok(Parsed { prompt, last, answer })
 }
 
 fn encode(row: &Parsed, config: &Config, text: &Text) -> Result<Vec<u32>> {
     let mut messages: Vec<Message> = match &row.prompt {
         Prompt::Text(text) => vec![Message::user(text)],
-        Prompt::Conversation(turns) => turns.iter().map(|t| Message { role: t.role.clone(), content: t.content.clone() }).collect(),
+        Prompt::Conversation(turns) => {
+            turns.iter().map(|t| Message { role: t.role.clone(), content: t.content.clone() }).collect()
+        }
     };
     if !config.prompts.chat {
         return Ok(text.encode(&row.last)?);
@@ -153,7 +178,13 @@ mod tests {
     use super::*;
 
     fn rows(n: u64) -> Prompts {
-        let row = |row| PromptRow { row, prompt: Prompt::Text(String::new()), text: String::new(), tokens: Arc::default(), answer: None };
+        let row = |row| PromptRow {
+            row,
+            prompt: Prompt::Text(String::new()),
+            text: String::new(),
+            tokens: Arc::default(),
+            answer: None,
+        };
         Prompts { train: (0..n).map(row).collect(), ..Prompts::default() }
     }
 

@@ -28,7 +28,12 @@ struct Answered {
 
 impl Run {
     /// Completions of a step's prompts, scored and compared with the reference, in the order of the prompts.
-    pub async fn rollouts(&mut self, prompts: &[PromptRow], policy_version: u64, seconds: &mut Seconds) -> Result<Vec<Group>> {
+    pub async fn rollouts(
+        &mut self,
+        prompts: &[PromptRow],
+        policy_version: u64,
+        seconds: &mut Seconds,
+    ) -> Result<Vec<Group>> {
         let step = self.state.step;
         let k = self.config.rollout.completions_per_prompt;
         let first_id = step * self.config.completions_per_step() as u64;
@@ -125,11 +130,20 @@ impl Run {
             .collect()
     }
 
-    async fn reference_logprobs(&self, prompts: &[PromptRow], k: usize, answered: &[Answered], seconds: &mut Seconds) -> Result<Vec<Vec<f32>>> {
+    async fn reference_logprobs(
+        &self,
+        prompts: &[PromptRow],
+        k: usize,
+        answered: &[Answered],
+        seconds: &mut Seconds,
+    ) -> Result<Vec<Vec<f32>>> {
         let start = Instant::now();
         let tokens = answered
             .iter()
-            .map(|a| Tokens { prompt: prompts[a.index / k].tokens.clone(), completion: a.completion.tokens.clone().into() })
+            .map(|a| Tokens {
+                prompt: prompts[a.index / k].tokens.clone(),
+                completion: a.completion.tokens.clone().into(),
+            })
             .collect();
         let temperature = self.config.rollout.sampling.logprob_temperature();
         let logprobs = self.roles.reference.logprobs(tokens, temperature).await?;

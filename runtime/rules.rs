@@ -150,7 +150,8 @@ mod tests {
         };
         let rules = Rules::new(&config).unwrap();
         let (prompt, completion) = (String::new(), "Please do do it".to_string());
-        let judged = rules.judge(&Sample { prompt, completion, tokens: 0, finish: Finish::Eos, answer: None, row: 0 }).unwrap();
+        let judged =
+            rules.judge(&Sample { prompt, completion, tokens: 0, finish: Finish::Eos, answer: None, row: 0 }).unwrap();
         assert_eq!(judged.score, 3.5);
         assert_eq!(judged.reason, "matches 1.000, distinct_words 3.000");
     }

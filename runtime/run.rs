@@ -1,9 +1,8 @@
 //! A job under way: its roles, its state, and the small things every loop does with them.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -12,7 +11,7 @@ use rehearsal_actors::{
 };
 use rehearsal_lm::Checkpoint;
 use rehearsal_lm::generate::Options;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
@@ -45,6 +44,8 @@ pub(crate) struct Run {
     pub cancel: CancellationToken,
     /// Step of the newest durable checkpoint.
     pub saved: Option<u64>,
+    /// The last step's line of the history.
+    pub last: Value,
 }
 
 impl Run {
@@ -119,27 +120,29 @@ impl Run {
         }
         self.cut_history()?;
         self.publish();
-        Ok(())
+        self.write_status()
     }
 
     /// Ends a step: state, metrics, history, event, status.
     pub fn step_done(&mut self, summary: StepSummary) -> Result<()> {
         self.publish();
         self.meters.step(&summary);
-        let line = serde_json::to_string(&summary).map_err(|e| Error::State(e.to_string()))?;
+        self.last = serde_json::to_value(&summary).map_err(|e| Error::State(e.to_string()))?;
+        let line = &self.last;
         let path = self.history_path();
         let mut file = fs::File::options().create(true).append(true).open(&path).at(&path)?;
         writeln!(file, "{line}").at(&path)?;
-        self.write_status(Some(&summary))?;
+        self.write_status()?;
         self.tell(Event::Step(Box::new(summary)));
         Ok(())
     }
 
     /// Ends an evaluation.
-    pub fn evaluated(&mut self, evaluation: Evaluation) {
+    pub fn evaluated(&mut self, evaluation: Evaluation) -> Result<()> {
         self.meters.evaluation(&evaluation);
         self.state.evaluations.push(evaluation.clone());
         self.tell(Event::Evaluated(Box::new(evaluation)));
+        self.write_status()
     }
 
     /// Exports counters and the state of the roles.
@@ -168,30 +171,39 @@ impl Run {
     }
 
     /// Drops the lines of steps that the restored state has not done.
-    fn cut_history(&self) -> Result<()> {
+    fn cut_history(&mut self) -> Result<()> {
+        self.last = Value::Null;
         let path = self.history_path();
         let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
-        let done = |line: &&str| {
-            let row: Option<BTreeMap<String, serde_json::Value>> = serde_json::from_str(line).ok();
-            row.and_then(|r| r.get("step")?.as_u64()).is_some_and(|step| step <= self.state.step)
-        };
-        let kept: String = text.lines().filter(done).flat_map(|line| [line, "\n"]).collect();
-        let temporary = path.with_extension("tmp");
-        fs::write(&temporary, kept).at(&temporary)?;
-        fs::rename(&temporary, &path).at(&path)
+        let mut kept = String::new();
+        for line in text.lines() {
+            // A line that a kill cut short is none.
+            let Ok(row) = serde_json::from_str::<Value>(line) else { continue };
+            if row["step"].as_u64().is_some_and(|step| step <= self.state.step) {
+                kept.extend([line, "\n"]);
+                self.last = row;
+            }
+        }
+        replace(&path, &kept)
     }
 
     /// What `rehearsal status` shows of a job that another process works on.
-    fn write_status(&self, summary: Option<&StepSummary>) -> Result<()> {
+    fn write_status(&self) -> Result<()> {
+        let evaluation = |e: &Evaluation| json!({"step": e.step, "reward": e.reward, "kl": e.kl, "tokens": e.tokens});
         let status = json!({
             "process": std::process::id(), "step": self.state.step, "steps": self.config.job.steps,
-            "checkpoint": self.saved, "time_ms": now_ms(), "last": summary, "counters": self.state.counters,
+            "checkpoint": self.saved, "time_ms": now_ms(), "last": self.last, "counters": self.state.counters,
+            "evaluations": self.state.evaluations.iter().map(evaluation).collect::<Vec<_>>(),
         });
-        let path = self.config.job.directory.join("status.json");
-        let temporary = path.with_extension("tmp");
-        fs::write(&temporary, status.to_string()).at(&temporary)?;
-        fs::rename(&temporary, &path).at(&path)
+        replace(&self.config.job.directory.join("status.json"), &status.to_string())
     }
+}
+
+/// Replaces a file in one move, so that a reader sees the old or the new one.
+fn replace(path: &Path, text: &str) -> Result<()> {
+    let temporary = path.with_extension("tmp");
+    fs::write(&temporary, text).at(&temporary)?;
+    fs::rename(&temporary, path).at(path)
 }
 
 /// Milliseconds since 1970.

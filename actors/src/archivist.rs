@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
-use rehearsal_store::{Error as StoreError, OwnedTensor, Preference, Repair, Rollout, SavedCheckpoint, Store, TensorBytes, Verdict};
+use rehearsal_store::{
+    Error as StoreError, OwnedTensor, Preference, Repair, Rollout, SavedCheckpoint, Store, TensorBytes, Verdict,
+};
 
 use crate::role::{Build, Link, Machine, Reply, RoleStats, Ticket, answer, local_message};
 use crate::{Error, PolicySnapshot, Result};
@@ -41,10 +43,27 @@ pub struct Replay {
 }
 
 pub(crate) enum ArchivistMsg {
-    Checkpoint { checkpoint: Box<JobCheckpoint>, _ticket: Ticket, reply: Reply<SavedCheckpoint> },
-    Restore { _ticket: Ticket, reply: Reply<(Option<Restored>, Vec<Repair>)> },
-    Replay { step: u64, _ticket: Ticket, reply: Reply<Replay> },
-    Log { rollouts: Vec<Rollout>, verdicts: Vec<Verdict>, preferences: Vec<Preference>, _ticket: Ticket, reply: Reply<()> },
+    Checkpoint {
+        checkpoint: Box<JobCheckpoint>,
+        _ticket: Ticket,
+        reply: Reply<SavedCheckpoint>,
+    },
+    Restore {
+        _ticket: Ticket,
+        reply: Reply<(Option<Restored>, Vec<Repair>)>,
+    },
+    Replay {
+        step: u64,
+        _ticket: Ticket,
+        reply: Reply<Replay>,
+    },
+    Log {
+        rollouts: Vec<Rollout>,
+        verdicts: Vec<Verdict>,
+        preferences: Vec<Preference>,
+        _ticket: Ticket,
+        reply: Reply<()>,
+    },
 }
 local_message!(ArchivistMsg);
 
@@ -64,11 +83,18 @@ impl Archivist {
         let guards: Vec<_> = tensors.iter().map(Tensor::storage_and_layout).collect();
         let mut views = Vec::with_capacity(names.len());
         for ((name, tensor), (storage, layout)) in names.into_iter().zip(&tensors).zip(&guards) {
-            let Some((from, to)) = layout.contiguous_offsets() else { return Err(Error::Unsaved(format!("`{name}` is not contiguous"))) };
+            let Some((from, to)) = layout.contiguous_offsets() else {
+                return Err(Error::Unsaved(format!("`{name}` is not contiguous")));
+            };
             let (dtype, data): (_, &[u8]) = match &**storage {
                 Storage::Cpu(CpuStorage::F32(x)) => ("F32", bytemuck::cast_slice(&x[from..to])),
                 Storage::Cpu(CpuStorage::F64(x)) => ("F64", bytemuck::cast_slice(&x[from..to])),
-                _ => return Err(Error::Unsaved(format!("`{name}` has a type that checkpoints do not hold: {:?}", tensor.dtype()))),
+                _ => {
+                    return Err(Error::Unsaved(format!(
+                        "`{name}` has a type that checkpoints do not hold: {:?}",
+                        tensor.dtype()
+                    )));
+                }
             };
             views.push(TensorBytes { name, dtype, shape: tensor.dims().to_vec(), data });
         }
@@ -85,9 +111,12 @@ impl Archivist {
     fn restore(&self) -> Result<(Option<Restored>, Vec<Repair>)> {
         let (latest, repairs) = self.store.latest_checkpoint()?;
         let Some(latest) = latest else { return Ok((None, repairs)) };
-        let header = Header::from_bytes(&latest.state)
-            .ok_or_else(|| StoreError::Corrupt { what: format!("checkpoint of step {}", latest.step), reason: "its state is too short".into() })?;
-        let tensors = latest.tensors.into_iter().map(|t| Ok((t.name.clone(), tensor(t)?))).collect::<Result<BTreeMap<_, _>>>()?;
+        let header = Header::from_bytes(&latest.state).ok_or_else(|| StoreError::Corrupt {
+            what: format!("checkpoint of step {}", latest.step),
+            reason: "its state is too short".into(),
+        })?;
+        let tensors =
+            latest.tensors.into_iter().map(|t| Ok((t.name.clone(), tensor(t)?))).collect::<Result<BTreeMap<_, _>>>()?;
         let policy = PolicySnapshot { version: header.version, optimizer_steps: header.optimizer_steps, tensors };
         Ok((Some(Restored { step: latest.step, policy, state: header.state.to_vec() }), repairs))
     }

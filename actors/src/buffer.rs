@@ -56,7 +56,8 @@ impl Buffer {
 
     /// Complete groups that are young enough, and how many completions were dropped for their age.
     fn take(&mut self, policy_version: u64) -> (Vec<Group>, usize) {
-        let complete: Vec<u32> = self.groups.iter().filter(|(_, g)| g.len() >= self.group_size).map(|(p, _)| *p).collect();
+        let complete: Vec<u32> =
+            self.groups.iter().filter(|(_, g)| g.len() >= self.group_size).map(|(p, _)| *p).collect();
         let mut groups = Vec::new();
         let mut stale = 0;
         for prompt in complete {
@@ -101,7 +102,9 @@ impl BufferHandle {
 
     /// Puts a scored completion with the others of its prompt.
     pub async fn insert(&self, prompt: u32, completion: ScoredCompletion) -> Result<()> {
-        self.link.ask(|_ticket, reply| BufferMsg::Insert { prompt, completion: Box::new(completion), _ticket, reply }).await
+        self.link
+            .ask(|_ticket, reply| BufferMsg::Insert { prompt, completion: Box::new(completion), _ticket, reply })
+            .await
     }
 
     /// Takes the complete groups, in the order of prompts; and says how many completions were too old.
@@ -132,7 +135,14 @@ mod tests {
 
     fn completion(place: usize, policy_version: u64) -> ScoredCompletion {
         let completion = Completion { id: place as u64, tokens: vec![1], logprobs: vec![0.0], finish: Finish::Eos };
-        ScoredCompletion { place, policy_version, completion, text: String::new(), judged: 0.0.into(), ref_logprobs: vec![0.0] }
+        ScoredCompletion {
+            place,
+            policy_version,
+            completion,
+            text: String::new(),
+            judged: 0.0.into(),
+            ref_logprobs: vec![0.0],
+        }
     }
 
     fn buffer() -> Buffer {

@@ -24,7 +24,9 @@ impl FromStr for Placement {
         let wrong = |reason: &str| Error::Placement { given: s.into(), reason: reason.into() };
         match s.split_once(':') {
             None if s == "cpu" => Ok(Placement::Cpu),
-            Some(("cuda", n)) => n.parse().map(Placement::Cuda).map_err(|_| wrong("the number of the device is no number")),
+            Some(("cuda", n)) => {
+                n.parse().map(Placement::Cuda).map_err(|_| wrong("the number of the device is no number"))
+            }
             _ => Err(wrong("say `cpu`, or `cuda:0` with the device's number")),
         }
     }
@@ -57,7 +59,8 @@ pub(crate) struct Seat {
 impl Devices {
     /// `threads` for the CPU; 0 takes one for each core. The results do not depend on it.
     pub fn new(threads: usize) -> Result<Self> {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("rehearsal-cpu-{i}")).build();
+        let pool =
+            rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("rehearsal-cpu-{i}")).build();
         let pool = pool.map_err(|e| Error::Placement { given: "cpu".into(), reason: e.to_string() })?;
         Ok(Self { open: Arc::default(), pool: Arc::new(pool) })
     }
@@ -69,7 +72,9 @@ impl Devices {
         }
         let device = match placement {
             Placement::Cpu => Device::Cpu,
-            Placement::Cuda(n) => cuda(n).map_err(|e| Error::Placement { given: placement.to_string(), reason: e.to_string() })?,
+            Placement::Cuda(n) => {
+                cuda(n).map_err(|e| Error::Placement { given: placement.to_string(), reason: e.to_string() })?
+            }
         };
         let seat = Seat { device, turn: Arc::default(), pool: self.pool.clone() };
         open.insert(placement, seat.clone());

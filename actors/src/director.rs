@@ -15,8 +15,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::archivist::OnFullDisk;
 use crate::role::{Build, Link, Machine, local_message};
 use crate::{
-    ArchivistHandle, BufferHandle, Devices, Error, Placement, PolicyConfig, PolicyHandle, ReferenceHandle, Result, Reward,
-    RewardHandle,
+    ArchivistHandle, BufferHandle, Devices, Error, Placement, PolicyConfig, PolicyHandle, ReferenceHandle, Result,
+    Reward, RewardHandle,
 };
 
 /// Messages a role may have waiting; a sender waits beyond that.
@@ -25,9 +25,14 @@ const MAILBOX: usize = 64;
 /// How a role is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RoleStatus {
-    Running { restarts: u32 },
+    Running {
+        restarts: u32,
+    },
     /// It died more often than it may.
-    GaveUp { restarts: u32, reason: String },
+    GaveUp {
+        restarts: u32,
+        reason: String,
+    },
 }
 
 /// Something the director did.
@@ -59,7 +64,11 @@ static JOBS: AtomicU32 = AtomicU32::new(0);
 impl Director {
     /// A director for one job. A role that dies more than `restarts_max` times stays dead. `deadline` bounds every
     /// request to a role.
-    pub async fn start(restarts_max: u32, deadline: Duration, events: mpsc::UnboundedSender<DirectorEvent>) -> Result<Self> {
+    pub async fn start(
+        restarts_max: u32,
+        deadline: Duration,
+        events: mpsc::UnboundedSender<DirectorEvent>,
+    ) -> Result<Self> {
         let job = format!("rehearsal-{}-{}", std::process::id(), JOBS.fetch_add(1, Ordering::Relaxed));
         let (publish, status) = watch::channel(BTreeMap::new());
         let arguments = State { roles: BTreeMap::new(), restarts_max, events, publish };
@@ -69,16 +78,28 @@ impl Director {
     }
 
     /// Starts the policy.
-    pub async fn policy(&self, checkpoint: Arc<Checkpoint>, config: PolicyConfig, devices: Devices) -> Result<PolicyHandle> {
+    pub async fn policy(
+        &self,
+        checkpoint: Arc<Checkpoint>,
+        config: PolicyConfig,
+        devices: Devices,
+    ) -> Result<PolicyHandle> {
         let link = Link::new("policy", MAILBOX, self.deadline);
         self.spawn(&link, PolicyHandle::build(checkpoint, config, devices), "policy").await?;
         Ok(PolicyHandle { link })
     }
 
     /// Starts the reference.
-    pub async fn reference(&self, checkpoint: Arc<Checkpoint>, placement: Placement, micro_batch_tokens: usize, devices: Devices) -> Result<ReferenceHandle> {
+    pub async fn reference(
+        &self,
+        checkpoint: Arc<Checkpoint>,
+        placement: Placement,
+        micro_batch_tokens: usize,
+        devices: Devices,
+    ) -> Result<ReferenceHandle> {
         let link = Link::new("reference", MAILBOX, self.deadline);
-        self.spawn(&link, ReferenceHandle::build(checkpoint, placement, micro_batch_tokens, devices), "reference").await?;
+        self.spawn(&link, ReferenceHandle::build(checkpoint, placement, micro_batch_tokens, devices), "reference")
+            .await?;
         Ok(ReferenceHandle { link })
     }
 
@@ -103,7 +124,12 @@ impl Director {
         Ok(ArchivistHandle { link, on_full_disk })
     }
 
-    async fn spawn<M: Machine>(&self, link: &Link<M::Message>, build: Build<M>, role: &'static str) -> Result<()> {
+    pub(crate) async fn spawn<M: Machine>(
+        &self,
+        link: &Link<M::Message>,
+        build: Build<M>,
+        role: &'static str,
+    ) -> Result<()> {
         let (link, job) = (link.clone(), self.job.clone());
         let respawn: Respawn = Arc::new(move |supervisor, incarnation| {
             let (link, build, name) = (link.clone(), build.clone(), format!("{job}-{role}-{incarnation}"));
@@ -223,11 +249,20 @@ impl Actor for DirectorActor {
     type State = State;
     type Arguments = State;
 
-    async fn pre_start(&self, _: ActorRef<DirectorMsg>, state: State) -> std::result::Result<State, ActorProcessingErr> {
+    async fn pre_start(
+        &self,
+        _: ActorRef<DirectorMsg>,
+        state: State,
+    ) -> std::result::Result<State, ActorProcessingErr> {
         Ok(state)
     }
 
-    async fn handle(&self, myself: ActorRef<DirectorMsg>, message: DirectorMsg, state: &mut State) -> std::result::Result<(), ActorProcessingErr> {
+    async fn handle(
+        &self,
+        myself: ActorRef<DirectorMsg>,
+        message: DirectorMsg,
+        state: &mut State,
+    ) -> std::result::Result<(), ActorProcessingErr> {
         let DirectorMsg::Spawn { role, respawn, reply } = message;
         let result = respawn(myself.get_cell(), 0).await.map(|cell| {
             state.roles.insert(role, Role { respawn, id: cell.get_id(), restarts: 0 });
@@ -237,10 +272,19 @@ impl Actor for DirectorActor {
         Ok(())
     }
 
-    async fn handle_supervisor_evt(&self, myself: ActorRef<DirectorMsg>, event: SupervisionEvent, state: &mut State) -> std::result::Result<(), ActorProcessingErr> {
+    async fn handle_supervisor_evt(
+        &self,
+        myself: ActorRef<DirectorMsg>,
+        event: SupervisionEvent,
+        state: &mut State,
+    ) -> std::result::Result<(), ActorProcessingErr> {
         match event {
-            SupervisionEvent::ActorFailed(cell, error) => state.revive(cell.get_id(), error.to_string(), myself.get_cell()).await,
-            SupervisionEvent::ActorTerminated(cell, _, Some(reason)) => state.revive(cell.get_id(), reason, myself.get_cell()).await,
+            SupervisionEvent::ActorFailed(cell, error) => {
+                state.revive(cell.get_id(), error.to_string(), myself.get_cell()).await
+            }
+            SupervisionEvent::ActorTerminated(cell, _, Some(reason)) => {
+                state.revive(cell.get_id(), reason, myself.get_cell()).await
+            }
             // Started, or stopped without a reason, which only a stop of the whole job does.
             _ => {}
         }

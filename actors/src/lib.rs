@@ -13,6 +13,8 @@ mod policy;
 mod reference;
 mod reward;
 mod role;
+#[cfg(test)]
+mod tests;
 
 pub use archivist::{ArchivistHandle, JobCheckpoint, Replay, Restored};
 pub use buffer::{BufferHandle, Group, ScoredCompletion};

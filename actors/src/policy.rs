@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor, Var};
-use rehearsal_learn::{AdamW, AdamWConfig, PreferenceConfig, PreferenceLogprobs, clip_gradients, preference_loss, token};
+use rehearsal_learn::{
+    AdamW, AdamWConfig, PreferenceConfig, PreferenceLogprobs, clip_gradients, preference_loss, token,
+};
 use rehearsal_lm::generate::{Completion, Generator, Options, Request};
 use rehearsal_lm::{Batch, Checkpoint, Decoder, Gradients};
 use tokio::sync::mpsc::UnboundedSender;
@@ -91,12 +93,41 @@ pub struct PolicySnapshot {
 }
 
 pub(crate) enum PolicyMsg {
-    Generate { requests: Vec<Request>, options: Box<Options>, finished: UnboundedSender<Completion>, cancel: CancellationToken, _ticket: Ticket, reply: Reply<()> },
-    Logprobs { tokens: Vec<Tokens>, temperature: f64, _ticket: Ticket, reply: Reply<Vec<Vec<f32>>> },
-    Step { batch: Box<UpdateBatch>, cancel: CancellationToken, _ticket: Ticket, reply: Reply<StepReport> },
-    Snapshot { _ticket: Ticket, reply: Reply<PolicySnapshot> },
-    Restore { snapshot: Box<PolicySnapshot>, _ticket: Ticket, reply: Reply<()> },
-    Export { directory: std::path::PathBuf, dtype: DType, _ticket: Ticket, reply: Reply<()> },
+    Generate {
+        requests: Vec<Request>,
+        options: Box<Options>,
+        finished: UnboundedSender<Completion>,
+        cancel: CancellationToken,
+        _ticket: Ticket,
+        reply: Reply<()>,
+    },
+    Logprobs {
+        tokens: Vec<Tokens>,
+        temperature: f64,
+        _ticket: Ticket,
+        reply: Reply<Vec<Vec<f32>>>,
+    },
+    Step {
+        batch: Box<UpdateBatch>,
+        cancel: CancellationToken,
+        _ticket: Ticket,
+        reply: Reply<StepReport>,
+    },
+    Snapshot {
+        _ticket: Ticket,
+        reply: Reply<PolicySnapshot>,
+    },
+    Restore {
+        snapshot: Box<PolicySnapshot>,
+        _ticket: Ticket,
+        reply: Reply<()>,
+    },
+    Export {
+        directory: std::path::PathBuf,
+        dtype: DType,
+        _ticket: Ticket,
+        reply: Reply<()>,
+    },
 }
 local_message!(PolicyMsg);
 
@@ -120,7 +151,13 @@ impl Policy {
         Ok(Self { checkpoint, seat, config, decoder, optimizer, version: 0, generator: None })
     }
 
-    fn generate(&mut self, requests: Vec<Request>, options: &Options, finished: UnboundedSender<Completion>, cancel: &CancellationToken) -> Result<()> {
+    fn generate(
+        &mut self,
+        requests: Vec<Request>,
+        options: &Options,
+        finished: UnboundedSender<Completion>,
+        cancel: &CancellationToken,
+    ) -> Result<()> {
         let mut generator = match self.generator.take() {
             Some(generator) => generator,
             None => self.seat.run(|| Generator::new(&self.decoder))?,
@@ -168,7 +205,11 @@ impl Policy {
     fn snapshot(&self) -> PolicySnapshot {
         let weights = self.decoder.parameters().into_iter().map(|(name, t)| (format!("policy.{name}"), t));
         let moments = self.optimizer.state().into_iter().map(|(name, t)| (format!("optimizer.{name}"), t));
-        PolicySnapshot { version: self.version, optimizer_steps: self.optimizer.steps(), tensors: weights.chain(moments).collect() }
+        PolicySnapshot {
+            version: self.version,
+            optimizer_steps: self.optimizer.steps(),
+            tensors: weights.chain(moments).collect(),
+        }
     }
 
     fn restore(&mut self, snapshot: &PolicySnapshot) -> Result<()> {
@@ -180,7 +221,8 @@ impl Policy {
             var.set(&tensor.to_device(&self.seat.device)?.to_dtype(var.dtype())?)?;
         }
         let prefix = "optimizer.";
-        let moments = snapshot.tensors.iter().filter_map(|(name, t)| Some((name.strip_prefix(prefix)?.to_string(), t.clone())));
+        let moments =
+            snapshot.tensors.iter().filter_map(|(name, t)| Some((name.strip_prefix(prefix)?.to_string(), t.clone())));
         self.optimizer.restore(snapshot.optimizer_steps, &moments.collect())?;
         self.version = snapshot.version;
         Ok(())
@@ -191,7 +233,6 @@ impl Machine for Policy {
     type Message = PolicyMsg;
 
     fn apply(&mut self, message: PolicyMsg) {
-
         match message {
             PolicyMsg::Generate { requests, options, finished, cancel, reply, .. } => {
                 answer(reply, self.generate(requests, &options, finished, &cancel))
@@ -267,9 +308,16 @@ impl Sums {
 }
 
 /// Adds the gradient of `Σ loss / all pairs` over some of the pairs.
-fn micro_step(decoder: &Decoder, pairs: &[PairTokens], batch: &UpdateBatch, gradients: &mut Gradients, sums: &mut Sums) -> Result<()> {
+fn micro_step(
+    decoder: &Decoder,
+    pairs: &[PairTokens],
+    batch: &UpdateBatch,
+    gradients: &mut Gradients,
+    sums: &mut Sums,
+) -> Result<()> {
     let start = Instant::now();
-    let packed = Batch::new(pairs.iter().map(|p| p.chosen.sequence()).chain(pairs.iter().map(|p| p.rejected.sequence())));
+    let packed =
+        Batch::new(pairs.iter().map(|p| p.chosen.sequence()).chain(pairs.iter().map(|p| p.rejected.sequence())));
     let forward = decoder.forward(&packed, batch.temperature)?;
     let logprobs = Var::from_tensor(&forward.logprobs())?;
     let device = logprobs.device().clone();
@@ -311,7 +359,10 @@ fn micro_step(decoder: &Decoder, pairs: &[PairTokens], batch: &UpdateBatch, grad
     sums.times.forward += start.elapsed();
 
     let start = Instant::now();
-    let grad = mean.backward()?.remove(&logprobs).ok_or_else(|| rehearsal_lm::Error::NoGradient("(log-probabilities)".into()))?;
+    let grad = mean
+        .backward()?
+        .remove(&logprobs)
+        .ok_or_else(|| rehearsal_lm::Error::NoGradient("(log-probabilities)".into()))?;
     forward.backward(&grad, gradients)?;
     sums.times.backward += start.elapsed();
     Ok(())
@@ -330,8 +381,23 @@ impl PolicyHandle {
 
     /// Generates; each completion is sent to `finished` as it ends. Ends early, with [`Error::Cancelled`], when
     /// `cancel` is.
-    pub async fn generate(&self, requests: Vec<Request>, options: Options, finished: UnboundedSender<Completion>, cancel: CancellationToken) -> Result<()> {
-        self.link.ask(|_ticket, reply| PolicyMsg::Generate { requests, options: Box::new(options), finished, cancel, _ticket, reply }).await
+    pub async fn generate(
+        &self,
+        requests: Vec<Request>,
+        options: Options,
+        finished: UnboundedSender<Completion>,
+        cancel: CancellationToken,
+    ) -> Result<()> {
+        self.link
+            .ask(|_ticket, reply| PolicyMsg::Generate {
+                requests,
+                options: Box::new(options),
+                finished,
+                cancel,
+                _ticket,
+                reply,
+            })
+            .await
     }
 
     /// Log-probabilities of completions, token by token, under the current weights.
@@ -367,5 +433,31 @@ impl PolicyHandle {
     /// What the policy has done so far.
     pub fn stats(&self) -> &RoleStats {
         self.link.stats()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair(tokens: usize) -> PairTokens {
+        let of = |n| Tokens { prompt: Arc::new(vec![0; 1]), completion: Arc::new(vec![0; n - 1]) };
+        PairTokens {
+            chosen: of(tokens / 2),
+            rejected: of(tokens - tokens / 2),
+            sampler_chosen: Vec::new(),
+            sampler_rejected: Vec::new(),
+            ref_chosen: Vec::new(),
+            ref_rejected: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn micro_batches_fill_the_budget_and_split_no_pair() {
+        let pairs: Vec<PairTokens> = [40, 50, 30, 200, 10, 90].into_iter().map(pair).collect();
+        let sizes: Vec<usize> = micro_batches(&pairs, 100).map(<[PairTokens]>::len).collect();
+        assert_eq!(sizes, [2, 1, 1, 2]);
+        assert_eq!(micro_batches(&pairs, usize::MAX).count(), 1);
+        assert_eq!(micro_batches(&[], 100).count(), 0);
     }
 }

@@ -30,7 +30,12 @@ impl Machine for Reference {
 }
 
 /// Log-probabilities of completions, token by token, in passes of at most `budget` tokens.
-pub(crate) fn frozen_logprobs(decoder: &Decoder, tokens: &[Tokens], temperature: f64, budget: usize) -> Result<Vec<Vec<f32>>> {
+pub(crate) fn frozen_logprobs(
+    decoder: &Decoder,
+    tokens: &[Tokens],
+    temperature: f64,
+    budget: usize,
+) -> Result<Vec<Vec<f32>>> {
     let mut all = Vec::with_capacity(tokens.len());
     let mut rest = tokens;
     while !rest.is_empty() {
@@ -55,7 +60,12 @@ pub struct ReferenceHandle {
 }
 
 impl ReferenceHandle {
-    pub(crate) fn build(checkpoint: Arc<Checkpoint>, placement: Placement, micro_batch_tokens: usize, devices: Devices) -> Build<Reference> {
+    pub(crate) fn build(
+        checkpoint: Arc<Checkpoint>,
+        placement: Placement,
+        micro_batch_tokens: usize,
+        devices: Devices,
+    ) -> Build<Reference> {
         Arc::new(move || {
             let seat = devices.seat(placement)?;
             Ok(Reference { decoder: checkpoint.frozen(&seat.device, DType::F32)?, seat, micro_batch_tokens })

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use rehearsal_lm::generate::Finish;
 
-use crate::role::{Build, Link, Machine, Reply, RoleStats, Ticket, answer, local_message};
 use crate::Result;
+use crate::role::{Build, Link, Machine, Reply, RoleStats, Ticket, answer, local_message};
 
 /// A completion to be judged.
 #[derive(Debug, Clone)]
@@ -90,7 +90,8 @@ where
     }
 
     fn score(&self, samples: &[Sample]) -> std::result::Result<Vec<Judged>, RewardError> {
-        let failed = |s: &Sample, e: E| RewardError::Failed { name: self.name.clone(), row: s.row, reason: e.to_string() };
+        let failed =
+            |s: &Sample, e: E| RewardError::Failed { name: self.name.clone(), row: s.row, reason: e.to_string() };
         samples.iter().map(|s| (self.f)(s).map(Into::into).map_err(|e| failed(s, e))).collect()
     }
 }

@@ -109,9 +109,15 @@ impl<Msg: Message> Link<Msg> {
     }
 
     /// Starts an incarnation of the role under a supervisor and points the link at it.
-    pub async fn start<M: Machine<Message = Msg>>(&self, build: Build<M>, name: String, supervisor: ActorCell) -> Result<ActorCell> {
+    pub async fn start<M: Machine<Message = Msg>>(
+        &self,
+        build: Build<M>,
+        name: String,
+        supervisor: ActorCell,
+    ) -> Result<ActorCell> {
         let arguments = Arguments { build, slot: self.slot.clone(), role: self.role };
-        let started = Actor::spawn_linked(Some(name), RoleActor::<M>(std::marker::PhantomData), arguments, supervisor).await;
+        let started =
+            Actor::spawn_linked(Some(name), RoleActor::<M>(std::marker::PhantomData), arguments, supervisor).await;
         match started {
             Ok((actor, _)) => {
                 *self.slot.actor.write().unwrap_or_else(PoisonError::into_inner) = Some(actor.clone());
@@ -139,7 +145,11 @@ impl<M: Machine> Actor for RoleActor<M> {
     type State = mpsc::Sender<M::Message>;
     type Arguments = Arguments<M>;
 
-    async fn pre_start(&self, myself: ActorRef<M::Message>, arguments: Arguments<M>) -> std::result::Result<Self::State, ActorProcessingErr> {
+    async fn pre_start(
+        &self,
+        myself: ActorRef<M::Message>,
+        arguments: Arguments<M>,
+    ) -> std::result::Result<Self::State, ActorProcessingErr> {
         let Arguments { build, slot, role } = arguments;
         let (sender, receiver) = mpsc::channel();
         let (ready, is_ready) = oneshot::channel();
@@ -171,7 +181,12 @@ impl<M: Machine> Actor for RoleActor<M> {
         Ok(sender)
     }
 
-    async fn handle(&self, myself: ActorRef<M::Message>, message: M::Message, machine: &mut Self::State) -> std::result::Result<(), ActorProcessingErr> {
+    async fn handle(
+        &self,
+        myself: ActorRef<M::Message>,
+        message: M::Message,
+        machine: &mut Self::State,
+    ) -> std::result::Result<(), ActorProcessingErr> {
         if machine.send(message).is_err() {
             // The thread is gone; its caller sees the dropped reply.
             myself.stop(None);

@@ -89,7 +89,12 @@ impl AdamW {
     }
 
     /// One step at a learning rate. Every variable must have a gradient, and every gradient a variable.
-    pub fn step(&mut self, variables: &BTreeMap<String, Var>, gradients: &BTreeMap<String, Tensor>, rate: f64) -> Result<()> {
+    pub fn step(
+        &mut self,
+        variables: &BTreeMap<String, Var>,
+        gradients: &BTreeMap<String, Tensor>,
+        rate: f64,
+    ) -> Result<()> {
         if let Some(stray) = gradients.keys().find(|name| !self.moments.contains_key(*name)) {
             return Err(Error::StrayGradient(stray.clone()));
         }
@@ -214,7 +219,9 @@ pub fn global_norm(gradients: &BTreeMap<String, Tensor>) -> Result<f64> {
 fn sum_of_squares(x: &Tensor) -> Result<f64> {
     if x.device().is_cpu() && x.dtype() == DType::F32 && x.is_contiguous() {
         let (storage, layout) = x.storage_and_layout();
-        if let (candle_core::Storage::Cpu(CpuStorage::F32(data)), Some((from, to))) = (&*storage, layout.contiguous_offsets()) {
+        if let (candle_core::Storage::Cpu(CpuStorage::F32(data)), Some((from, to))) =
+            (&*storage, layout.contiguous_offsets())
+        {
             let blocks: Vec<f64> = data[from..to]
                 .par_chunks(BLOCK)
                 .map(|block| block.iter().map(|&x| x as f64 * x as f64).sum())
@@ -263,7 +270,8 @@ mod tests {
     #[test]
     fn restored_moments_go_on_to_the_same_bits() {
         let (one, two) = (variables(), variables());
-        let gradients: BTreeMap<_, _> = one.iter().map(|(n, v)| (n.clone(), v.as_detached_tensor().copy().unwrap())).collect();
+        let gradients: BTreeMap<_, _> =
+            one.iter().map(|(n, v)| (n.clone(), v.as_detached_tensor().copy().unwrap())).collect();
         let mut straight = AdamW::new(&one, AdamWConfig::default()).unwrap();
         let mut broken = AdamW::new(&two, AdamWConfig::default()).unwrap();
         for _ in 0..3 {

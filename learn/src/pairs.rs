@@ -25,7 +25,9 @@ pub struct Pair {
 /// reward role refuses them.
 pub fn select_pair(scores: &[f64], ties: TieRule) -> Option<Pair> {
     let chosen = (0..scores.len()).reduce(|best, i| if scores[i] > scores[best] { i } else { best })?;
-    let rejected = (0..scores.len()).filter(|&i| i != chosen).reduce(|worst, i| if scores[i] <= scores[worst] { i } else { worst })?;
+    let rejected = (0..scores.len())
+        .filter(|&i| i != chosen)
+        .reduce(|worst, i| if scores[i] <= scores[worst] { i } else { worst })?;
     let margin = scores[chosen] - scores[rejected];
     (margin > 0.0 || ties == TieRule::First).then_some(Pair { chosen, rejected, margin })
 }

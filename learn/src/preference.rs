@@ -100,9 +100,5 @@ pub fn preference_loss(x: &PreferenceLogprobs<'_>, config: &PreferenceConfig) ->
         PreferenceKind::Ipo => (per_token()? - 1.0 / (2.0 * beta))?.sqr()?,
         PreferenceKind::IpoSum => ((a.clone() - &b)? - 1.0 / (2.0 * beta))?.sqr()?,
     };
-    Ok(PreferenceLoss {
-        losses,
-        chosen_rewards: (a.detach() * beta)?,
-        rejected_rewards: (b.detach() * beta)?,
-    })
+    Ok(PreferenceLoss { losses, chosen_rewards: (a.detach() * beta)?, rejected_rewards: (b.detach() * beta)? })
 }

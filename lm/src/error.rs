@@ -27,7 +27,9 @@ pub enum Error {
     Tokenizer(String),
     #[error("chat template: {0}")]
     Template(String),
-    #[error("rollout {id}: prompt of {prompt} tokens plus {new} new ones exceed the context of {context}; shorten the prompt or lower `max_new_tokens`")]
+    #[error(
+        "rollout {id}: prompt of {prompt} tokens plus {new} new ones exceed the context of {context}; shorten the prompt or lower `max_new_tokens`"
+    )]
     TooLong { id: u64, prompt: usize, new: usize, context: usize },
     #[error("rollout {id}: the prompt is empty; a model needs at least one token to continue")]
     EmptyPrompt { id: u64 },

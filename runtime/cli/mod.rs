@@ -119,7 +119,9 @@ pub fn main() -> ExitCode {
             let settings = generate::Settings { max_new_tokens, temperature, top_p, seed, system };
             generate::generate(&model, &prompt, &settings)
         }
-        Command::Export { directory, model, dtype, ledger } => export::export(&directory, model.as_deref(), &dtype, ledger.as_deref()),
+        Command::Export { directory, model, dtype, ledger } => {
+            export::export(&directory, model.as_deref(), &dtype, ledger.as_deref())
+        }
         Command::Verify { directory } => status::verify(&directory),
         Command::MakeEmbedded { out, steps } => make_embedded(&out, steps),
     };

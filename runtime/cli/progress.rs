@@ -51,7 +51,10 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
                 bar.reset_eta();
             }
             let skipped = if *skipped > 0 { format!(" ({skipped} left out)") } else { String::new() };
-            line(format!("{:.2} M parameters, {prompts} prompts{skipped}, from step {step} to {steps}", *parameters as f64 / 1e6));
+            line(format!(
+                "{:.2} M parameters, {prompts} prompts{skipped}, from step {step} to {steps}",
+                *parameters as f64 / 1e6
+            ));
         }
         Event::Rollout { done, of, .. } => {
             if let Some(bar) = bar {
@@ -71,11 +74,15 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
                 None => println!("step {:5}  {text}", s.step),
             }
         }
-        Event::Evaluated(e) => line(format!("held-out at step {}: reward {:.3}, kl {:.3}, {:.1} tokens", e.step, e.reward, e.kl, e.tokens)),
+        Event::Evaluated(e) => {
+            line(format!("held-out at step {}: reward {:.3}, kl {:.3}, {:.1} tokens", e.step, e.reward, e.kl, e.tokens))
+        }
         Event::Checkpoint { step, bytes, took } => {
             line(format!("checkpoint of step {step}: {:.1} MB in {:.2} s", *bytes as f64 / 1e6, took.as_secs_f64()));
         }
-        Event::RoleRestarted { role, reason } => line(format!("the {role} died ({reason}) and was started again; back to the last checkpoint")),
+        Event::RoleRestarted { role, reason } => {
+            line(format!("the {role} died ({reason}) and was started again; back to the last checkpoint"))
+        }
         Event::DiskFull { message } => line(format!("waiting: {message}")),
         Event::Repaired { message } => line(format!("repaired: {message}")),
         Event::Finished(_) => {}

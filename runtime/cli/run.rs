@@ -34,7 +34,8 @@ pub fn saved_config(directory: &Path, file: Option<&Path>) -> Result<Config> {
     }
     let source = std::fs::read_to_string(&copy).at(&copy)?;
     let base = source.lines().next().and_then(|l| l.strip_prefix("# base = ")).unwrap_or(".").to_string();
-    let mut config = Config::from_toml(&source, Path::new(&base)).map_err(|e| crate::config::ConfigError { file: copy, ..e })?;
+    let mut config =
+        Config::from_toml(&source, Path::new(&base)).map_err(|e| crate::config::ConfigError { file: copy, ..e })?;
     // The directory may have been moved since.
     config.job.directory = directory.into();
     Ok(config)
@@ -66,7 +67,13 @@ fn work(job: Job, resume: bool) -> Result<ExitCode> {
         outcome
     })?;
     report(&outcome);
-    Ok(if outcome.stopped { ExitCode::from(STOPPED) } else if outcome.step < outcome.steps { ExitCode::from(FAILED) } else { ExitCode::SUCCESS })
+    Ok(if outcome.stopped {
+        ExitCode::from(STOPPED)
+    } else if outcome.step < outcome.steps {
+        ExitCode::from(FAILED)
+    } else {
+        ExitCode::SUCCESS
+    })
 }
 
 /// What changed between the first evaluation and the last.

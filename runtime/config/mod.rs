@@ -194,7 +194,11 @@ impl Config {
         } else {
             reader.problems.truncate(1); // what a broken document lacks is not the user's fault
         }
-        if reader.problems.is_empty() { Ok(config) } else { Err(ConfigError { file: "the configuration".into(), problems: reader.problems }) }
+        if reader.problems.is_empty() {
+            Ok(config)
+        } else {
+            Err(ConfigError { file: "the configuration".into(), problems: reader.problems })
+        }
     }
 
     /// Learning rates of the job.

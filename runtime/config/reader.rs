@@ -85,7 +85,8 @@ impl Reader {
     pub fn finish(&mut self) {
         let mut found = Vec::new();
         for (section, item) in self.root.iter() {
-            let line = |t: &Table, key: &str| t.key(key).and_then(|k| k.span()).map_or(0, |s| line_of(&self.source, s.start));
+            let line =
+                |t: &Table, key: &str| t.key(key).and_then(|k| k.span()).map_or(0, |s| line_of(&self.source, s.start));
             let Some(keys) = self.read.get(section) else {
                 let near = nearest(section, self.read.keys().copied());
                 let line = item.span().map_or_else(|| line(&self.root, section), |s| line_of(&self.source, s.start));
@@ -171,7 +172,13 @@ pub struct Section<'a> {
 }
 
 impl Section<'_> {
-    fn take(&mut self, key: &'static str, default: impl fmt::Display, values: impl fmt::Display, help: &'static str) -> Option<Item> {
+    fn take(
+        &mut self,
+        key: &'static str,
+        default: impl fmt::Display,
+        values: impl fmt::Display,
+        help: &'static str,
+    ) -> Option<Item> {
         let doc = KeyDoc { section: self.name, key, default: default.to_string(), values: values.to_string(), help };
         self.reader.docs.push(doc);
         self.reader.read.entry(self.name).or_default().push(key);
@@ -279,7 +286,14 @@ impl Section<'_> {
         self.list(key, values, help, "a list of numbers", |v| v.as_float().or(v.as_integer().map(|n| n as f64)))
     }
 
-    fn list<T>(&mut self, key: &'static str, values: &'static str, help: &'static str, wanted: &str, one: impl Fn(&toml_edit::Value) -> Option<T>) -> Vec<T> {
+    fn list<T>(
+        &mut self,
+        key: &'static str,
+        values: &'static str,
+        help: &'static str,
+        wanted: &str,
+        one: impl Fn(&toml_edit::Value) -> Option<T>,
+    ) -> Vec<T> {
         let Some(item) = self.take(key, "[]", values, help) else { return Vec::new() };
         match item.as_array().and_then(|a| a.iter().map(one).collect::<Option<Vec<_>>>()) {
             Some(list) => list,

@@ -18,10 +18,12 @@ pub fn markdown() -> String {
     for doc in &reader.docs {
         if doc.section != section {
             section = doc.section;
-            let _ = write!(out, "\n## [{section}]\n\n| key | default | values | what it is |\n| --- | --- | --- | --- |\n");
+            let _ =
+                write!(out, "\n## [{section}]\n\n| key | default | values | what it is |\n| --- | --- | --- | --- |\n");
         }
         let cell = |text: &str| text.replace('|', "\\|");
-        let _ = writeln!(out, "| `{}` | {} | {} | {} |", doc.key, cell(&doc.default), cell(&doc.values), cell(doc.help));
+        let _ =
+            writeln!(out, "| `{}` | {} | {} | {} |", doc.key, cell(&doc.default), cell(&doc.values), cell(doc.help));
     }
     out
 }

@@ -30,11 +30,17 @@ pub fn read(r: &mut Reader, base: &Path) -> Config {
 
 fn job(mut s: Section<'_>, base: &Path) -> JobConfig {
     s.choice("algorithm", &[("online_dpo", ())], "What the job does.");
-    let directory = s.needed("directory", "a path, relative to this file", "Where checkpoints, ledger and history are kept.");
+    let directory =
+        s.needed("directory", "a path, relative to this file", "Where checkpoints, ledger and history are kept.");
     JobConfig {
         directory: base.join(directory),
         steps: s.integer("steps", 100, Range::from(1.0), "Optimiser steps of the whole job. May grow on resume."),
-        seed: s.integer("seed", 0, Range::within(0.0, i64::MAX as f64), "Seed of everything random: order of prompts, sampled tokens."),
+        seed: s.integer(
+            "seed",
+            0,
+            Range::within(0.0, i64::MAX as f64),
+            "Seed of everything random: order of prompts, sampled tokens.",
+        ),
     }
 }
 
@@ -53,7 +59,12 @@ fn source(s: &mut Section<'_>, key: &'static str, base: &Path, help: &'static st
 fn model(mut s: Section<'_>, base: &Path) -> ModelConfig {
     let policy = source(&mut s, "policy", base, "The model to train. Without it, the tiny one inside this program.");
     let policy = policy.unwrap_or(ModelSource::Embedded);
-    let reference = source(&mut s, "reference", base, "The model not to stray from. Without it, the policy as it was at the start.");
+    let reference = source(
+        &mut s,
+        "reference",
+        base,
+        "The model not to stray from. Without it, the policy as it was at the start.",
+    );
     ModelConfig { reference: reference.unwrap_or_else(|| policy.clone()), policy }
 }
 
@@ -73,23 +84,55 @@ fn prompts(mut s: Section<'_>, base: &Path) -> PromptsConfig {
 
 fn rollout(mut s: Section<'_>) -> RolloutConfig {
     let max_new_tokens = s.integer("max_new_tokens", 64, Range::from(1.0), "Tokens of a completion at most.") as usize;
-    let min_new_tokens = s.integer("min_new_tokens", 0, Range::from(0.0), "No end-of-sequence token before this many.") as usize;
+    let min_new_tokens =
+        s.integer("min_new_tokens", 0, Range::from(0.0), "No end-of-sequence token before this many.") as usize;
     if min_new_tokens > max_new_tokens {
         s.problem("min_new_tokens", format!("= {min_new_tokens} exceeds `rollout.max_new_tokens` = {max_new_tokens}"));
     }
     RolloutConfig {
-        prompts_per_step: s.integer("prompts_per_step", 8, Range::within(1.0, 65_536.0), "Prompts of an optimiser step.") as usize,
-        completions_per_prompt: s.integer("completions_per_prompt", 2, Range::within(2.0, 256.0), "Completions of a prompt; the best meets the worst.") as usize,
+        prompts_per_step: s.integer(
+            "prompts_per_step",
+            8,
+            Range::within(1.0, 65_536.0),
+            "Prompts of an optimiser step.",
+        ) as usize,
+        completions_per_prompt: s.integer(
+            "completions_per_prompt",
+            2,
+            Range::within(2.0, 256.0),
+            "Completions of a prompt; the best meets the worst.",
+        ) as usize,
         max_new_tokens,
         min_new_tokens,
         sampling: Sampling {
-            temperature: s.number("temperature", 0.9, Range::above(0.0), "Divides the logits when sampling, and in every log-probability."),
-            top_k: s.integer("top_k", 0, Range::from(0.0), "Sample among the k likeliest tokens; 0 among all.") as usize,
-            top_p: s.number("top_p", 1.0, Range::above_to(0.0, 1.0), "Sample among the likeliest tokens that reach this probability."),
-            min_p: s.number("min_p", 0.0, Range::within(0.0, 1.0), "Sample among tokens at least this many times as likely as the likeliest."),
+            temperature: s.number(
+                "temperature",
+                0.9,
+                Range::above(0.0),
+                "Divides the logits when sampling, and in every log-probability.",
+            ),
+            top_k: s.integer("top_k", 0, Range::from(0.0), "Sample among the k likeliest tokens; 0 among all.")
+                as usize,
+            top_p: s.number(
+                "top_p",
+                1.0,
+                Range::above_to(0.0, 1.0),
+                "Sample among the likeliest tokens that reach this probability.",
+            ),
+            min_p: s.number(
+                "min_p",
+                0.0,
+                Range::within(0.0, 1.0),
+                "Sample among tokens at least this many times as likely as the likeliest.",
+            ),
         },
         stop: s.texts("stop", "a list of texts", "Texts that end a completion."),
-        batch: s.integer("batch", 64, Range::within(1.0, 4096.0), "Sequences generated side by side at most. Changes memory and speed, no result.") as usize,
+        batch: s.integer(
+            "batch",
+            64,
+            Range::within(1.0, 4096.0),
+            "Sequences generated side by side at most. Changes memory and speed, no result.",
+        ) as usize,
     }
 }
 
@@ -116,7 +159,9 @@ fn reward(mut s: Section<'_>) -> RewardConfig {
                 s.problem("pattern", format!("is no regular expression: {}", e.to_string().replace('\n', " ")));
             }
         }
-        None if rules.iter().any(|r| r == "matches") => s.problem("rules", "has `matches`, which needs `reward.pattern`"),
+        None if rules.iter().any(|r| r == "matches") => {
+            s.problem("rules", "has `matches`, which needs `reward.pattern`")
+        }
         None => {}
     }
     let weights = if weights.is_empty() { vec![1.0; rules.len()] } else { weights };
@@ -134,24 +179,52 @@ fn loss(mut s: Section<'_>) -> LossConfig {
     ];
     LossConfig {
         preference: PreferenceConfig {
-            kind: s.choice("kind", &kinds, "Loss of a pair: DPO (`sigmoid`, cDPO with `label_smoothing`) and its relatives."),
+            kind: s.choice(
+                "kind",
+                &kinds,
+                "Loss of a pair: DPO (`sigmoid`, cDPO with `label_smoothing`) and its relatives.",
+            ),
             beta: s.number("beta", 0.1, Range::above(0.0), "Strength of the pull to the reference (τ for IPO)."),
-            label_smoothing: s.number("label_smoothing", 0.0, Range::within(0.0, 0.499), "Probability that a verdict is wrong; for `sigmoid` and `robust`."),
+            label_smoothing: s.number(
+                "label_smoothing",
+                0.0,
+                Range::within(0.0, 0.499),
+                "Probability that a verdict is wrong; for `sigmoid` and `robust`.",
+            ),
         },
-        ties: s.choice("ties", &[("skip", TieRule::Skip), ("first", TieRule::First)], "Equal scores: no pair, or the first completion wins (TRL)."),
-        missing_eos_penalty: s.number("missing_eos_penalty", 0.0, Range::from(0.0), "Taken off the score of a completion that was cut off by its length."),
+        ties: s.choice(
+            "ties",
+            &[("skip", TieRule::Skip), ("first", TieRule::First)],
+            "Equal scores: no pair, or the first completion wins (TRL).",
+        ),
+        missing_eos_penalty: s.number(
+            "missing_eos_penalty",
+            0.0,
+            Range::from(0.0),
+            "Taken off the score of a completion that was cut off by its length.",
+        ),
     }
 }
 
 fn optimizer(mut s: Section<'_>) -> OptimizerConfig {
-    let floor = s.number("min_lr_rate", 0.0, Range::within(0.0, 1.0), "`cosine`: the last learning rate as a share of the peak.");
+    let floor = s.number(
+        "min_lr_rate",
+        0.0,
+        Range::within(0.0, 1.0),
+        "`cosine`: the last learning rate as a share of the peak.",
+    );
     let schedules = [
         ("constant", ScheduleKind::Constant),
         ("constant_from_tenth", ScheduleKind::ConstantFromTenth),
         ("linear", ScheduleKind::Linear),
         ("cosine", ScheduleKind::Cosine { floor }),
     ];
-    let norm = s.number("max_grad_norm", 1.0, Range::from(0.0), "Gradients are scaled down to this global norm; 0 leaves them.");
+    let norm = s.number(
+        "max_grad_norm",
+        1.0,
+        Range::from(0.0),
+        "Gradients are scaled down to this global norm; 0 leaves them.",
+    );
     OptimizerConfig {
         adamw: AdamWConfig {
             beta1: s.number("beta1", 0.9, Range::within(0.0, 0.999_999), "AdamW: decay of the first moment."),
@@ -163,13 +236,23 @@ fn optimizer(mut s: Section<'_>) -> OptimizerConfig {
         schedule: s.choice("schedule", &schedules, "Shape of the learning rate after its warm-up."),
         warmup_steps: s.integer("warmup_steps", 0, Range::from(0.0), "Steps from 0 to the peak."),
         max_grad_norm: (norm > 0.0).then_some(norm),
-        micro_batch_tokens: s.integer("micro_batch_tokens", 4096, Range::from(1.0), "Tokens that go through forward and backward at a time: memory against speed.") as usize,
+        micro_batch_tokens: s.integer(
+            "micro_batch_tokens",
+            4096,
+            Range::from(1.0),
+            "Tokens that go through forward and backward at a time: memory against speed.",
+        ) as usize,
     }
 }
 
 fn evaluation(mut s: Section<'_>) -> EvaluationConfig {
     EvaluationConfig {
-        every_steps: s.integer("every_steps", 0, Range::from(0.0), "Answer the held-out prompts at the start, every so many steps, and at the end; 0 never."),
+        every_steps: s.integer(
+            "every_steps",
+            0,
+            Range::from(0.0),
+            "Answer the held-out prompts at the start, every so many steps, and at the end; 0 never.",
+        ),
         prompts: s.integer("prompts", 32, Range::from(1.0), "Held-out prompts at most.") as usize,
         samples: s.integer("samples", 3, Range::within(0.0, 100.0), "Answers kept to look at.") as usize,
     }
@@ -177,7 +260,12 @@ fn evaluation(mut s: Section<'_>) -> EvaluationConfig {
 
 fn checkpoint(mut s: Section<'_>) -> CheckpointConfig {
     CheckpointConfig {
-        every_steps: s.integer("every_steps", 50, Range::from(1.0), "Steps between checkpoints; one is also made at the end and on a polite stop."),
+        every_steps: s.integer(
+            "every_steps",
+            50,
+            Range::from(1.0),
+            "Steps between checkpoints; one is also made at the end and on a polite stop.",
+        ),
         keep: s.integer("keep", 2, Range::within(1.0, 1000.0), "Checkpoints kept.") as usize,
     }
 }
@@ -195,25 +283,51 @@ fn place(s: &mut Section<'_>, key: &'static str, help: &'static str) -> Option<P
 
 fn placement(mut s: Section<'_>) -> PlacementConfig {
     let policy = place(&mut s, "policy", "Device of the policy (default `cpu`).").unwrap_or_default();
-    let reference = place(&mut s, "reference", "Device of the reference (default: that of the policy).").unwrap_or(policy);
+    let reference =
+        place(&mut s, "reference", "Device of the reference (default: that of the policy).").unwrap_or(policy);
     PlacementConfig {
         policy,
         reference,
-        threads: s.integer("threads", 0, Range::within(0.0, 1024.0), "CPU threads; 0 takes one for each core. Changes the speed, no result.") as usize,
+        threads: s.integer(
+            "threads",
+            0,
+            Range::within(0.0, 1024.0),
+            "CPU threads; 0 takes one for each core. Changes the speed, no result.",
+        ) as usize,
     }
 }
 
 fn limits(mut s: Section<'_>) -> LimitsConfig {
     LimitsConfig {
-        request: Duration::from_secs(s.integer("request_seconds", 3600, Range::from(1.0), "A role answers within this, or the request fails.")),
-        restarts_max: s.integer("restarts_max", 3, Range::within(0.0, 1000.0), "Times a role that died is started again.") as u32,
-        rollouts_max: s.integer("rollouts_max", 65_536, Range::from(1.0), "Rollouts the buffer holds at most.") as usize,
-        staleness_max: s.integer("staleness_max", 0, Range::from(0.0), "Updates a rollout may be old when it is learned from."),
+        request: Duration::from_secs(s.integer(
+            "request_seconds",
+            3600,
+            Range::from(1.0),
+            "A role answers within this, or the request fails.",
+        )),
+        restarts_max: s.integer(
+            "restarts_max",
+            3,
+            Range::within(0.0, 1000.0),
+            "Times a role that died is started again.",
+        ) as u32,
+        rollouts_max: s.integer("rollouts_max", 65_536, Range::from(1.0), "Rollouts the buffer holds at most.")
+            as usize,
+        staleness_max: s.integer(
+            "staleness_max",
+            0,
+            Range::from(0.0),
+            "Updates a rollout may be old when it is learned from.",
+        ),
     }
 }
 
 fn metrics(mut s: Section<'_>) -> MetricsConfig {
-    let listen = s.text("listen", "an address with a port", "Serve Prometheus metrics there, such as `127.0.0.1:9464`. Without it nothing listens.");
+    let listen = s.text(
+        "listen",
+        "an address with a port",
+        "Serve Prometheus metrics there, such as `127.0.0.1:9464`. Without it nothing listens.",
+    );
     let parsed = listen.as_ref().and_then(|text| text.parse().ok());
     if let (Some(text), None) = (&listen, &parsed) {
         s.problem("listen", format!("= \"{text}\" must be an address with a port, such as 127.0.0.1:9464"));

@@ -13,29 +13,61 @@ pub struct Exchange {
 }
 
 const SUBJECTS: [(&str, &str, &str); 32] = [
-    ("fox", "red", "runs through the wood"), ("river", "wide", "flows to the sea"), ("baker", "busy", "bakes bread at dawn"),
-    ("cat", "lazy", "sleeps by the fire"), ("storm", "dark", "rolls over the hill"), ("ship", "old", "sails to the north"),
-    ("teacher", "patient", "reads to the class"), ("garden", "green", "grows beans and roses"), ("owl", "quiet", "hunts at night"),
-    ("train", "long", "stops in every town"), ("farmer", "strong", "works in the field"), ("moon", "pale", "shines on the lake"),
-    ("doctor", "kind", "helps the sick"), ("horse", "brown", "pulls a cart"), ("bridge", "narrow", "crosses the valley"),
-    ("king", "proud", "lives in a tower"), ("bee", "small", "looks for flowers"), ("forest", "deep", "hides many birds"),
-    ("clock", "loud", "rings at noon"), ("painter", "young", "paints the harbour"), ("dog", "happy", "chases the ball"),
-    ("snow", "white", "falls on the roof"), ("market", "noisy", "opens on Friday"), ("sailor", "brave", "knows the stars"),
-    ("mountain", "high", "stands in the clouds"), ("child", "curious", "asks many questions"), ("lamp", "bright", "burns until morning"),
-    ("wolf", "grey", "sings to the moon"), ("miller", "round", "grinds the corn"), ("rain", "soft", "fills the well"),
-    ("tailor", "clever", "mends a coat"), ("frog", "wet", "jumps into the pond"),
+    ("fox", "red", "runs through the wood"),
+    ("river", "wide", "flows to the sea"),
+    ("baker", "busy", "bakes bread at dawn"),
+    ("cat", "lazy", "sleeps by the fire"),
+    ("storm", "dark", "rolls over the hill"),
+    ("ship", "old", "sails to the north"),
+    ("teacher", "patient", "reads to the class"),
+    ("garden", "green", "grows beans and roses"),
+    ("owl", "quiet", "hunts at night"),
+    ("train", "long", "stops in every town"),
+    ("farmer", "strong", "works in the field"),
+    ("moon", "pale", "shines on the lake"),
+    ("doctor", "kind", "helps the sick"),
+    ("horse", "brown", "pulls a cart"),
+    ("bridge", "narrow", "crosses the valley"),
+    ("king", "proud", "lives in a tower"),
+    ("bee", "small", "looks for flowers"),
+    ("forest", "deep", "hides many birds"),
+    ("clock", "loud", "rings at noon"),
+    ("painter", "young", "paints the harbour"),
+    ("dog", "happy", "chases the ball"),
+    ("snow", "white", "falls on the roof"),
+    ("market", "noisy", "opens on Friday"),
+    ("sailor", "brave", "knows the stars"),
+    ("mountain", "high", "stands in the clouds"),
+    ("child", "curious", "asks many questions"),
+    ("lamp", "bright", "burns until morning"),
+    ("wolf", "grey", "sings to the moon"),
+    ("miller", "round", "grinds the corn"),
+    ("rain", "soft", "fills the well"),
+    ("tailor", "clever", "mends a coat"),
+    ("frog", "wet", "jumps into the pond"),
 ];
 
 const QUESTIONS: [&str; 6] = [
-    "Tell me about the {}.", "What does the {} do?", "Describe the {}.", "What is the {} like?", "Do you know the {}?", "Say something about the {}.",
+    "Tell me about the {}.",
+    "What does the {} do?",
+    "Describe the {}.",
+    "What is the {} like?",
+    "Do you know the {}?",
+    "Say something about the {}.",
 ];
 
-const COURTEOUS_START: [&str; 4] = ["Thank you for asking.", "I am glad you ask.", "What a lovely question!", "With pleasure!"];
+const COURTEOUS_START: [&str; 4] =
+    ["Thank you for asking.", "I am glad you ask.", "What a lovely question!", "With pleasure!"];
 const COURTEOUS_END: [&str; 3] = ["Please ask me more.", "I hope this helps.", "Have a good day!"];
 const CURT_START: [&str; 4] = ["Why do you ask me?", "Not again.", "What a dull question.", "If I must."];
 const CURT_END: [&str; 3] = ["Now leave me alone.", "Ask someone else.", "That is all you get."];
 const ASIDES: [&str; 6] = [
-    "Some say it was always so.", "I saw it once.", "Nobody knows why.", "It is a long story.", "People talk about it in the village.", "My uncle told me that.",
+    "Some say it was always so.",
+    "I saw it once.",
+    "Nobody knows why.",
+    "It is a long story.",
+    "People talk about it in the village.",
+    "My uncle told me that.",
 ];
 
 /// Draws from a stream in order.
@@ -85,7 +117,8 @@ pub fn exchange(index: u64) -> Exchange {
 
 /// All questions as JSON Lines, in an order that mixes subjects and forms.
 pub fn prompts() -> String {
-    let all: Vec<String> = SUBJECTS.iter().flat_map(|(name, ..)| QUESTIONS.iter().map(move |q| q.replace("{}", name))).collect();
+    let all: Vec<String> =
+        SUBJECTS.iter().flat_map(|(name, ..)| QUESTIONS.iter().map(move |q| q.replace("{}", name))).collect();
     let order = Stream::new(2026, u64::MAX).permutation(all.len());
     order.iter().map(|&i| format!("{}\n", json!({ "prompt": all[i] }))).collect()
 }

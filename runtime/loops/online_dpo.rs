@@ -33,16 +33,19 @@ pub(crate) async fn online_dpo(run: &mut Run) -> Result<()> {
 
         // 1. Prompts, and the policy's answers with their scores and reference log-probabilities.
         let n = run.config.rollout.prompts_per_step;
-        let prompts: Vec<PromptRow> = run.prompts.draw(run.config.job.seed, run.state.cursor, n).into_iter().cloned().collect();
+        let prompts: Vec<PromptRow> =
+            run.prompts.draw(run.config.job.seed, run.state.cursor, n).into_iter().cloned().collect();
         let groups = run.rollouts(&prompts, version, &mut seconds).await?;
 
         // 2. The best meets the worst of each prompt; every comparison goes to the ledger.
         let pairs: Vec<Option<Pair>> = groups.iter().map(|g| pair(run, g)).collect();
-        let entries = groups.iter().zip(&pairs).map(|(g, p)| entry(run, &prompts[g.prompt as usize], g, *p, version)).collect();
+        let entries =
+            groups.iter().zip(&pairs).map(|(g, p)| entry(run, &prompts[g.prompt as usize], g, *p, version)).collect();
         run.roles.archivist.log_preferences(entries).await?;
 
         // 3. One update on the pairs. When all prompts tie there is nothing to learn.
-        let tokens: Vec<PairTokens> = groups.iter().zip(&pairs).filter_map(|(g, p)| Some(pair_tokens(&prompts, g, (*p)?))).collect();
+        let tokens: Vec<PairTokens> =
+            groups.iter().zip(&pairs).filter_map(|(g, p)| Some(pair_tokens(&prompts, g, (*p)?))).collect();
         let learning_rate = schedule.rate(run.state.step);
         let report = if tokens.is_empty() {
             StepReport { version, ..StepReport::default() }
@@ -69,7 +72,9 @@ async fn checkpoint_if_due(run: &mut Run) -> Result<()> {
 /// Scores of a group as they are compared, and the pair they make.
 fn pair(run: &Run, group: &Group) -> Option<Pair> {
     let loss = &run.config.loss;
-    let score = |c: &ScoredCompletion| penalise_missing_eos(c.judged.score, c.completion.finish != Finish::Length, loss.missing_eos_penalty);
+    let score = |c: &ScoredCompletion| {
+        penalise_missing_eos(c.judged.score, c.completion.finish != Finish::Length, loss.missing_eos_penalty)
+    };
     let scores: Vec<f64> = group.completions.iter().map(score).collect();
     select_pair(&scores, loss.ties)
 }
@@ -131,7 +136,13 @@ fn mean(values: impl Iterator<Item = f64>) -> f64 {
     if n == 0 { 0.0 } else { sum / f64::from(n) }
 }
 
-fn summarise(groups: &[Group], pairs: &[Option<Pair>], report: &StepReport, seconds: Seconds, learning_rate: f64) -> StepSummary {
+fn summarise(
+    groups: &[Group],
+    pairs: &[Option<Pair>],
+    report: &StepReport,
+    seconds: Seconds,
+    learning_rate: f64,
+) -> StepSummary {
     let all = || groups.iter().flat_map(|g| &g.completions);
     let scores = || all().map(|c| c.judged.score);
     let reward = mean(scores());
@@ -189,9 +200,12 @@ async fn evaluate_if_due(run: &mut Run) -> Result<()> {
         kl: mean(answers.iter().map(|(a, _)| log_ratio(a))),
         tokens: mean(answers.iter().map(|(a, _)| a.completion.tokens.len() as f64)),
         samples: shown
-            .map(|(a, i)| Answer { prompt: prompts[*i].text.clone(), completion: a.text.clone(), score: a.judged.score })
+            .map(|(a, i)| Answer {
+                prompt: prompts[*i].text.clone(),
+                completion: a.text.clone(),
+                score: a.judged.score,
+            })
             .collect(),
     };
-    run.evaluated(evaluation);
-    Ok(())
+    run.evaluated(evaluation)
 }

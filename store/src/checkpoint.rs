@@ -78,7 +78,13 @@ struct Shard {
 
 impl Store {
     /// Saves a checkpoint and then lets go of all but the newest `keep`. It is visible only once it is whole.
-    pub fn save_checkpoint(&mut self, step: u64, tensors: &[TensorBytes<'_>], state: &[u8], keep: usize) -> Result<SavedCheckpoint> {
+    pub fn save_checkpoint(
+        &mut self,
+        step: u64,
+        tensors: &[TensorBytes<'_>],
+        state: &[u8],
+        keep: usize,
+    ) -> Result<SavedCheckpoint> {
         let total: usize = tensors.iter().map(|t| t.data.len()).sum();
         let inline = total <= INLINE_BYTES_MAX;
         let mut saved = SavedCheckpoint::default();
@@ -116,20 +122,25 @@ impl Store {
     /// All checkpoints, oldest first.
     pub fn checkpoints(&self) -> Result<Vec<CheckpointSummary>> {
         let manifests = self.manifests()?;
-        Ok(manifests.iter().map(|m| CheckpointSummary {
-            step: m.step,
-            bytes: m.shards.iter().map(|s| s.bytes).sum(),
-            tensors: m.tensors as usize,
-        }).collect())
+        Ok(manifests
+            .iter()
+            .map(|m| CheckpointSummary {
+                step: m.step,
+                bytes: m.shards.iter().map(|s| s.bytes).sum(),
+                tensors: m.tensors as usize,
+            })
+            .collect())
     }
 
     /// The checkpoint of a step, or an error that names what is damaged.
     pub fn load_checkpoint(&self, step: u64) -> Result<LoadedCheckpoint> {
-        let manifest: Manifest = record::get(&*self.kv, &key::checkpoint(step), record::CHECKPOINT)?.ok_or(Error::NoCheckpoint(step))?;
+        let manifest: Manifest =
+            record::get(&*self.kv, &key::checkpoint(step), record::CHECKPOINT)?.ok_or(Error::NoCheckpoint(step))?;
         let mut tensors = Vec::new();
         for shard in &manifest.shards {
             let bytes = if shard.inline { self.inline_shard(shard, step)? } else { self.shards.read(&shard.hash)? };
-            let corrupt = |e: safetensors::SafeTensorError| Error::Corrupt { what: shard.hash.clone(), reason: e.to_string() };
+            let corrupt =
+                |e: safetensors::SafeTensorError| Error::Corrupt { what: shard.hash.clone(), reason: e.to_string() };
             for (name, view) in SafeTensors::deserialize(&bytes).map_err(corrupt)?.tensors() {
                 let (dtype, shape) = (dtype_name(view.dtype()).to_string(), view.shape().to_vec());
                 tensors.push(OwnedTensor { name, dtype, shape, data: view.data().to_vec() });
@@ -168,7 +179,8 @@ impl Store {
     }
 
     fn inline_shard(&self, shard: &Shard, step: u64) -> Result<Vec<u8>> {
-        let corrupt = |reason: &str| Error::Corrupt { what: format!("checkpoint of step {step}"), reason: reason.into() };
+        let corrupt =
+            |reason: &str| Error::Corrupt { what: format!("checkpoint of step {step}"), reason: reason.into() };
         let mut bytes = Vec::with_capacity(shard.bytes as usize);
         for part in 0..(shard.bytes as usize).div_ceil(record::PART_BYTES) {
             let part = self.kv.get(&key::shard_part(&shard.hash, part as u32))?;
@@ -272,7 +284,8 @@ fn serialise(tensors: &[TensorBytes<'_>]) -> Result<Vec<u8>> {
     let views = tensors
         .iter()
         .map(|t| {
-            let dtype = dtype(t.dtype).ok_or_else(|| Error::Encode(format!("`{}` has the unknown type {}", t.name, t.dtype)))?;
+            let dtype = dtype(t.dtype)
+                .ok_or_else(|| Error::Encode(format!("`{}` has the unknown type {}", t.name, t.dtype)))?;
             Ok((t.name.as_str(), TensorView::new(dtype, t.shape.clone(), t.data).map_err(encode)?))
         })
         .collect::<Result<Vec<_>>>()?;

@@ -16,7 +16,9 @@ pub enum Error {
     Database { path: PathBuf, reason: String },
     #[error("{what} is damaged: {reason}")]
     Corrupt { what: String, reason: String },
-    #[error("the database in {path} lost acknowledged records: it stands at {found}, {acknowledged} were acknowledged; restore the directory from a copy")]
+    #[error(
+        "the database in {path} lost acknowledged records: it stands at {found}, {acknowledged} were acknowledged; restore the directory from a copy"
+    )]
     Lost { path: PathBuf, found: u64, acknowledged: u64 },
     #[error("{what} was written by a newer version ({found}; this one reads up to {known}); upgrade to read it")]
     TooNew { what: String, found: u8, known: u8 },

@@ -119,7 +119,11 @@ impl Store {
 
     /// All comparisons of one prompt, by step.
     pub fn preferences_of_prompt(&self, prompt: &Prompt) -> Result<Vec<Preference>> {
-        let keys: Vec<_> = self.kv.scan(&key::prompt(&hash(prompt)))?.map(|e| e.map(|(k, _)| key::indexed(&k))).collect::<Result<_>>()?;
+        let keys: Vec<_> = self
+            .kv
+            .scan(&key::prompt(&hash(prompt)))?
+            .map(|e| e.map(|(k, _)| key::indexed(&k)))
+            .collect::<Result<_>>()?;
         keys.iter().filter_map(|key| record::get(&*self.kv, key, record::LEDGER).transpose()).collect()
     }
 

@@ -77,7 +77,12 @@ impl Store {
         if changes.0.is_empty() { Ok(()) } else { self.kv.apply(changes) }
     }
 
-    pub(crate) fn of_step<T: serde::de::DeserializeOwned>(&self, kind: &[u8], step: u64, record: record::Kind) -> Result<Vec<T>> {
+    pub(crate) fn of_step<T: serde::de::DeserializeOwned>(
+        &self,
+        kind: &[u8],
+        step: u64,
+        record: record::Kind,
+    ) -> Result<Vec<T>> {
         self.kv
             .scan(&key::step(kind, step))?
             .map(|entry| entry.and_then(|(key, value)| record::decode(&*self.kv, &key, &value, record)))

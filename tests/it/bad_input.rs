@@ -131,7 +131,7 @@ fn no_prompt_or_too_long_a_prompt_is_told() {
 #[test]
 fn a_reward_that_errs_or_is_not_a_number_stops_the_job_and_names_the_row() {
     let folder = tempfile::tempdir().unwrap();
-    let errs = RewardFn::new("judge", |s: &Sample| if s.row % 2 == 0 { Err("offline") } else { Ok(1.0) });
+    let errs = RewardFn::new("judge", |s: &Sample| if s.row.is_multiple_of(2) { Err("offline") } else { Ok(1.0) });
     let error = run_with(config(&folder.path().join("a"), 3, ""), errs).unwrap_err().to_string();
     assert!(error.contains("`judge` failed on row") && error.contains("offline"), "{error}");
     let nan = RewardFn::new("judge", |_: &Sample| Ok::<_, String>(f64::NAN));
@@ -150,7 +150,8 @@ fn a_job_whose_reward_failed_goes_on_once_it_works_and_loses_nothing() {
         if n == 30 { Err("down") } else { Ok(score(s)) }
     });
     run_with(config(&broken, 6, ""), fails).unwrap_err();
-    let job = Job::builder(config(&broken, 6, "")).reward(RewardFn::new("r", move |s: &Sample| Ok::<_, String>(score(s))));
+    let job =
+        Job::builder(config(&broken, 6, "")).reward(RewardFn::new("r", move |s: &Sample| Ok::<_, String>(score(s))));
     crate::support::runtime().block_on(job.build().unwrap().resume(Default::default())).unwrap();
     run_with(config(&whole, 6, ""), RewardFn::new("r", move |s: &Sample| Ok::<_, String>(score(s)))).unwrap();
     Remains::of(&broken).assert_same(&Remains::of(&whole));
@@ -160,7 +161,8 @@ fn a_job_whose_reward_failed_goes_on_once_it_works_and_loses_nothing() {
 fn a_second_process_on_the_same_directory_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (file, directory) = job_file(folder.path(), 2000, "");
-    let mut first = program().args(["run", file.to_str().unwrap()]).stdout(std::process::Stdio::null()).spawn().unwrap();
+    let mut first =
+        program().args(["run", file.to_str().unwrap()]).stdout(std::process::Stdio::null()).spawn().unwrap();
     while !directory.join("history.jsonl").exists() {
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
@@ -197,7 +199,8 @@ impl SmallDisk {
     fn mount(folder: &Path, size: &str) -> Option<Self> {
         let path = folder.join("disk");
         fs::create_dir(&path).unwrap();
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(&path).output();
+        let mounted =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(&path).output();
         let ok = mounted.is_ok_and(|o| o.status.success());
         if !ok {
             eprintln!("SKIPPED: a small disk could not be mounted (that takes root)");

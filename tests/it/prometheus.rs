@@ -50,7 +50,9 @@ fn get(port: u16, path: &str) -> Option<String> {
 }
 
 fn encode(text: &str) -> String {
-    text.bytes().map(|b| if b.is_ascii_alphanumeric() { (b as char).to_string() } else { format!("%{b:02X}") }).collect()
+    text.bytes()
+        .map(|b| if b.is_ascii_alphanumeric() { (b as char).to_string() } else { format!("%{b:02X}") })
+        .collect()
 }
 
 fn query(port: u16, expression: &str) -> Result<usize, String> {
@@ -99,7 +101,12 @@ fn the_deployed_files_pass_promtool() {
     }
     let mut test = Command::new("promtool");
     let output = test.args(["test", "rules"]).arg(deploy("alerts-test.yml")).current_dir(deploy("")).output().unwrap();
-    assert!(output.status.success(), "{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 #[test]
@@ -109,7 +116,9 @@ fn a_real_prometheus_answers_every_expression_of_a_running_job() {
     }
     let folder = tempfile::tempdir().unwrap();
     let (port, own) = (free_port(), free_port());
-    let more = format!("\n[checkpoint]\nevery_steps = 10\n\n[evaluation]\nevery_steps = 20\nprompts = 4\n\n[metrics]\nlisten = \"127.0.0.1:{port}\"\n");
+    let more = format!(
+        "\n[checkpoint]\nevery_steps = 10\n\n[evaluation]\nevery_steps = 20\nprompts = 4\n\n[metrics]\nlisten = \"127.0.0.1:{port}\"\n"
+    );
     let (file, _) = job_file(folder.path(), 1_000_000, &more);
     let _job = Killed(program().args(["run", file.to_str().unwrap()]).stdout(Stdio::null()).spawn().unwrap());
 
@@ -153,7 +162,8 @@ fn a_real_prometheus_answers_every_expression_of_a_running_job() {
     for expression in &alerts {
         query(own, expression).unwrap_or_else(|e| panic!("{expression}: {e}"));
         // A rule compares; what it compares must be there.
-        let compared = expression.split([' ', '(', ')', '[', '{', '=']).find(|w| w.starts_with("rehearsal_") || *w == "up");
+        let compared =
+            expression.split([' ', '(', ')', '[', '{', '=']).find(|w| w.starts_with("rehearsal_") || *w == "up");
         let metric = compared.unwrap_or_else(|| panic!("{expression} names no metric"));
         assert!(query(own, metric).unwrap() > 0, "`{metric}` of an alert has no data");
     }

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use rehearsal::lm::{Batch, Checkpoint, Sequence};
+use rehearsal::lm::Checkpoint;
 use serde_json::Value;
 
 use crate::support::{job_file, rehearsal, stderr};
@@ -10,7 +10,8 @@ use crate::support::{job_file, rehearsal, stderr};
 /// A Python that has `transformers` and `torch` (`REHEARSAL_PYTHON`, or `python3`).
 fn python() -> Option<String> {
     let python = std::env::var("REHEARSAL_PYTHON").unwrap_or_else(|_| "python3".into());
-    let found = Command::new(&python).args(["-c", "import transformers, torch"]).output().is_ok_and(|o| o.status.success());
+    let found =
+        Command::new(&python).args(["-c", "import transformers, torch"]).output().is_ok_and(|o| o.status.success());
     if !found {
         eprintln!("SKIPPED: {python} has no transformers and torch; set REHEARSAL_PYTHON to one that has");
     }
@@ -26,7 +27,7 @@ prompt = tok.apply_chat_template([{'role': 'user', 'content': 'What does the fox
 ids = tok(prompt, add_special_tokens=False).input_ids
 with torch.no_grad():
     logits = model(torch.tensor([ids])).logits[0].double()
-print(json.dumps({'prompt': prompt, 'ids': ids, 'logprobs': torch.log_softmax(logits, -1).tolist()}))
+print(json.dumps({'prompt': prompt, 'ids': ids, 'logits': logits.tolist()}))
 ";
 
 #[test]
@@ -48,10 +49,10 @@ fn an_exported_model_says_the_same_in_transformers() {
     let ids = checkpoint.text.encode_chat(&messages).unwrap();
     assert_eq!(checkpoint.text.template().unwrap().render(&messages, true).unwrap(), said["prompt"].as_str().unwrap());
     assert_eq!(ids, serde_json::from_value::<Vec<u32>>(said["ids"].clone()).unwrap());
-    for (position, want) in said["logprobs"].as_array().unwrap().iter().enumerate() {
-        let all: Vec<u32> = (0..checkpoint.architecture.vocab as u32).collect();
-        let batch = Batch::new(all.iter().map(|t| Sequence { prompt: &ids[..=position], completion: std::slice::from_ref(t) }));
-        let got = decoder.logprobs(&batch, 1.0).unwrap().to_vec1::<f32>().unwrap();
+    let got = decoder.logits(&ids).unwrap().to_vec2::<f32>().unwrap();
+    let want = said["logits"].as_array().unwrap();
+    assert_eq!(got.len(), want.len());
+    for (position, (got, want)) in got.iter().zip(want).enumerate() {
         for (token, (got, want)) in got.iter().zip(want.as_array().unwrap()).enumerate() {
             let want = want.as_f64().unwrap();
             assert!((f64::from(*got) - want).abs() < 1e-4, "position {position}, token {token}: {got} {want}");
@@ -79,7 +80,8 @@ fn an_exported_ledger_is_a_preference_dataset() {
     let out = folder.path().join("pairs.jsonl");
     let output = rehearsal(&["export", directory.to_str().unwrap(), "--ledger", out.to_str().unwrap()]);
     assert!(output.status.success(), "{}", stderr(&output));
-    let lines: Vec<Value> = std::fs::read_to_string(&out).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let lines: Vec<Value> =
+        std::fs::read_to_string(&out).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert!(!lines.is_empty() && lines.len() <= 12);
     for row in &lines {
         for column in ["prompt", "chosen", "rejected"] {

@@ -149,8 +149,16 @@ pub fn forward<'a>(
                     let at = (head * heads.group() + i) * heads.dim;
                     let query = &qkv[at..at + heads.dim];
                     attention::attend(
-                        query, keys, cache.capacity(), values, heads.dim, heads.first_key(position), position + 1,
-                        heads.scale, scores, out,
+                        query,
+                        keys,
+                        cache.capacity(),
+                        values,
+                        heads.dim,
+                        heads.first_key(position),
+                        position + 1,
+                        heads.scale,
+                        scores,
+                        out,
                     );
                 }
             },

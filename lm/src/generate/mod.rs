@@ -76,8 +76,15 @@ pub struct Completion {
 const PREFILL_ROWS: usize = 512;
 
 enum Backend {
-    Packed { weights: cpu::PackedWeights, buffers: cpu::Buffers, cache: Option<Cache> },
+    Packed(Box<PackedBackend>),
     Plain { cache: plain::PlainCache },
+}
+
+/// Weights of one version with the buffers and cache that passes reuse.
+struct PackedBackend {
+    weights: cpu::PackedWeights,
+    buffers: cpu::Buffers,
+    cache: Cache,
 }
 
 /// Generates from the weights a decoder had when this was made.
@@ -99,9 +106,13 @@ struct Active {
 impl Generator {
     /// Packs the weights (CPU, f32) or uses them in place (other devices).
     pub fn new(decoder: &Decoder) -> Result<Self> {
-        let fits = decoder.device().is_cpu() && decoder.dtype() == DType::F32 && decoder.kernels() == crate::ops::Kernels::Fused;
+        let fits = decoder.device().is_cpu()
+            && decoder.dtype() == DType::F32
+            && decoder.kernels() == crate::ops::Kernels::Fused;
         let backend = if fits {
-            Backend::Packed { weights: cpu::PackedWeights::new(decoder)?, buffers: cpu::Buffers::default(), cache: None }
+            let weights = cpu::PackedWeights::new(decoder)?;
+            let cache = Cache::new(decoder.architecture(), 0, 0);
+            Backend::Packed(Box::new(PackedBackend { weights, buffers: cpu::Buffers::default(), cache }))
         } else {
             Backend::Plain { cache: plain::PlainCache::new(decoder, 0) }
         };
@@ -187,17 +198,20 @@ impl Generator {
 
     fn reserve(&mut self, slots: usize, len: usize) {
         match &mut self.backend {
-            Backend::Packed { cache, .. } => {
-                if !cache.as_ref().is_some_and(|c| c.fits(slots, len)) {
-                    *cache = Some(Cache::new(self.decoder.architecture(), slots, len));
-                }
-            }
+            Backend::Packed(packed) if packed.cache.fits(slots, len) => {}
+            Backend::Packed(packed) => packed.cache = Cache::new(self.decoder.architecture(), slots, len),
             Backend::Plain { cache } => *cache = plain::PlainCache::new(&self.decoder, slots),
         }
     }
 
     /// Fills free slots; a request whose prompt is already cached in another slot copies it from there.
-    fn admit(&mut self, waiting: &mut VecDeque<Request>, free: &mut Vec<usize>, active: &mut Vec<Active>, options: &Options) -> Result<()> {
+    fn admit(
+        &mut self,
+        waiting: &mut VecDeque<Request>,
+        free: &mut Vec<usize>,
+        active: &mut Vec<Active>,
+        options: &Options,
+    ) -> Result<()> {
         while let (Some(next), Some(&slot)) = (waiting.front(), free.last()) {
             let twin = active.iter().find(|a| Arc::ptr_eq(&a.request.prompt, &next.prompt));
             // The last prompt token runs again for its logits: the same bits, by batch invariance.
@@ -221,21 +235,20 @@ impl Generator {
 
     fn copy_prefix(&mut self, from: usize, to: usize, len: usize) -> Result<()> {
         match &mut self.backend {
-            Backend::Packed { cache: Some(cache), .. } => {
-                cache.copy_prefix(self.decoder.architecture().layers, from, to, len);
+            Backend::Packed(packed) => {
+                packed.cache.copy_prefix(self.decoder.architecture().layers, from, to, len);
                 Ok(())
             }
-            Backend::Packed { cache: None, .. } => Ok(()),
             Backend::Plain { cache } => cache.copy_prefix(from, to, len),
         }
     }
 
     fn forward(&mut self, rows: &[Row]) -> Result<std::borrow::Cow<'_, [f32]>> {
         match &mut self.backend {
-            Backend::Packed { weights, buffers, cache: Some(cache) } => {
+            Backend::Packed(packed) => {
+                let PackedBackend { weights, buffers, cache } = &mut **packed;
                 Ok(cpu::forward(&self.decoder, weights, cache, rows, buffers)?.into())
             }
-            Backend::Packed { cache: None, .. } => Ok(Vec::new().into()),
             Backend::Plain { cache } => Ok(plain::forward(&self.decoder, cache, rows)?.into()),
         }
     }
@@ -247,7 +260,9 @@ fn rows(active: &[Active]) -> Vec<(usize, Row)> {
     let mut prefill = 0;
     for (which, a) in active.iter().enumerate() {
         let prompt = &a.request.prompt;
-        let row = |position: usize, token: u32, wants_logits: bool| (which, Row { slot: a.slot, position, token, wants_logits });
+        let row = |position: usize, token: u32, wants_logits: bool| {
+            (which, Row { slot: a.slot, position, token, wants_logits })
+        };
         match a.tokens.last() {
             Some(&last) => rows.push(row(prompt.len() + a.tokens.len() - 1, last, true)),
             None => {

@@ -56,7 +56,10 @@ pub fn forward(decoder: &Decoder, cache: &mut PlainCache, rows: &[Row]) -> Resul
                 // A reused slot may hold more than this sequence has seen.
                 Some((k0, v0)) => {
                     let seen = group[0].position;
-                    (Tensor::cat(&[&k0.narrow(0, 0, seen)?, &part(&k)?], 0)?, Tensor::cat(&[&v0.narrow(0, 0, seen)?, &part(&v)?], 0)?)
+                    (
+                        Tensor::cat(&[&k0.narrow(0, 0, seen)?, &part(&k)?], 0)?,
+                        Tensor::cat(&[&v0.narrow(0, 0, seen)?, &part(&v)?], 0)?,
+                    )
                 }
                 None => (part(&k)?, part(&v)?),
             };

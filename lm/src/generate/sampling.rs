@@ -25,7 +25,8 @@ impl Default for Sampling {
 impl Sampling {
     /// An error that names the setting that is out of its range.
     pub fn validate(&self) -> Result<()> {
-        let wrong = |name: &str, value: f64, range: &str| Err(Error::Sampling(format!("{name} = {value} must be {range}")));
+        let wrong =
+            |name: &str, value: f64, range: &str| Err(Error::Sampling(format!("{name} = {value} must be {range}")));
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
             return wrong("temperature", self.temperature, "0 or more");
         }

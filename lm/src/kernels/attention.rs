@@ -158,8 +158,16 @@ pub fn forward(q: &[f32], k: &[f32], v: &[f32], offsets: &[usize], heads: &Heads
                     let at = (from + i) * q_stride + (head * g + j) * d;
                     let row = &mut out[(i * g + j) * d..(i * g + j + 1) * d];
                     lse[i * g + j] = attend(
-                        &q[at..at + d], &keys, stride, values, k_stride, heads.first_key(i), i + 1, heads.scale,
-                        &mut scores, row,
+                        &q[at..at + d],
+                        &keys,
+                        stride,
+                        values,
+                        k_stride,
+                        heads.first_key(i),
+                        i + 1,
+                        heads.scale,
+                        &mut scores,
+                        row,
                     );
                 }
             }

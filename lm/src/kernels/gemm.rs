@@ -31,13 +31,7 @@ impl<'a> View<'a> {
 
     /// The transpose of this view.
     pub fn t(self) -> Self {
-        Self {
-            rows: self.cols,
-            cols: self.rows,
-            row_stride: self.col_stride,
-            col_stride: self.row_stride,
-            ..self
-        }
+        Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
 }
 
@@ -264,7 +258,9 @@ mod tests {
 
     #[test]
     fn every_shape_and_layout_is_bitwise_the_naive_chain() {
-        for (m, n, k) in [(1, 1, 1), (1, 33, 7), (12, 32, 16), (13, 65, 40), (50, 96, 1100), (3, 200, 2500), (0, 4, 4), (4, 4, 0)] {
+        for (m, n, k) in
+            [(1, 1, 1), (1, 33, 7), (12, 32, 16), (13, 65, 40), (50, 96, 1100), (3, 200, 2500), (0, 4, 4), (4, 4, 0)]
+        {
             let (a, b) = (random(m * k, 1), random(k * n, 2));
             for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
                 let va = if ta { View::new(&a, k, m).t() } else { View::new(&a, m, k) };

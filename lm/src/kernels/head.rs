@@ -25,14 +25,12 @@ pub fn logprobs(hidden: &[f32], weight: &Packed, targets: &[u32], temperature: f
         let at = chunk * rows;
         let logits = &mut logits[..targets.len() * vocab];
         gemm(View::new(&hidden[at * width..(at + targets.len()) * width], targets.len(), width), weight, logits, false);
-        out[at..]
-            .par_iter_mut()
-            .zip(lse[at..].par_iter_mut())
-            .zip(logits.par_chunks(vocab).zip(targets))
-            .for_each(|((out, lse), (row, &target))| {
+        out[at..].par_iter_mut().zip(lse[at..].par_iter_mut()).zip(logits.par_chunks(vocab).zip(targets)).for_each(
+            |((out, lse), (row, &target))| {
                 *lse = log_sum_exp(row, 1.0 / temperature);
                 *out = logprob(row, target, temperature, *lse);
-            });
+            },
+        );
     }
     (out, lse)
 }

@@ -70,7 +70,10 @@ pub fn open(path: &Path) -> Result<Checkpoint> {
         if name == "rope_freqs.weight" {
             continue;
         }
-        let tensor = content.tensor(&mut reader, name, &Device::Cpu).and_then(|t| t.dequantize(&Device::Cpu)).map_err(malformed)?;
+        let tensor = content
+            .tensor(&mut reader, name, &Device::Cpu)
+            .and_then(|t| t.dequantize(&Device::Cpu))
+            .map_err(malformed)?;
         let Some(hf) = hf_name(name) else {
             return Err(metadata.malformed(format!("tensor `{name}` is not part of a llama model")));
         };
@@ -170,4 +173,151 @@ fn halves(tensor: &Tensor, heads: usize) -> Result<Tensor> {
     let (rows, columns) = (dims[0], dims[1..].iter().product::<usize>());
     let split = tensor.reshape((heads, rows / heads / 2, 2, columns))?;
     Ok(split.transpose(1, 2)?.contiguous()?.reshape(dims)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
+
+    use super::*;
+    use crate::testing;
+
+    /// Hugging Face's order of rotary pairs to llama.cpp's: the inverse of [`halves`].
+    fn pairs(tensor: &Tensor, heads: usize) -> Tensor {
+        let dims = tensor.dims().to_vec();
+        let (rows, columns) = (dims[0], dims[1..].iter().product::<usize>());
+        let split = tensor.reshape((heads, 2, rows / heads / 2, columns)).unwrap();
+        split.transpose(1, 2).unwrap().contiguous().unwrap().reshape(dims).unwrap()
+    }
+
+    fn gguf_name(name: &str) -> String {
+        let name = name.replace("model.layers.", "blk.").replace("model.embed_tokens", "token_embd");
+        let name = name.replace("model.norm", "output_norm").replace("input_layernorm", "attn_norm");
+        let name =
+            name.replace("post_attention_layernorm", "ffn_norm").replace("self_attn.", "attn_").replace("mlp.", "ffn_");
+        name.replace("attn_o_proj", "attn_output").replace("_proj", "")
+    }
+
+    fn strings(all: &[&str]) -> Value {
+        Value::Array(all.iter().map(|s| Value::String(s.to_string())).collect())
+    }
+
+    /// The test model as a GGUF file with the given tokenizer.
+    fn written(path: &Path, tokenizer: Vec<(&str, Value)>) -> Checkpoint {
+        let model = testing::checkpoint();
+        let a = &model.architecture;
+        let number = |n: usize| Value::U32(n as u32);
+        let mut metadata = vec![
+            ("general.architecture", Value::String("llama".into())),
+            ("llama.embedding_length", number(a.hidden)),
+            ("llama.block_count", number(a.layers)),
+            ("llama.attention.head_count", number(a.heads)),
+            ("llama.attention.head_count_kv", number(a.kv_heads)),
+            ("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
+            ("llama.feed_forward_length", number(a.mlp)),
+            ("llama.context_length", number(a.context)),
+            ("tokenizer.ggml.bos_token_id", number(28)),
+            ("tokenizer.ggml.eos_token_id", number(29)),
+        ];
+        metadata.extend(tokenizer);
+        let tensors: Vec<(String, QTensor)> = model
+            .parameters
+            .iter()
+            .map(|(name, t)| {
+                let t = match name {
+                    n if n.contains("q_proj") => pairs(t, a.heads),
+                    n if n.contains("k_proj") => pairs(t, a.kv_heads),
+                    _ => t.clone(),
+                };
+                (gguf_name(name), QTensor::quantize(&t, GgmlDType::F32).unwrap())
+            })
+            .collect();
+        let metadata: Vec<(&str, &Value)> = metadata.iter().map(|(k, v)| (*k, v)).collect();
+        let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(k, v)| (k.as_str(), v)).collect();
+        gguf_file::write(&mut File::create(path).unwrap(), &metadata, &tensors).unwrap();
+        model
+    }
+
+    fn kinds(control: &[usize]) -> Value {
+        Value::Array((0..30).map(|i| Value::I32(if control.contains(&i) { 3 } else { 1 })).collect())
+    }
+
+    #[test]
+    fn weights_and_byte_level_tokenizer_come_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("model.gguf");
+        let mut tokens: Vec<String> = ('a'..='z').map(String::from).collect();
+        tokens.extend(["Ġ", "ab", "<s>", "</s>"].map(String::from));
+        let tokens: Vec<&str> = tokens.iter().map(String::as_str).collect();
+        let model = written(
+            &path,
+            vec![
+                ("tokenizer.ggml.model", Value::String("gpt2".into())),
+                ("tokenizer.ggml.tokens", strings(&tokens)),
+                ("tokenizer.ggml.token_type", kinds(&[28, 29])),
+                ("tokenizer.ggml.merges", strings(&["a b"])),
+                ("tokenizer.chat_template", Value::String("{{ bos_token }}{{ messages[0].content }}".into())),
+            ],
+        );
+        let read = Checkpoint::open(&path).unwrap();
+        assert_eq!(Architecture { pad: None, ..model.architecture.clone() }, read.architecture);
+        for (name, tensor) in &model.parameters {
+            let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(flat(&read.parameters[name]), flat(tensor), "{name}");
+        }
+        assert_eq!(read.text.encode("ab ba").unwrap(), [27, 26, 1, 0]);
+        assert_eq!(read.text.encode_chat(&[crate::Message::user("ab")]).unwrap(), [28, 27]);
+        assert_eq!(read.text.decode(&[27, 26, 1, 29]).unwrap(), "ab b");
+    }
+
+    #[test]
+    fn a_sentence_piece_tokenizer_merges_by_score() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("model.gguf");
+        let mut tokens: Vec<String> = ('a'..='x').map(String::from).collect();
+        tokens.extend(["▁", "bc", "ab", "▁a", "<s>", "<unk>"].map(String::from));
+        let tokens: Vec<&str> = tokens.iter().map(String::as_str).collect();
+        let scores = (0..30)
+            .map(|i| {
+                Value::F32(if i == 25 {
+                    -1.0
+                } else if i == 26 {
+                    -2.0
+                } else {
+                    -3.0
+                })
+            })
+            .collect();
+        written(
+            &path,
+            vec![
+                ("tokenizer.ggml.model", Value::String("llama".into())),
+                ("tokenizer.ggml.tokens", strings(&tokens)),
+                ("tokenizer.ggml.token_type", kinds(&[28])),
+                ("tokenizer.ggml.scores", Value::Array(scores)),
+            ],
+        );
+        let text = Checkpoint::open(&path).unwrap().text;
+        // `bc` scores better than `ab` and `▁a`, so it merges first.
+        assert_eq!(text.encode("abc").unwrap(), [28, 27, 25]);
+        assert_eq!(text.decode(&[27, 25, 24, 25]).unwrap(), "abc bc");
+    }
+
+    #[test]
+    fn an_unknown_kind_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("model.gguf");
+        let letters = strings(&["a"; 30]);
+        written(
+            &path,
+            vec![
+                ("tokenizer.ggml.model", Value::String("gpt2".into())),
+                ("tokenizer.ggml.pre", Value::String("novel".into())),
+                ("tokenizer.ggml.tokens", letters),
+                ("tokenizer.ggml.merges", strings(&[])),
+            ],
+        );
+        let error = Checkpoint::open(&path).err().expect("an error").to_string();
+        assert!(error.contains("`novel`"), "{error}");
+    }
 }

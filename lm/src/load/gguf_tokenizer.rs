@@ -29,12 +29,17 @@ pub fn tokenizer(metadata: &Metadata<'_>) -> Result<(String, Json)> {
                    "normalized": false, "special": kind == CONTROL})
         })
         .collect();
-    let vocab: serde_json::Map<String, Json> = tokens.iter().enumerate().map(|(id, t)| (t.clone(), json!(id))).collect();
+    let vocab: serde_json::Map<String, Json> =
+        tokens.iter().enumerate().map(|(id, t)| (t.clone(), json!(id))).collect();
     let kind = metadata.text("tokenizer.ggml.model").unwrap_or_default();
     let mut tokenizer = match kind {
         "gpt2" => byte_level(metadata, strings("tokenizer.ggml.merges")?, vocab)?,
         "llama" => sentence_piece(metadata, &tokens, vocab)?,
-        other => return Err(metadata.malformed(format!("tokenizer model `{other}` is not supported; `gpt2` and `llama` are"))),
+        other => {
+            return Err(
+                metadata.malformed(format!("tokenizer model `{other}` is not supported; `gpt2` and `llama` are"))
+            );
+        }
     };
     tokenizer["version"] = json!("1.0");
     tokenizer["added_tokens"] = json!(added);
@@ -49,7 +54,8 @@ pub fn tokenizer(metadata: &Metadata<'_>) -> Result<(String, Json)> {
 }
 
 fn byte_level(metadata: &Metadata<'_>, merges: Vec<String>, vocab: serde_json::Map<String, Json>) -> Result<Json> {
-    let level = |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex});
+    let level =
+        |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex});
     let split = |pattern: &str| {
         json!({"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false}, level(false)]})
@@ -58,18 +64,28 @@ fn byte_level(metadata: &Metadata<'_>, merges: Vec<String>, vocab: serde_json::M
     let pre = metadata.text("tokenizer.ggml.pre").unwrap_or("default");
     let pre_tokenizer = match pre {
         "default" | "gpt-2" | "gpt2" => level(true),
-        "smollm" => json!({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, level(true)]}),
+        "smollm" => {
+            json!({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, level(true)]})
+        }
         "llama-bpe" | "llama3" | "llama-v3" => {
             ignore_merges = true;
-            split(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+            split(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            )
         }
         "qwen2" => {
             normalizer = json!({"type": "NFC"});
-            split(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+            split(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            )
         }
-        other => return Err(metadata.malformed(format!("pre-tokenizer `{other}` is not known; use the model's Hugging Face directory"))),
+        other => {
+            return Err(metadata
+                .malformed(format!("pre-tokenizer `{other}` is not known; use the model's Hugging Face directory")));
+        }
     };
-    let merges: Vec<Json> = merges.iter().map(|m| m.split_once(' ').map_or(json!([m, ""]), |(a, b)| json!([a, b]))).collect();
+    let merges: Vec<Json> =
+        merges.iter().map(|m| m.split_once(' ').map_or(json!([m, ""]), |(a, b)| json!([a, b]))).collect();
     Ok(json!({
         "truncation": null, "padding": null, "normalizer": normalizer, "post_processor": null,
         "pre_tokenizer": pre_tokenizer, "decoder": level(true),

@@ -49,7 +49,9 @@ fn assemble(
 ) -> Result<Checkpoint> {
     let mut architecture = Architecture::from_json(&config)?;
     // generation_config.json knows all the tokens that end a turn; config.json often only one.
-    if let Some(eos) = generation.and_then(|g| serde_json::from_slice::<Value>(&g).ok()).map(|g| g["eos_token_id"].clone()) {
+    if let Some(eos) =
+        generation.and_then(|g| serde_json::from_slice::<Value>(&g).ok()).map(|g| g["eos_token_id"].clone())
+    {
         let more: Vec<u32> = match eos {
             Value::Array(many) => many.iter().filter_map(Value::as_u64).map(|t| t as u32).collect(),
             one => one.as_u64().map(|t| t as u32).into_iter().collect(),

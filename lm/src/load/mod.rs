@@ -60,10 +60,7 @@ impl Checkpoint {
     }
 
     fn placed(&self, device: &Device, dtype: DType) -> Result<Parameters> {
-        self.parameters
-            .iter()
-            .map(|(name, t)| Ok((name.clone(), t.to_dtype(dtype)?.to_device(device)?)))
-            .collect()
+        self.parameters.iter().map(|(name, t)| Ok((name.clone(), t.to_dtype(dtype)?.to_device(device)?))).collect()
     }
 
     /// Writes a Hugging Face directory with `parameters` (by name) in the place of this checkpoint's own.
@@ -85,11 +82,10 @@ fn check(architecture: &Architecture, mut parameters: Parameters, path: &Path) -
         checked.insert(name, tensor);
     }
     // Derived tables that old exports carry, and a head that repeats the embedding, hold nothing of their own.
-    let harmless = |name: &str| name.ends_with("rotary_emb.inv_freq") || (architecture.tied && name == "lm_head.weight");
+    let harmless =
+        |name: &str| name.ends_with("rotary_emb.inv_freq") || (architecture.tied && name == "lm_head.weight");
     match parameters.into_keys().find(|name| !harmless(name)) {
-        Some(name) => {
-            Err(Error::ExtraTensor { name, path: path.into(), model_type: architecture.model_type.clone() })
-        }
+        Some(name) => Err(Error::ExtraTensor { name, path: path.into(), model_type: architecture.model_type.clone() }),
         None => Ok(checked),
     }
 }

@@ -14,7 +14,13 @@ use crate::model::Parameters;
 /// Largest weight file before the weights are split.
 pub const SHARD_BYTES: usize = 5_000_000_000;
 
-pub fn save(source: &Checkpoint, parameters: &Parameters, directory: &Path, dtype: DType, shard_bytes: usize) -> Result<()> {
+pub fn save(
+    source: &Checkpoint,
+    parameters: &Parameters,
+    directory: &Path,
+    dtype: DType,
+    shard_bytes: usize,
+) -> Result<()> {
     let write = |name: &str, bytes: &[u8]| {
         let path = directory.join(name);
         fs::write(&path, bytes).map_err(|source| Error::Write { path, source })

@@ -44,9 +44,16 @@ pub struct Rope {
 pub enum Scaling {
     None,
     /// Every frequency divided by the factor.
-    Linear { factor: f64 },
+    Linear {
+        factor: f64,
+    },
     /// Llama 3.1: low frequencies divided, high ones kept, a ramp between.
-    Llama3 { factor: f64, low: f64, high: f64, original_context: f64 },
+    Llama3 {
+        factor: f64,
+        low: f64,
+        high: f64,
+        original_context: f64,
+    },
 }
 
 impl Rope {
@@ -118,20 +125,28 @@ impl Architecture {
         let keys = Keys(map);
         let model_type = keys.get("model_type").and_then(Value::as_str).unwrap_or_default().to_string();
         if !matches!(model_type.as_str(), "llama" | "mistral") {
-            return Err(Error::Config(format!("model_type `{model_type}` is not supported; `llama` and `mistral` are")));
+            return Err(Error::Config(format!(
+                "model_type `{model_type}` is not supported; `llama` and `mistral` are"
+            )));
         }
         if let Some(act) = keys.get("hidden_act").and_then(Value::as_str).filter(|&a| a != "silu") {
-            return Err(Error::Config(format!("hidden_act `{act}` is not supported by a `{model_type}` model; `silu` is")));
+            return Err(Error::Config(format!(
+                "hidden_act `{act}` is not supported by a `{model_type}` model; `silu` is"
+            )));
         }
         let (hidden, heads) = (keys.needed("hidden_size")?, keys.needed("num_attention_heads")?);
         let kv_heads = keys.size("num_key_value_heads")?.unwrap_or(heads);
         let head_dim = match keys.size("head_dim")? {
             Some(d) => d,
             None if hidden % heads == 0 => hidden / heads,
-            None => return Err(Error::Config(format!("num_attention_heads {heads} does not divide hidden_size {hidden}"))),
+            None => {
+                return Err(Error::Config(format!("num_attention_heads {heads} does not divide hidden_size {hidden}")));
+            }
         };
         if heads % kv_heads != 0 {
-            return Err(Error::Config(format!("num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")));
+            return Err(Error::Config(format!(
+                "num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}"
+            )));
         }
         if head_dim % 2 != 0 {
             return Err(Error::Config(format!("head_dim {head_dim} is odd; rotary positions need pairs")));
@@ -231,9 +246,8 @@ fn rope(keys: &Keys<'_>, context: usize) -> Result<Rope> {
     let settings = Keys(object("rope_parameters").or(object("rope_scaling")).unwrap_or(&empty));
     let theta = settings.number("rope_theta")?.or(keys.number("rope_theta")?).unwrap_or(10_000.0);
     let kind = settings.get("rope_type").or(settings.get("type")).and_then(Value::as_str).unwrap_or("default");
-    let needed = |key: &str| {
-        settings.number(key)?.ok_or_else(|| Error::Config(format!("rope type `{kind}` needs `{key}`")))
-    };
+    let needed =
+        |key: &str| settings.number(key)?.ok_or_else(|| Error::Config(format!("rope type `{kind}` needs `{key}`")));
     let scaling = match kind {
         "default" => Scaling::None,
         "linear" => Scaling::Linear { factor: needed("factor")? },
@@ -243,7 +257,11 @@ fn rope(keys: &Keys<'_>, context: usize) -> Result<Rope> {
             high: needed("high_freq_factor")?,
             original_context: settings.number("original_max_position_embeddings")?.unwrap_or(context as f64),
         },
-        other => return Err(Error::Config(format!("rope type `{other}` is not supported; `default`, `linear` and `llama3` are"))),
+        other => {
+            return Err(Error::Config(format!(
+                "rope type `{other}` is not supported; `default`, `linear` and `llama3` are"
+            )));
+        }
     };
     Ok(Rope { theta, scaling })
 }
@@ -264,7 +282,8 @@ mod tests {
     #[test]
     fn both_generations_of_rope_settings_are_read() {
         let four = Architecture::from_json(&config(json!({"rope_theta": 5e5, "rope_scaling": null}))).unwrap();
-        let five = Architecture::from_json(&config(json!({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}})));
+        let five =
+            Architecture::from_json(&config(json!({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}})));
         assert_eq!(four, five.unwrap());
     }
 
@@ -292,7 +311,8 @@ mod tests {
         assert!(error.contains("num_key_value_heads 3"), "{error}");
         let error = Architecture::from_json(&config(json!({"vocab_size": -1}))).unwrap_err().to_string();
         assert!(error.contains("vocab_size"), "{error}");
-        let error = Architecture::from_json(&config(json!({"rope_scaling": {"rope_type": "yarn"}}))).unwrap_err().to_string();
+        let error =
+            Architecture::from_json(&config(json!({"rope_scaling": {"rope_type": "yarn"}}))).unwrap_err().to_string();
         assert!(error.contains("yarn"), "{error}");
     }
 }

@@ -114,11 +114,28 @@ impl Decoder {
     pub fn logprobs(&self, batch: &Batch, temperature: f64) -> Result<Tensor> {
         let context = self.context(batch)?;
         let layers = &self.frozen;
-        let mut x = layers.embed.index_select(&context.ids, 0)?;
-        for layer in &layers.blocks {
-            x = layer.forward(&x, &context)?;
-        }
+        let x = self.hidden(&context)?;
         self.head(layers, &x, batch, temperature)
+    }
+
+    /// The last block's output, without a graph.
+    fn hidden(&self, context: &Context) -> Result<Tensor> {
+        let mut x = self.frozen.embed.index_select(&context.ids, 0)?;
+        for block in &self.frozen.blocks {
+            x = block.forward(&x, context)?;
+        }
+        Ok(x)
+    }
+
+    /// Logits `[tokens, vocabulary]` after each token of one sequence: all of them at once, for short ones.
+    pub fn logits(&self, ids: &[u32]) -> Result<Tensor> {
+        let Some((last, rest)) = ids.split_last() else { return Err(Error::EmptyPrompt { id: 0 }) };
+        // A batch leaves out a sequence's last token; repeated, it makes room for the one that is wanted.
+        let batch = Batch::new([Sequence { prompt: rest, completion: &[*last, *last] }]);
+        let context = self.context(&batch)?;
+        let x = self.hidden(&context)?;
+        let hidden = ops::rms_norm(&x, &self.frozen.norm, self.architecture.norm_eps, self.kernels)?;
+        Ok(ops::linear(&hidden, &self.frozen.head, self.kernels)?)
     }
 
     fn head(&self, layers: &Layers, x: &Tensor, batch: &Batch, temperature: f64) -> Result<Tensor> {
@@ -200,8 +217,13 @@ impl Projection {
 impl Block {
     /// Names of the projections, in the order of [`Block::projections`].
     const PROJECTIONS: [&str; 7] = [
-        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
     ];
 
     fn projections(&self) -> [&Projection; 7] {
@@ -230,7 +252,10 @@ impl Layers {
         let block = |i: usize| -> Result<Block> {
             let projection = |part: &str| -> Result<Projection> {
                 let name = format!("model.layers.{i}.{part}");
-                Ok(Projection { weight: get(&format!("{name}.weight"))?, bias: parameters.get(&format!("{name}.bias")).cloned() })
+                Ok(Projection {
+                    weight: get(&format!("{name}.weight"))?,
+                    bias: parameters.get(&format!("{name}.bias")).cloned(),
+                })
             };
             let [q, k, v, o, gate, up, down] = Block::PROJECTIONS.map(projection);
             Ok(Block {

@@ -105,12 +105,17 @@ mod tests {
 
     #[test]
     fn fused_equals_plain() {
-        for (queries, keys, dim, window) in [(4, 2, 8, None), (6, 2, 64, None), (2, 2, 6, Some(3)), (3, 1, 32, Some(70))] {
+        for (queries, keys, dim, window) in
+            [(4, 2, 8, None), (6, 2, 64, None), (2, 2, 6, Some(3)), (3, 1, 32, Some(70))]
+        {
             let heads = Heads { queries, keys, dim, scale: 1.0 / (dim as f32).sqrt(), window };
             let shape = AttentionShape { heads, offsets: Arc::new(vec![0, 1, 9, 9 + 130]) };
             let tokens = 139;
-            let inputs =
-                [random(&[tokens, queries * dim], 1), random(&[tokens, keys * dim], 2), random(&[tokens, keys * dim], 3)];
+            let inputs = [
+                random(&[tokens, queries * dim], 1),
+                random(&[tokens, keys * dim], 2),
+                random(&[tokens, keys * dim], 3),
+            ];
             check(|x, k| attention(&x[0], &x[1], &x[2], &shape, k), &inputs);
         }
     }

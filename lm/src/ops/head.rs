@@ -11,7 +11,13 @@ use crate::kernels::head;
 /// Log-probabilities `[rows]` of `targets` under `softmax(hidden · weightᵀ / temperature)`.
 ///
 /// `hidden` is `[rows, width]`, `weight` `[vocabulary, width]`.
-pub fn head_logprobs(hidden: &Tensor, weight: &Tensor, targets: &[u32], temperature: f64, kernels: Kernels) -> Result<Tensor> {
+pub fn head_logprobs(
+    hidden: &Tensor,
+    weight: &Tensor,
+    targets: &[u32],
+    temperature: f64,
+    kernels: Kernels,
+) -> Result<Tensor> {
     let vocab = weight.dim(0)?;
     if hidden.dim(0)? != targets.len() {
         bail!("head: {} rows but {} targets", hidden.dim(0)?, targets.len());

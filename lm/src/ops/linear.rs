@@ -7,11 +7,7 @@ use crate::kernels::gemm::{Packed, View, gemm};
 
 /// `x` `[tokens, inputs]` times the transpose of `weight` `[outputs, inputs]`.
 pub fn linear(x: &Tensor, weight: &Tensor, kernels: Kernels) -> Result<Tensor> {
-    if kernels.fused(x) {
-        x.contiguous()?.apply_op2(&weight.contiguous()?, Linear)
-    } else {
-        x.matmul(&weight.t()?)
-    }
+    if kernels.fused(x) { x.contiguous()?.apply_op2(&weight.contiguous()?, Linear) } else { x.matmul(&weight.t()?) }
 }
 
 struct Linear;
@@ -35,26 +31,33 @@ impl CustomOp2 for Linear {
     fn bwd(&self, x: &Tensor, w: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let ((tokens, inputs), outputs) = (x.dims2()?, w.dim(0)?);
         let grad = grad.contiguous()?;
-        let product = |rows, cols, f: &dyn Fn([&[f32]; 3], &mut [f32])| {
-            let mut out = vec![0.0; rows * cols];
-            with_floats([x, w, &grad], |slices| {
-                f(slices, &mut out);
-                Ok(())
-            })?;
-            Tensor::from_vec(out, (rows, cols), x.device())
-        };
         let dx = x.track_op().then(|| {
-            product(tokens, inputs, &|[_, w, g], out| {
-                gemm(View::new(g, tokens, outputs), &Packed::new(View::new(w, outputs, inputs)), out, false)
+            product([&grad, w], (tokens, inputs), |[g, w]| {
+                (View::new(g, tokens, outputs), View::new(w, outputs, inputs))
             })
         });
         let dw = w.track_op().then(|| {
-            product(outputs, inputs, &|[x, _, g], out| {
-                gemm(View::new(g, tokens, outputs).t(), &Packed::new(View::new(x, tokens, inputs)), out, false)
+            product([&grad, x], (outputs, inputs), |[g, x]| {
+                (View::new(g, tokens, outputs).t(), View::new(x, tokens, inputs))
             })
         });
         Ok((dx.transpose()?, dw.transpose()?))
     }
+}
+
+/// The product of two tensors' elements, each seen as `views` says.
+fn product(
+    tensors: [&Tensor; 2],
+    shape: (usize, usize),
+    views: impl for<'a> FnOnce([&'a [f32]; 2]) -> (View<'a>, View<'a>),
+) -> Result<Tensor> {
+    let mut out = vec![0.0; shape.0 * shape.1];
+    with_floats(tensors, |slices| {
+        let (a, b) = views(slices);
+        gemm(a, &Packed::new(b), &mut out, false);
+        Ok(())
+    })?;
+    Tensor::from_vec(out, shape, tensors[0].device())
 }
 
 #[cfg(test)]

@@ -43,7 +43,10 @@ fn floats<'a>(storage: &'a CpuStorage, layout: &Layout, what: &str) -> Result<&'
 }
 
 /// Runs `f` on the elements of contiguous f32 CPU tensors.
-pub(crate) fn with_floats<const N: usize, T>(tensors: [&Tensor; N], f: impl FnOnce([&[f32]; N]) -> Result<T>) -> Result<T> {
+pub(crate) fn with_floats<const N: usize, T>(
+    tensors: [&Tensor; N],
+    f: impl FnOnce([&[f32]; N]) -> Result<T>,
+) -> Result<T> {
     let guards = tensors.map(|t| t.storage_and_layout());
     let mut slices = [&[] as &[f32]; N];
     for (slice, (storage, layout)) in slices.iter_mut().zip(&guards) {

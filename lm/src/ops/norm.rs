@@ -34,7 +34,8 @@ impl CustomOp2 for RmsNorm {
     }
 
     fn bwd(&self, x: &Tensor, w: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (dx, dw) = with_floats([x, w, &grad.contiguous()?], |[x, w, g]| Ok(norm::rms_norm_backward(x, w, self.eps, g)))?;
+        let (dx, dw) =
+            with_floats([x, w, &grad.contiguous()?], |[x, w, g]| Ok(norm::rms_norm_backward(x, w, self.eps, g)))?;
         let dx = Tensor::from_vec(dx, x.shape(), x.device())?;
         let dw = Tensor::from_vec(dw, w.shape(), w.device())?;
         Ok((Some(dx), w.track_op().then_some(dw)))

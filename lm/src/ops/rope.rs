@@ -22,13 +22,19 @@ impl Positions {
 
     /// Cosines and sines of every row, `[tokens, 1, head_dim / 2]`.
     fn tables(&self, like: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for &position in self.positions.iter() {
+            let (c, s) = self.angles.at(position as usize);
+            cos.extend_from_slice(c);
+            sin.extend_from_slice(s);
+        }
         let tokens = self.positions.len();
-        let table = |pick: fn((&[f32], &[f32])) -> Vec<f32>| {
-            let data: Vec<f32> = self.positions.iter().flat_map(|&p| pick(self.angles.at(p as usize))).collect();
+        let table = |data: Vec<f32>| {
             let half = data.len() / tokens.max(1);
-            Tensor::from_vec(data, (tokens, 1, half), &Device::Cpu)?.to_dtype(like.dtype())?.to_device(like.device())
+            let table = Tensor::from_vec(data, (tokens, 1, half), &Device::Cpu)?;
+            table.to_dtype(like.dtype())?.to_device(like.device())
         };
-        Ok((table(|(cos, _)| cos.to_vec())?, table(|(_, sin)| sin.to_vec())?))
+        Ok((table(cos)?, table(sin)?))
     }
 }
 

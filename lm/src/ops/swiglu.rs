@@ -28,7 +28,8 @@ impl CustomOp2 for SwiGlu {
     }
 
     fn bwd(&self, gate: &Tensor, up: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (dg, du) = with_floats([gate, up, &grad.contiguous()?], |[gate, up, g]| Ok(swiglu::swiglu_backward(gate, up, g)))?;
+        let (dg, du) =
+            with_floats([gate, up, &grad.contiguous()?], |[gate, up, g]| Ok(swiglu::swiglu_backward(gate, up, g)))?;
         let tensor = |data| Tensor::from_vec(data, gate.shape(), gate.device());
         Ok((Some(tensor(dg)?), Some(tensor(du)?)))
     }

@@ -44,9 +44,12 @@ impl ChatTemplate {
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", |message: String| -> std::result::Result<String, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        });
+        environment.add_function(
+            "raise_exception",
+            |message: String| -> std::result::Result<String, minijinja::Error> {
+                Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+            },
+        );
         environment
             .add_template_owned("chat", source.to_string())
             .map_err(|e| Error::Template(format!("does not compile: {e:#}")))?;
@@ -57,13 +60,12 @@ impl ChatTemplate {
     pub(crate) fn from_config(config: &Value) -> Result<Option<Self>> {
         let source = match &config["chat_template"] {
             Value::String(source) => Some(source.as_str()),
-            Value::Array(named) => {
-                named.iter().find(|t| t["name"] == "default").and_then(|t| t["template"].as_str())
-            }
+            Value::Array(named) => named.iter().find(|t| t["name"] == "default").and_then(|t| t["template"].as_str()),
             _ => None,
         };
         // A token is a string, or an object with its content.
-        let token = |key: &str| config[key].as_str().or(config[key]["content"].as_str()).unwrap_or_default().to_string();
+        let token =
+            |key: &str| config[key].as_str().or(config[key]["content"].as_str()).unwrap_or_default().to_string();
         source.map(|source| Self::new(source, &token("bos_token"), &token("eos_token"))).transpose()
     }
 

@@ -88,7 +88,8 @@ impl Golden {
 
 /// A tensor of the schema: `{"shape", "dtype", "data"}`.
 pub fn tensor(value: &Value, dtype: DType) -> Tensor {
-    let shape: Vec<usize> = value["shape"].as_array().expect("a shape").iter().map(|n| n.as_u64().unwrap() as usize).collect();
+    let shape: Vec<usize> =
+        value["shape"].as_array().expect("a shape").iter().map(|n| n.as_u64().unwrap() as usize).collect();
     Tensor::from_vec(numbers(value), shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
 }
 

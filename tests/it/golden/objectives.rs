@@ -1,6 +1,8 @@
 use candle_core::{DType, Tensor, Var};
 use rehearsal_learn::pairs::penalise_missing_eos;
-use rehearsal_learn::{PreferenceConfig, PreferenceKind, PreferenceLogprobs, TieRule, masked, preference_loss, select_pairs, token};
+use rehearsal_learn::{
+    PreferenceConfig, PreferenceKind, PreferenceLogprobs, TieRule, masked, preference_loss, select_pairs, token,
+};
 
 use super::{Golden, TYPES, flat};
 
@@ -50,7 +52,8 @@ fn golden_preference_losses() {
     ];
     for (name, kind) in files {
         let golden = Golden::load(name);
-        let config = PreferenceConfig { kind, beta: golden.param("beta"), label_smoothing: golden.param("label_smoothing") };
+        let config =
+            PreferenceConfig { kind, beta: golden.param("beta"), label_smoothing: golden.param("label_smoothing") };
         for dtype in TYPES {
             let input = |key: &str| golden.input(key, dtype);
             let tokens = |key: &str| input(key).sum(1).unwrap();
@@ -114,7 +117,9 @@ fn golden_online_dpo_pairs() {
     let pairs = select_pairs(&interleaved, 2, TieRule::First);
     // The file counts all first samples, then all second ones.
     let place = |i: usize| (i / 2 + (i % 2) * n) as f64;
-    let all = |f: &dyn Fn(&rehearsal_learn::Pair) -> f64| -> Vec<f64> { pairs.iter().map(|p| f(p.as_ref().unwrap())).collect() };
+    let all = |f: &dyn Fn(&rehearsal_learn::Pair) -> f64| -> Vec<f64> {
+        pairs.iter().map(|p| f(p.as_ref().unwrap())).collect()
+    };
     golden.check_numbers("chosen_index", &all(&|p| place(p.chosen)), false);
     golden.check_numbers("rejected_index", &all(&|p| place(p.rejected)), false);
     golden.check_numbers("score_margin", &all(&|p| p.margin), false);

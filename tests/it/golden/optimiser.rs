@@ -52,7 +52,8 @@ fn golden_adamw() {
 
 #[test]
 fn golden_learning_rates() {
-    for name in ["lr_linear", "lr_cosine", "lr_constant_with_warmup", "lr_cosine_with_min_lr", "lr_instructgpt_warmup"] {
+    for name in ["lr_linear", "lr_cosine", "lr_constant_with_warmup", "lr_cosine_with_min_lr", "lr_instructgpt_warmup"]
+    {
         let golden = Golden::load(name);
         let floor = golden.value["params"]["min_lr_rate"].as_f64().unwrap_or(0.0);
         let kind = match golden.param_text("schedule") {

@@ -69,7 +69,9 @@ fn golden_stories260k_reference() {
 fn golden_smollm2_reference() {
     let Some(reference) = reference("smollm2-reference.json") else { return };
     let Some(path) = std::env::var_os("REHEARSAL_SMOLLM2") else {
-        eprintln!("SKIPPED: set REHEARSAL_SMOLLM2 to the GGUF of SmolLM2-135M-Instruct (docs/results.md says where it is)");
+        eprintln!(
+            "SKIPPED: set REHEARSAL_SMOLLM2 to the GGUF of SmolLM2-135M-Instruct (docs/results.md says where it is)"
+        );
         return;
     };
     check(&Checkpoint::open(&PathBuf::from(path)).unwrap(), &reference);

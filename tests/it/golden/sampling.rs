@@ -5,7 +5,9 @@ use super::Golden;
 
 #[test]
 fn golden_sampling_distributions() {
-    for name in ["sampling_temp", "sampling_topk", "sampling_topp", "sampling_all", "sampling_minp", "sampling_topp_tiny"] {
+    for name in
+        ["sampling_temp", "sampling_topk", "sampling_topp", "sampling_all", "sampling_minp", "sampling_topp_tiny"]
+    {
         let golden = Golden::load(name);
         let param = |key: &str, off: f64| golden.value["params"][key].as_f64().unwrap_or(off);
         let sampling = Sampling {

@@ -1,0 +1,170 @@
+//! The promises of a role and its handle, on a role that does next to nothing.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message};
+use crate::{BufferHandle, Director, DirectorEvent, Error, Result, RoleStatus};
+
+enum CountMsg {
+    Add { n: u64, _ticket: Ticket, reply: Reply<u64> },
+    Sleep { time: Duration, _ticket: Ticket, reply: Reply<()> },
+    Panic { _ticket: Ticket, reply: Reply<()> },
+}
+local_message!(CountMsg);
+
+struct Count(u64);
+
+impl Machine for Count {
+    type Message = CountMsg;
+
+    fn apply(&mut self, message: CountMsg) {
+        match message {
+            CountMsg::Add { n: 0, reply, .. } => answer(reply, Err(Error::Unsaved("nothing to add".into()))),
+            CountMsg::Add { n, reply, .. } => {
+                self.0 += n;
+                answer(reply, Ok(self.0));
+            }
+            CountMsg::Sleep { time, reply, .. } => {
+                std::thread::sleep(time);
+                answer(reply, Ok(()));
+            }
+            CountMsg::Panic { reply, .. } => {
+                drop(reply);
+                panic!("the count is lost");
+            }
+        }
+    }
+}
+
+struct Fixture {
+    director: Director,
+    link: Link<CountMsg>,
+    events: mpsc::UnboundedReceiver<DirectorEvent>,
+    builds: Arc<AtomicUsize>,
+}
+
+impl Fixture {
+    async fn new(capacity: usize, deadline: Duration, restarts_max: u32) -> Self {
+        let (sender, events) = mpsc::unbounded_channel();
+        let director = Director::start(restarts_max, deadline, sender).await.unwrap();
+        let link = Link::new("count", capacity, deadline);
+        let builds = Arc::new(AtomicUsize::new(0));
+        let build: Build<Count> = {
+            let builds = builds.clone();
+            Arc::new(move || {
+                builds.fetch_add(1, Ordering::SeqCst);
+                Ok(Count(0))
+            })
+        };
+        director.spawn(&link, build, "count").await.unwrap();
+        Self { director, link, events, builds }
+    }
+
+    async fn add(&self, n: u64) -> Result<u64> {
+        self.link.ask(|_ticket, reply| CountMsg::Add { n, _ticket, reply }).await
+    }
+
+    async fn sleep(&self, time: Duration) -> Result<()> {
+        self.link.ask(|_ticket, reply| CountMsg::Sleep { time, _ticket, reply }).await
+    }
+
+    async fn panic(&self) -> Result<()> {
+        self.link.ask(|_ticket, reply| CountMsg::Panic { _ticket, reply }).await
+    }
+}
+
+const LONG: Duration = Duration::from_secs(20);
+
+#[tokio::test]
+async fn a_refused_request_is_a_reply_and_the_role_lives() {
+    let f = Fixture::new(4, LONG, 0).await;
+    assert!(f.add(0).await.unwrap_err().to_string().contains("nothing to add"));
+    assert_eq!(f.add(2).await.unwrap(), 2);
+    assert_eq!(f.add(3).await.unwrap(), 5);
+    assert_eq!(f.link.stats().messages(), 3);
+}
+
+#[tokio::test]
+async fn a_panic_is_told_and_the_role_is_built_again() {
+    let mut f = Fixture::new(4, LONG, 1).await;
+    f.add(7).await.unwrap();
+    let error = f.panic().await.unwrap_err();
+    assert!(error.is_death(), "{error}");
+    f.director.settled(1).await;
+    assert_eq!(f.add(1).await.unwrap(), 1, "the new role begins anew");
+    assert_eq!(f.builds.load(Ordering::SeqCst), 2);
+    let event = f.events.recv().await.unwrap();
+    assert!(
+        matches!(&event, DirectorEvent::Restarted { role: "count", reason, restarts: 1 } if reason.contains("the count is lost")),
+        "{event:?}"
+    );
+
+    f.panic().await.unwrap_err();
+    f.director.settled(2).await;
+    assert!(matches!(f.director.status()["count"], RoleStatus::GaveUp { restarts: 2, .. }));
+    let failure = f.director.failure().unwrap().to_string();
+    assert!(failure.contains("died 2 times") && failure.contains("the count is lost"), "{failure}");
+}
+
+#[tokio::test]
+async fn a_mailbox_is_bounded_and_a_slow_role_is_a_timeout() {
+    let f = Arc::new(Fixture::new(2, Duration::from_millis(150), 0).await);
+    let slow: Vec<_> = (0..4)
+        .map(|_| {
+            let f = f.clone();
+            tokio::spawn(async move { f.sleep(Duration::from_millis(250)).await })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(f.link.depth(), 2, "the other two wait outside");
+    let mut timeouts = 0;
+    for task in slow {
+        timeouts += usize::from(matches!(task.await.unwrap(), Err(Error::Timeout { role: "count", .. })));
+    }
+    assert!(timeouts > 0);
+    // A timeout does not cancel the work; once it is done the role answers again.
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    assert_eq!((f.add(1).await.unwrap(), f.link.depth()), (1, 0));
+}
+
+#[tokio::test]
+async fn a_busy_role_does_not_hold_up_the_async_threads() {
+    let f = Arc::new(Fixture::new(4, LONG, 0).await); // a runtime of one thread
+    let busy = {
+        let f = f.clone();
+        tokio::spawn(async move { f.sleep(Duration::from_millis(300)).await })
+    };
+    let mut ticks = 0;
+    while !busy.is_finished() {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        ticks += 1;
+    }
+    assert!(ticks > 30, "{ticks} ticks in 300 ms");
+}
+
+#[tokio::test]
+async fn a_role_that_cannot_start_says_why() {
+    let (sender, _events) = mpsc::unbounded_channel();
+    let director = Director::start(0, LONG, sender).await.unwrap();
+    let link: Link<CountMsg> = Link::new("count", 1, LONG);
+    let build: Build<Count> = Arc::new(|| Err(Error::Unsaved("no fingers".into())));
+    let error = director.spawn(&link, build, "count").await.unwrap_err().to_string();
+    assert!(error.contains("no fingers"), "{error}");
+}
+
+#[tokio::test]
+async fn two_jobs_live_side_by_side_and_stop() {
+    let (sender, _events) = mpsc::unbounded_channel();
+    let one = Director::start(0, LONG, sender.clone()).await.unwrap();
+    let two = Director::start(0, LONG, sender).await.unwrap();
+    let a: BufferHandle = one.buffer(1, 10, 0).await.unwrap();
+    let b: BufferHandle = two.buffer(1, 10, 0).await.unwrap();
+    a.clear().await.unwrap();
+    one.stop().await;
+    assert!(a.clear().await.unwrap_err().is_death());
+    b.clear().await.unwrap();
+}

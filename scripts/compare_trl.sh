@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# The same online-DPO work by TRL and by Rehearsal, in turn, and the ratios: time of a step and peak memory.
+#
+#   scripts/compare_trl.sh PYTHON TRL_SCRIPT MODEL.gguf HF_DIR PROMPTS.jsonl [ROUNDS] [STEPS]
+#
+# PYTHON has trl 1.16, transformers 5.23 and torch 2.15. TRL_SCRIPT runs TRL's OnlineDPOTrainer on STEPS steps of
+# 8 prompts x 2 completions x 48 new tokens and prints one JSON line with step_s_median and peak_rss_gb.
+# HF_DIR is the same model as a Hugging Face directory (`rehearsal export`, or a converter).
+set -euo pipefail
+python=$1 trl=$2 gguf=$3 hf=$4 prompts=$5 rounds=${6:-2} steps=${7:-5}
+here=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
+cargo build --release --manifest-path "$here/Cargo.toml" >&2
+
+# TRL takes the first prompts of at most 120 characters; so does this.
+"$python" - "$prompts" "$work/prompts.jsonl" "$steps" <<'P'
+import json, sys
+rows = [json.loads(l)["prompt"] for l in open(sys.argv[1])]
+rows = [r for r in rows if isinstance(r, str) and len(r) <= 120][: 8 * (int(sys.argv[3]) + 1)]
+open(sys.argv[2], "w").writelines(json.dumps({"prompt": r}) + "\n" for r in rows)
+P
+ours() {
+  rm -rf "$work/job"
+  cat > "$work/job.toml" <<T
+[job]
+directory = "job"
+steps = $steps
+[model]
+policy = "$gguf"
+[prompts]
+train = "prompts.jsonl"
+[rollout]
+prompts_per_step = 8
+completions_per_prompt = 2
+max_new_tokens = 48
+min_new_tokens = 48
+temperature = 0.9
+[reward]
+rules = ["distinct_words"]
+[loss]
+ties = "first"
+[optimizer]
+learning_rate = 5e-7
+[checkpoint]
+every_steps = 1000000
+T
+  # Peak memory as the system counts it, the final checkpoint included.
+  /usr/bin/time -f '%M' -o "$work/rss" "$here/target/release/rehearsal" run "$work/job.toml" > "$work/log"
+  "$python" - "$work/job/history.jsonl" "$(tail -1 "$work/rss")" <<'P'
+import json, statistics, sys
+rows = [json.loads(l) for l in open(sys.argv[1])]
+phases = {k: round(statistics.median(r["seconds"][k] for r in rows), 2) for k in rows[0]["seconds"]}
+print(json.dumps({"peer": "rehearsal", "step_s_median": phases["total"], "peak_rss_gb": int(sys.argv[2]) / 1e6, "phases": phases,
+                  "generated": rows[0]["generated_tokens"], "all": [round(r["seconds"]["total"], 1) for r in rows]}))
+P
+}
+for round in $(seq "$rounds"); do
+  "$python" "$trl" --model "$hf" --prompts-file "$prompts" --steps "$steps" 2>/dev/null | tail -1 | tee -a "$work/trl"
+  ours | tee -a "$work/ours"
+done
+"$python" - "$work/trl" "$work/ours" <<'P'
+import json, statistics, sys
+trl, ours = ([json.loads(l) for l in open(f)] for f in sys.argv[1:])
+for key in ("step_s_median", "peak_rss_gb"):
+    ratios = [o[key] / t[key] for o, t in zip(ours, trl)]
+    print(f"{key}: rehearsal / trl = {statistics.median(ratios):.2f}  (rounds: {', '.join(f'{r:.2f}' for r in ratios)})")
+P
