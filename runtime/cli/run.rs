@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::progress::Progress;
 use super::{FAILED, STOPPED};
+use crate::config::folder_of;
 use crate::error::{At, Error, Result};
 use crate::job::{CONFIG_FILE, Job};
 use crate::{Config, Outcome};
@@ -15,7 +16,7 @@ pub fn run(file: &Path) -> Result<ExitCode> {
     let config = Config::load(file)?;
     let source = std::fs::read_to_string(file).at(file)?;
     // The copy lies elsewhere: its relative paths must lead to the same places.
-    let source = format!("# base = {}\n{source}", base(file).display());
+    let source = format!("# base = {}\n{source}", folder_of(file).display());
     work(Job::builder(config).source(source).build()?, false)
 }
 
@@ -39,11 +40,6 @@ pub fn saved_config(directory: &Path, file: Option<&Path>) -> Result<Config> {
     // The directory may have been moved since.
     config.job.directory = directory.into();
     Ok(config)
-}
-
-fn base(file: &Path) -> std::path::PathBuf {
-    let folder = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    folder.canonicalize().unwrap_or_else(|_| folder.into())
 }
 
 fn work(job: Job, resume: bool) -> Result<ExitCode> {
@@ -78,7 +74,8 @@ fn work(job: Job, resume: bool) -> Result<ExitCode> {
 
 /// What changed between the first evaluation and the last.
 fn report(outcome: &Outcome) {
-    let directory = outcome.directory.display();
+    let here = std::env::current_dir().unwrap_or_default();
+    let directory = outcome.directory.strip_prefix(&here).unwrap_or(&outcome.directory).display();
     if outcome.stopped {
         println!("stopped after step {} of {}; go on with: rehearsal resume {directory}", outcome.step, outcome.steps);
         return;

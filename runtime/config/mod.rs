@@ -8,7 +8,7 @@ pub use reader::{ConfigError, Problem};
 pub use reference::markdown;
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use rehearsal_actors::{Placement, PolicyConfig};
@@ -180,8 +180,7 @@ impl Config {
             file: path.into(),
             problems: vec![Problem { line: 0, message: format!("cannot be read: {e}") }],
         })?;
-        let base = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        Self::from_toml(&source, base).map_err(|e| ConfigError { file: path.into(), ..e })
+        Self::from_toml(&source, &folder_of(path)).map_err(|e| ConfigError { file: path.into(), ..e })
     }
 
     /// Reads a document; paths in it are relative to `base`. All problems are reported at once.
@@ -239,4 +238,25 @@ impl Config {
             section("[evaluation]", &self.evaluation),
         ]
     }
+}
+
+/// The folder of a file, in full, so that a job means the same from everywhere.
+pub(crate) fn folder_of(file: &Path) -> PathBuf {
+    let folder = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    folder.canonicalize().unwrap_or_else(|_| folder.into())
+}
+
+/// A path as it was typed, seen from `base`, without `.` and `..` in the middle.
+fn resolve(base: &Path, typed: &str) -> PathBuf {
+    let mut resolved = PathBuf::new();
+    for part in base.join(typed).components() {
+        match part {
+            Component::CurDir => {}
+            Component::ParentDir if matches!(resolved.components().next_back(), Some(Component::Normal(_))) => {
+                resolved.pop();
+            }
+            part => resolved.push(part),
+        }
+    }
+    if resolved.as_os_str().is_empty() { ".".into() } else { resolved }
 }

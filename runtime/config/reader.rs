@@ -306,7 +306,7 @@ impl Section<'_> {
 
     /// A path, relative to the configuration's folder; it need not exist.
     pub fn path(&mut self, key: &'static str, base: &Path, help: &'static str) -> Option<PathBuf> {
-        self.text(key, "a path, relative to this file", help).map(|p| base.join(p))
+        self.text(key, "a path, relative to this file", help).map(|p| super::resolve(base, &p))
     }
 
     /// A file or folder that must exist when it is named.

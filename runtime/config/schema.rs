@@ -33,7 +33,7 @@ fn job(mut s: Section<'_>, base: &Path) -> JobConfig {
     let directory =
         s.needed("directory", "a path, relative to this file", "Where checkpoints, ledger and history are kept.");
     JobConfig {
-        directory: base.join(directory),
+        directory: resolve(base, &directory),
         steps: s.integer("steps", 100, Range::from(1.0), "Optimiser steps of the whole job. May grow on resume."),
         seed: s.integer(
             "seed",
@@ -49,7 +49,7 @@ fn source(s: &mut Section<'_>, key: &'static str, base: &Path, help: &'static st
     if text == "embedded" {
         return Some(ModelSource::Embedded);
     }
-    let path = base.join(text);
+    let path = resolve(base, &text);
     if !path.exists() {
         s.problem(key, format!("names {}, which does not exist", path.display()));
     }

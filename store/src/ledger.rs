@@ -183,7 +183,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let mut store = store(directory.path());
         let first = preference(1, "x", [0.0, 1.0]);
-        store.log_preferences(&[first.clone()]).unwrap();
+        store.log_preferences(std::slice::from_ref(&first)).unwrap();
         store.log_preferences(&[Preference { time_ms: 999, ..first.clone() }]).unwrap();
         assert_eq!(store.preferences_of_step(1).unwrap(), [first]);
     }

@@ -192,6 +192,26 @@ fn a_job_is_not_overwritten_and_not_resumed_with_other_settings() {
     assert_eq!(resume(config(&job, 4, "")).unwrap().step, 4);
 }
 
+#[test]
+fn a_job_of_relative_paths_is_resumed_from_anywhere() {
+    let folder = tempfile::tempdir().unwrap();
+    let jobs = folder.path().join("jobs");
+    fs::create_dir(&jobs).unwrap();
+    fs::write(folder.path().join("prompts.jsonl"), GOOD).unwrap();
+    exported_model(&folder.path().join("model"));
+    let more = "\n[model]\npolicy = \"../model\"\n\n[prompts]\ntrain = \"../prompts.jsonl\"\n";
+    fs::write(jobs.join("job.toml"), toml(Path::new("../out"), 2, more)).unwrap();
+    let output = program().current_dir(folder.path()).args(["run", "jobs/job.toml"]).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let directory = folder.path().join("out");
+    for (from, name) in [(folder.path(), "out"), (Path::new("/"), directory.to_str().unwrap())] {
+        for command in ["resume", "status", "verify"] {
+            let output = program().current_dir(from).args([command, name]).output().unwrap();
+            assert!(output.status.success(), "{command}: {}", stderr(&output));
+        }
+    }
+}
+
 /// A small disk of its own, unmounted when dropped.
 struct SmallDisk(std::path::PathBuf);
 
