@@ -95,11 +95,12 @@ impl Job {
         if store.get_job::<Vec<(String, String)>>(FINGERPRINT)?.is_some() {
             return Err(Error::Exists(self.config.job.directory));
         }
-        store.put_job(FINGERPRINT, &self.config.fingerprint())?;
         if let Some(source) = &self.source {
             let path = self.config.job.directory.join(CONFIG_FILE);
             fs::write(&path, source).at(&path)?;
         }
+        // Last: a job that was killed before this may simply be run again.
+        store.put_job(FINGERPRINT, &inputs.fingerprint)?;
         self.work(inputs, store, repairs, cancel).await
     }
 
@@ -111,13 +112,13 @@ impl Job {
         }
         let inputs = Inputs::load(&self.config).await?;
         let (mut store, repairs) = open(directory.clone()).await?;
-        let now = self.config.fingerprint();
+        let now = &inputs.fingerprint;
         match store.get_job::<Vec<(String, String)>>(FINGERPRINT)? {
             None if store.checkpoints()?.is_empty() => return Err(Error::NothingToResume(directory)),
             // A database made again from its checkpoints knows no settings; the caller's count.
-            None => store.put_job(FINGERPRINT, &now)?,
-            Some(then) if then != now => {
-                let changed = then.iter().zip(&now).filter(|(a, b)| a != b);
+            None => store.put_job(FINGERPRINT, now)?,
+            Some(then) if then != *now => {
+                let changed = then.iter().zip(now).filter(|(a, b)| a != b);
                 let differences: Vec<String> =
                     changed.map(|(a, b)| format!("  {}\n    then: {}\n    now:  {}", a.0, a.1, b.1)).collect();
                 return Err(Error::Changed { directory, differences: differences.join("\n") });
@@ -139,7 +140,7 @@ impl Job {
         for repair in repairs {
             tell(Event::Repaired { message: repair.0 });
         }
-        let Inputs { policy, reference, prompts } = inputs;
+        let Inputs { policy, reference, prompts, .. } = inputs;
         let prometheus = match (&recorder, config.metrics.listen) {
             (None, Some(address)) => Some((exporter::recorder(), address)),
             _ => None,
@@ -266,6 +267,8 @@ struct Inputs {
     /// The same copy when it is the same model.
     reference: Arc<Checkpoint>,
     prompts: Prompts,
+    /// What a resumed job must have in common with the one before it.
+    fingerprint: Vec<(String, String)>,
 }
 
 impl Inputs {
@@ -284,7 +287,11 @@ impl Inputs {
             }
             let room = first.architecture.context.saturating_sub(config.rollout.max_new_tokens);
             let prompts = Prompts::load(&config, &first.text, room)?;
-            Ok(Self { policy: first, reference: second, prompts })
+            let mut fingerprint = config.fingerprint();
+            fingerprint.push(("model.policy, its weights".into(), first.fingerprint()?));
+            fingerprint.push(("model.reference, its weights".into(), second.fingerprint()?));
+            fingerprint.push(("the prompts".into(), prompts.fingerprint()));
+            Ok(Self { policy: first, reference: second, prompts, fingerprint })
         })
         .await
     }

@@ -109,6 +109,18 @@ impl Prompts {
         Ok(rows)
     }
 
+    /// A hash of what will be asked: equal for equal prompts, wherever their files lie.
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for row in self.train.iter().chain(&self.held_out) {
+            for token in row.tokens.iter() {
+                hasher.update(&token.to_le_bytes());
+            }
+            hasher.update(row.answer.as_deref().unwrap_or_default().as_bytes()).update(b"\0");
+        }
+        format!("{} + {} held out, {}", self.train.len(), self.held_out.len(), &hasher.finalize().to_hex()[..16])
+    }
+
     /// The `n` training prompts after the first `cursor` draws: a permutation of all, then another, and so on.
     pub fn draw(&self, seed: u64, cursor: u64, n: usize) -> Vec<&PromptRow> {
         let total = self.train.len() as u64;

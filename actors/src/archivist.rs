@@ -10,7 +10,7 @@ use rehearsal_store::{
     Error as StoreError, OwnedTensor, Preference, Repair, Rollout, SavedCheckpoint, Store, TensorBytes, Verdict,
 };
 
-use crate::role::{Build, Link, Machine, Reply, RoleStats, Ticket, answer, local_message};
+use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message, role_status};
 use crate::{Error, PolicySnapshot, Result};
 
 /// How long to wait for room on a full disk before trying again.
@@ -260,14 +260,5 @@ impl ArchivistHandle {
             }
         }
     }
-
-    /// Messages waiting.
-    pub fn depth(&self) -> usize {
-        self.link.depth()
-    }
-
-    /// What the archivist has done so far.
-    pub fn stats(&self) -> &RoleStats {
-        self.link.stats()
-    }
 }
+role_status!(ArchivistHandle);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rehearsal_lm::generate::Completion;
 
-use crate::role::{Build, Link, Machine, Reply, RoleStats, Ticket, answer, local_message};
+use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message, role_status};
 use crate::{Error, Judged, Result};
 
 /// A completion with all that was said of it.
@@ -116,17 +116,8 @@ impl BufferHandle {
     pub async fn clear(&self) -> Result<()> {
         self.link.ask(|_ticket, reply| BufferMsg::Clear { _ticket, reply }).await
     }
-
-    /// Messages waiting.
-    pub fn depth(&self) -> usize {
-        self.link.depth()
-    }
-
-    /// What the buffer has done so far.
-    pub fn stats(&self) -> &RoleStats {
-        self.link.stats()
-    }
 }
+role_status!(BufferHandle);
 
 #[cfg(test)]
 mod tests {

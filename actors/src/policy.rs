@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::device::Seat;
 use crate::reference::frozen_logprobs;
-use crate::role::{Build, Link, Machine, Reply, RoleStats, Ticket, answer, local_message};
+use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message, role_status};
 use crate::{Devices, Error, Placement, Result, Tokens};
 
 /// Settings of the policy that do not change during a job.
@@ -424,17 +424,8 @@ impl PolicyHandle {
     pub async fn export(&self, directory: std::path::PathBuf, dtype: DType) -> Result<()> {
         self.link.ask(|_ticket, reply| PolicyMsg::Export { directory, dtype, _ticket, reply }).await
     }
-
-    /// Messages waiting.
-    pub fn depth(&self) -> usize {
-        self.link.depth()
-    }
-
-    /// What the policy has done so far.
-    pub fn stats(&self) -> &RoleStats {
-        self.link.stats()
-    }
 }
+role_status!(PolicyHandle);
 
 #[cfg(test)]
 mod tests {

@@ -6,7 +6,7 @@ use candle_core::DType;
 use rehearsal_lm::{Batch, Checkpoint, Decoder};
 
 use crate::device::Seat;
-use crate::role::{Build, Link, Machine, Reply, RoleStats, Ticket, answer, local_message};
+use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message, role_status};
 use crate::{Devices, Placement, Result, Tokens};
 
 pub(crate) enum ReferenceMsg {
@@ -76,14 +76,5 @@ impl ReferenceHandle {
     pub async fn logprobs(&self, tokens: Vec<Tokens>, temperature: f64) -> Result<Vec<Vec<f32>>> {
         self.link.ask(|_ticket, reply| ReferenceMsg::Logprobs { tokens, temperature, _ticket, reply }).await
     }
-
-    /// Messages waiting.
-    pub fn depth(&self) -> usize {
-        self.link.depth()
-    }
-
-    /// What the reference has done so far.
-    pub fn stats(&self) -> &RoleStats {
-        self.link.stats()
-    }
 }
+role_status!(ReferenceHandle);

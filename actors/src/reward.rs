@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rehearsal_lm::generate::Finish;
 
 use crate::Result;
-use crate::role::{Build, Link, Machine, Reply, RoleStats, Ticket, answer, local_message};
+use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message, role_status};
 
 /// A completion to be judged.
 #[derive(Debug, Clone)]
@@ -141,17 +141,8 @@ impl RewardHandle {
     pub async fn score(&self, samples: Vec<Sample>) -> Result<Vec<Judged>> {
         self.link.ask(|_ticket, reply| RewardMsg::Score { samples, _ticket, reply }).await
     }
-
-    /// Messages waiting.
-    pub fn depth(&self) -> usize {
-        self.link.depth()
-    }
-
-    /// What the reward has done so far.
-    pub fn stats(&self) -> &RoleStats {
-        self.link.stats()
-    }
 }
+role_status!(RewardHandle);
 
 #[cfg(test)]
 mod tests {

@@ -222,3 +222,21 @@ macro_rules! local_message {
     };
 }
 pub(crate) use local_message;
+
+/// What every handle says of its role.
+macro_rules! role_status {
+    ($handle:ty) => {
+        impl $handle {
+            /// Messages sent and not yet handled.
+            pub fn depth(&self) -> usize {
+                self.link.depth()
+            }
+
+            /// What the role has done so far.
+            pub fn stats(&self) -> &$crate::RoleStats {
+                self.link.stats()
+            }
+        }
+    };
+}
+pub(crate) use role_status;

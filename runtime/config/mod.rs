@@ -224,13 +224,13 @@ impl Config {
         self.rollout.prompts_per_step * self.rollout.completions_per_prompt
     }
 
-    /// What a resumed job must have in common with the job that was cut off, section by section.
+    /// The settings a resumed job must have in common with the job that was cut off, section by section. What files
+    /// hold counts by content, elsewhere; what changes no result is left out.
     pub(crate) fn fingerprint(&self) -> Vec<(String, String)> {
         let section = |name: &str, value: &dyn std::fmt::Debug| (name.to_string(), format!("{value:?}"));
         vec![
             section("job.seed", &self.job.seed),
-            section("[model]", &self.model),
-            section("[prompts]", &self.prompts),
+            section("[prompts]", &PromptsConfig { train: None, held_out: None, ..self.prompts.clone() }),
             section("[rollout]", &RolloutConfig { batch: 0, ..self.rollout.clone() }),
             section("[reward]", &self.reward),
             section("[loss]", &self.loss),

@@ -59,7 +59,7 @@ pub fn part(of: &[u8], part: u32) -> Vec<u8> {
     with(b"#", &[of, &part.to_be_bytes()])
 }
 
-/// The `part`-th piece of a shard kept in the database; part `u32::MAX` is unused.
+/// The `part`-th piece of a shard kept in the database.
 pub fn shard_part(hash: &str, part: u32) -> Vec<u8> {
     with(&shard(hash), &[&part.to_be_bytes()])
 }

@@ -188,6 +188,11 @@ fn a_job_is_not_overwritten_and_not_resumed_with_other_settings() {
     assert!(text.contains("[loss]") && text.contains("beta: 0.5"), "{text}");
     let text = resume(config(&folder.path().join("other"), 2, "")).unwrap_err().to_string();
     assert!(text.contains("no job to resume"), "{text}");
+    let prompts = folder.path().join("prompts.jsonl");
+    fs::write(&prompts, GOOD).unwrap();
+    let text =
+        resume(config(&job, 2, &format!("\n[prompts]\ntrain = \"{}\"\n", prompts.display()))).unwrap_err().to_string();
+    assert!(text.contains("the prompts") && !text.contains("[loss]"), "{text}");
     // More steps are no other settings.
     assert_eq!(resume(config(&job, 4, "")).unwrap().step, 4);
 }

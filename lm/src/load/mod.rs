@@ -63,6 +63,20 @@ impl Checkpoint {
         self.parameters.iter().map(|(name, t)| Ok((name.clone(), t.to_dtype(dtype)?.to_device(device)?))).collect()
     }
 
+    /// A hash of the weights and the tokenizer: equal for equal models, wherever their files lie.
+    pub fn fingerprint(&self) -> Result<String> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(self.text.tokenizer_json().as_bytes()).update(self.text.config().to_string().as_bytes());
+        for (name, tensor) in &self.parameters {
+            hasher.update(name.as_bytes());
+            crate::ops::with_floats([&tensor.contiguous()?], |[data]| {
+                hasher.update(bytemuck::cast_slice(data));
+                Ok(())
+            })?;
+        }
+        Ok(hasher.finalize().to_hex()[..16].to_string())
+    }
+
     /// Writes a Hugging Face directory with `parameters` (by name) in the place of this checkpoint's own.
     pub fn save(&self, parameters: &Parameters, directory: &Path, dtype: DType) -> Result<()> {
         save::save(self, parameters, directory, dtype, save::SHARD_BYTES)

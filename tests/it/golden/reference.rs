@@ -17,9 +17,9 @@ fn models() -> Option<PathBuf> {
     there.then_some(folder)
 }
 
-fn reference(name: &str) -> Option<Value> {
-    let bytes = std::fs::read(models()?.join(name)).unwrap();
-    Some(serde_json::from_slice(&bytes).unwrap())
+fn reference(name: &str) -> Value {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/reference").join(name);
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
 /// Teacher forcing: the log-probabilities of the reference's own greedy tokens.
@@ -61,18 +61,17 @@ fn check(checkpoint: &Checkpoint, reference: &Value) {
 
 #[test]
 fn golden_stories260k_reference() {
-    let Some(reference) = reference("stories260k-reference.json") else { return };
-    check(&Checkpoint::open(&models().unwrap().join("stories260k")).unwrap(), &reference);
+    let Some(models) = models() else { return };
+    check(&Checkpoint::open(&models.join("stories260k")).unwrap(), &reference("stories260k-reference.json"));
 }
 
 #[test]
 fn golden_smollm2_reference() {
-    let Some(reference) = reference("smollm2-reference.json") else { return };
     let Some(path) = std::env::var_os("REHEARSAL_SMOLLM2") else {
         eprintln!(
             "SKIPPED: set REHEARSAL_SMOLLM2 to the GGUF of SmolLM2-135M-Instruct (docs/results.md says where it is)"
         );
         return;
     };
-    check(&Checkpoint::open(&PathBuf::from(path)).unwrap(), &reference);
+    check(&Checkpoint::open(&PathBuf::from(path)).unwrap(), &reference("smollm2-reference.json"));
 }
