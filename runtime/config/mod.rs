@@ -1,4 +1,4 @@
-//! The configuration of a job: what the user typed is read by [`reader`], what the program trusts is [`Config`].
+//! The configuration of a job: what the user typed is read by `reader`, what the program trusts is [`Config`].
 
 mod reader;
 mod reference;

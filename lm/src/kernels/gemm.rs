@@ -35,7 +35,7 @@ impl<'a> View<'a> {
     }
 }
 
-/// A right-hand side in panels of [`NR`] columns, in blocks of [`KC`] of depth.
+/// A right-hand side in panels of a fixed number of columns, read in blocks of depth.
 pub struct Packed {
     data: Vec<f32>,
     depth: usize,
@@ -112,7 +112,7 @@ fn pack_columns(part: &View<'_>, columns: std::ops::Range<usize>, panel: &mut [f
     }
 }
 
-/// Packs rows of `a`, for the given range of `k`, into panels of [`MR`] rows.
+/// Packs rows of `a`, for the given range of `k`, into panels of `MR` rows.
 fn pack_rows(a: View<'_>, k: std::ops::Range<usize>) -> Vec<f32> {
     let depth = k.len();
     let mut packed = vec![0.0; a.rows.div_ceil(MR) * MR * depth];

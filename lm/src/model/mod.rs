@@ -1,5 +1,5 @@
 //! One decoder for the Llama family: parameters by their Hugging Face names, and the forward pass over packed
-//! sequences. [`trace`] adds the backward pass.
+//! sequences. [`Forward`] is the way back.
 
 mod architecture;
 mod batch;
