@@ -40,7 +40,6 @@ fn an_exported_model_says_the_same_in_transformers() {
     assert!(output.status.success(), "{}", stderr(&output));
 
     let checkpoint = Checkpoint::open(&out).unwrap();
-    let decoder = checkpoint.frozen(&candle_core::Device::Cpu, candle_core::DType::F32).unwrap();
     let Some(python) = python() else { return };
     let output = Command::new(python).args(["-c", LOGITS]).arg(&out).output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
@@ -49,13 +48,65 @@ fn an_exported_model_says_the_same_in_transformers() {
     let ids = checkpoint.text.encode_chat(&messages).unwrap();
     assert_eq!(checkpoint.text.template().unwrap().render(&messages, true).unwrap(), said["prompt"].as_str().unwrap());
     assert_eq!(ids, serde_json::from_value::<Vec<u32>>(said["ids"].clone()).unwrap());
+    check_logits("exported", &checkpoint, &said);
+}
+
+const FAMILY: &str = "
+import json, sys, torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+torch.manual_seed(0)
+common = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+              max_position_embeddings=512, bos_token_id=1, eos_token_id=3, pad_token_id=0, attn_implementation='eager')
+llama3 = dict(rope_type='llama3', rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+cases = {
+    'separate head, odd head width': (LlamaConfig(**common, head_dim=24, tie_word_embeddings=False), 'float32', '5GB'),
+    'llama 3 scaling, sharded': (LlamaConfig(**common, rope_parameters=llama3), 'float32', '60KB'),
+    'linear scaling': (LlamaConfig(**common, rope_parameters=dict(rope_type='linear', rope_theta=10000.0, factor=4.0)), 'float32', '5GB'),
+    'biases, bf16': (LlamaConfig(**common, attention_bias=True, mlp_bias=True, tie_word_embeddings=True), 'bfloat16', '5GB'),
+    'mistral window, f16': (MistralConfig(**common, sliding_window=7), 'float16', '5GB'),
+}
+said = {}
+for name, (config, dtype, shard) in cases.items():
+    directory = sys.argv[1] + '/' + name
+    model = AutoModelForCausalLM.from_config(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0.0 if p.dim() > 1 else 1.0, 0.1)
+    model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=shard)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation='eager')
+    ids = torch.randint(4, 512, (1, 40))
+    with torch.no_grad():
+        said[name] = {'ids': ids[0].tolist(), 'logits': model(ids).logits[0].tolist()}
+print(json.dumps(said))
+";
+
+#[test]
+fn models_made_by_transformers_say_the_same_here() {
+    let Some(python) = python() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let output = Command::new(python).args(["-c", FAMILY]).arg(folder.path()).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let said: serde_json::Map<String, Value> = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(said.len(), 5);
+    let embedded = rehearsal::embedded::model().unwrap();
+    for (name, want) in said {
+        let directory = folder.path().join(&name);
+        std::fs::write(directory.join("tokenizer.json"), embedded.text.tokenizer_json()).unwrap();
+        let checkpoint = Checkpoint::open(&directory).unwrap_or_else(|e| panic!("{name}: {e}"));
+        check_logits(&name, &checkpoint, &want);
+    }
+}
+
+/// Logits of every position against those of `transformers`, within 1e-4.
+fn check_logits(name: &str, checkpoint: &Checkpoint, said: &Value) {
+    let ids: Vec<u32> = serde_json::from_value(said["ids"].clone()).unwrap();
+    let decoder = checkpoint.frozen(&candle_core::Device::Cpu, candle_core::DType::F32).unwrap();
     let got = decoder.logits(&ids).unwrap().to_vec2::<f32>().unwrap();
     let want = said["logits"].as_array().unwrap();
     assert_eq!(got.len(), want.len());
     for (position, (got, want)) in got.iter().zip(want).enumerate() {
         for (token, (got, want)) in got.iter().zip(want.as_array().unwrap()).enumerate() {
             let want = want.as_f64().unwrap();
-            assert!((f64::from(*got) - want).abs() < 1e-4, "position {position}, token {token}: {got} {want}");
+            assert!((f64::from(*got) - want).abs() < 1e-4, "{name}: position {position}, token {token}: {got} {want}");
         }
     }
 }
