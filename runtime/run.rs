@@ -51,6 +51,7 @@ pub(crate) struct Run {
 impl Run {
     /// Tells those who watch; nobody has to.
     pub fn tell(&self, event: Event) {
+        tracing::debug!(?event);
         let _ = self.events.send(event);
     }
 
@@ -97,7 +98,7 @@ impl Run {
         self.meters.set("checkpoint_bytes", "", saved.written as f64);
         self.meters.set("checkpoint_step", "", self.state.step as f64);
         self.tell(Event::Checkpoint { step: self.state.step, bytes: saved.written, took });
-        Ok(())
+        self.write_status()
     }
 
     /// Goes back to the newest checkpoint, or to the start where there is none.

@@ -233,10 +233,12 @@ impl State {
         };
         match outcome {
             Ok(()) => {
+                tracing::warn!(role, reason, restarts, "a role died and was started again");
                 let _ = self.events.send(DirectorEvent::Restarted { role, reason, restarts });
                 self.set(role, RoleStatus::Running { restarts });
             }
             Err(reason) => {
+                tracing::error!(role, reason, restarts, "a role died and is not started again");
                 let _ = self.events.send(DirectorEvent::GaveUp { role, reason: reason.clone(), restarts });
                 self.set(role, RoleStatus::GaveUp { restarts, reason });
             }

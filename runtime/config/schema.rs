@@ -12,7 +12,7 @@ use super::*;
 
 /// Reads all sections; problems are left in the reader, with defaults in their place.
 pub fn read(r: &mut Reader, base: &Path) -> Config {
-    Config {
+    let config = Config {
         job: job(r.section("job"), base),
         model: model(r.section("model"), base),
         prompts: prompts(r.section("prompts"), base),
@@ -25,7 +25,13 @@ pub fn read(r: &mut Reader, base: &Path) -> Config {
         placement: placement(r.section("placement")),
         limits: limits(r.section("limits")),
         metrics: metrics(r.section("metrics")),
+    };
+    let (completions, max) = (config.completions_per_step(), config.limits.rollouts_max);
+    if completions > max {
+        let message = format!("= {max} is less than the {completions} completions of a step");
+        r.section("limits").problem("rollouts_max", message);
     }
+    config
 }
 
 fn job(mut s: Section<'_>, base: &Path) -> JobConfig {

@@ -45,6 +45,12 @@ fn all_problems_of_a_configuration_are_told_at_once() {
 }
 
 #[test]
+fn a_buffer_too_small_for_a_step_is_told() {
+    let text = problems("[job]\ndirectory = \"x\"\n\n[limits]\nrollouts_max = 15\n");
+    assert!(text.contains("line 5: `limits.rollouts_max` = 15 is less than the 16 completions of a step"), "{text}");
+}
+
+#[test]
 fn the_program_exits_with_2_and_names_the_file() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("job.toml");

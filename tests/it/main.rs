@@ -2,10 +2,12 @@
 
 mod bad_input;
 mod chat;
+mod cli;
 mod crash;
 mod docs;
 mod embed;
 mod golden;
+mod oracle;
 mod prometheus;
 mod roles;
 mod round_trip;
