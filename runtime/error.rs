@@ -17,7 +17,7 @@ pub enum Error {
     Rules(String),
     #[error("{0} holds a job already; go on with it by `resume`, or name another `job.directory`")]
     Exists(PathBuf),
-    #[error("{0} holds no job to resume; start one by `run`")]
+    #[error("{0} holds no job; start one by `run`")]
     NothingToResume(PathBuf),
     #[error(
         "the job in {directory} was started with other settings, and a resumed job must do what it would have done:\n{differences}"

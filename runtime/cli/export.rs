@@ -10,15 +10,12 @@ use rehearsal_store::Store;
 
 use super::saved;
 use crate::error::{At, Error, Result};
-use crate::job::CONFIG_FILE;
 
 pub fn export(directory: &Path, model: Option<&Path>, dtype: &str, ledger: Option<&Path>) -> Result<ExitCode> {
     if model.is_none() && ledger.is_none() {
         return Err(Error::State("say what to export: --model DIR, --ledger FILE, or both".into()));
     }
-    if !directory.join(CONFIG_FILE).exists() {
-        return Err(Error::NothingToResume(directory.into()));
-    }
+    saved::is_job(directory)?;
     let (store, _) = Store::open(directory)?;
     if let Some(out) = model {
         let checkpoint = saved::policy(directory, &store)?;

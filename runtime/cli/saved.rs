@@ -9,12 +9,17 @@ use rehearsal_store::{OwnedTensor, Store};
 use super::run::saved_config;
 use crate::config::ModelSource;
 use crate::error::{Error, Result};
-use crate::job::{CONFIG_FILE, load_model};
+use crate::job::load_model;
+
+/// An error unless a job has worked in the directory: opening a store would make one.
+pub fn is_job(directory: &Path) -> Result<()> {
+    if directory.join("store").is_dir() { Ok(()) } else { Err(Error::NothingToResume(directory.into())) }
+}
 
 /// A model by name; for a job's directory, its policy as of the newest whole checkpoint.
 pub fn model(name: &str) -> Result<Checkpoint> {
     let path = Path::new(name);
-    if path.join(CONFIG_FILE).exists() {
+    if is_job(path).is_ok() {
         let (store, _) = Store::open(path)?;
         return policy(path, &store);
     }

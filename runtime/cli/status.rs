@@ -6,17 +6,11 @@ use std::process::ExitCode;
 use rehearsal_store::{Error as StoreError, Store};
 use serde_json::Value;
 
-use super::DAMAGED;
-use crate::error::{Error, Result};
-use crate::job::CONFIG_FILE;
-
-fn is_job(directory: &Path) -> Result<()> {
-    let there = directory.join(CONFIG_FILE).exists() || directory.join("store").is_dir();
-    if there { Ok(()) } else { Err(Error::NothingToResume(directory.into())) }
-}
+use super::{DAMAGED, saved};
+use crate::error::Result;
 
 pub fn status(directory: &Path) -> Result<ExitCode> {
-    is_job(directory)?;
+    saved::is_job(directory)?;
     let status = std::fs::read(directory.join("status.json")).ok();
     let status: Option<Value> = status.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     if let Some(status) = &status {
@@ -46,7 +40,7 @@ pub fn status(directory: &Path) -> Result<ExitCode> {
 }
 
 pub fn verify(directory: &Path) -> Result<ExitCode> {
-    is_job(directory)?;
+    saved::is_job(directory)?;
     let (store, repairs) = Store::open(directory)?;
     for repair in repairs {
         println!("repaired: {}", repair.0);

@@ -193,7 +193,7 @@ fn a_job_is_not_overwritten_and_not_resumed_with_other_settings() {
     let text = resume(config(&job, 2, "\n[loss]\nbeta = 0.5\n")).unwrap_err().to_string();
     assert!(text.contains("[loss]") && text.contains("beta: 0.5"), "{text}");
     let text = resume(config(&folder.path().join("other"), 2, "")).unwrap_err().to_string();
-    assert!(text.contains("no job to resume"), "{text}");
+    assert!(text.contains("holds no job"), "{text}");
     let prompts = folder.path().join("prompts.jsonl");
     fs::write(&prompts, GOOD).unwrap();
     let text =
