@@ -22,6 +22,9 @@ use crate::{
 /// Messages a role may have waiting; a sender waits beyond that.
 const MAILBOX: usize = 64;
 
+/// Time a role has to finish what it is doing when the job ends.
+const STOP: Duration = Duration::from_secs(60);
+
 /// How a role is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RoleStatus {
@@ -46,6 +49,7 @@ type Respawn = Arc<dyn Fn(ActorCell, u32) -> Pin<Box<dyn Future<Output = Result<
 
 enum DirectorMsg {
     Spawn { role: &'static str, respawn: Respawn, reply: oneshot::Sender<Result<()>> },
+    Stop { reply: oneshot::Sender<()> },
 }
 local_message!(DirectorMsg);
 
@@ -180,9 +184,13 @@ impl Director {
         restarts_of(&self.status.borrow())
     }
 
-    /// Stops every role and waits until they are gone.
+    /// Stops every role and waits until they have let go of what they own: the store, the devices.
     pub async fn stop(&self) {
-        let _ = self.actor.stop_and_wait(None, Some(Duration::from_secs(30))).await; // an actor that is gone has stopped
+        let (reply, done) = oneshot::channel();
+        if self.actor.cast(DirectorMsg::Stop { reply }).is_ok() {
+            let _ = done.await; // a director that is gone has stopped
+        }
+        self.actor.stop(None);
     }
 }
 
@@ -203,7 +211,7 @@ struct DirectorActor;
 
 struct Role {
     respawn: Respawn,
-    id: ActorId,
+    cell: ActorCell,
     restarts: u32,
 }
 
@@ -223,13 +231,13 @@ impl State {
 
     /// A role died: start it again, unless it has died too often or cannot start.
     async fn revive(&mut self, id: ActorId, reason: String, myself: ActorCell) {
-        let Some((&role, entry)) = self.roles.iter_mut().find(|(_, r)| r.id == id) else { return };
+        let Some((&role, entry)) = self.roles.iter_mut().find(|(_, r)| r.cell.get_id() == id) else { return };
         entry.restarts += 1;
         let restarts = entry.restarts;
         let outcome = if restarts > self.restarts_max {
             Err(reason.clone())
         } else {
-            (entry.respawn)(myself, restarts).await.map(|cell| entry.id = cell.get_id()).map_err(|e| e.to_string())
+            (entry.respawn)(myself, restarts).await.map(|cell| entry.cell = cell).map_err(|e| e.to_string())
         };
         match outcome {
             Ok(()) => {
@@ -265,12 +273,22 @@ impl Actor for DirectorActor {
         message: DirectorMsg,
         state: &mut State,
     ) -> std::result::Result<(), ActorProcessingErr> {
-        let DirectorMsg::Spawn { role, respawn, reply } = message;
-        let result = respawn(myself.get_cell(), 0).await.map(|cell| {
-            state.roles.insert(role, Role { respawn, id: cell.get_id(), restarts: 0 });
-            state.set(role, RoleStatus::Running { restarts: 0 });
-        });
-        let _ = reply.send(result); // a caller that has gone needs no answer
+        match message {
+            DirectorMsg::Spawn { role, respawn, reply } => {
+                let result = respawn(myself.get_cell(), 0).await.map(|cell| {
+                    state.roles.insert(role, Role { respawn, cell, restarts: 0 });
+                    state.set(role, RoleStatus::Running { restarts: 0 });
+                });
+                let _ = reply.send(result); // a caller that has gone needs no answer
+            }
+            DirectorMsg::Stop { reply } => {
+                for role in std::mem::take(&mut state.roles).into_values() {
+                    // One that is gone already has stopped.
+                    let _ = role.cell.stop_and_wait(None, Some(STOP)).await;
+                }
+                let _ = reply.send(());
+            }
+        }
         Ok(())
     }
 

@@ -142,7 +142,7 @@ struct Arguments<M: Machine> {
 
 impl<M: Machine> Actor for RoleActor<M> {
     type Msg = M::Message;
-    type State = mpsc::Sender<M::Message>;
+    type State = Thread<M::Message>;
     type Arguments = Arguments<M>;
 
     async fn pre_start(
@@ -172,27 +172,45 @@ impl<M: Machine> Actor for RoleActor<M> {
             remember(&slot, reason.clone());
             return Err(reason.into());
         }
-        tokio::spawn(async move {
+        let ended = tokio::spawn(async move {
             if let Ok(Some(reason)) = has_ended.await {
                 remember(&slot, reason.clone());
                 myself.stop(Some(reason));
             }
         });
-        Ok(sender)
+        Ok(Thread { messages: Some(sender), ended })
     }
 
     async fn handle(
         &self,
         myself: ActorRef<M::Message>,
         message: M::Message,
-        machine: &mut Self::State,
+        thread: &mut Self::State,
     ) -> std::result::Result<(), ActorProcessingErr> {
-        if machine.send(message).is_err() {
+        if thread.messages.as_ref().is_none_or(|m| m.send(message).is_err()) {
             // The thread is gone; its caller sees the dropped reply.
             myself.stop(None);
         }
         Ok(())
     }
+
+    /// An actor that has stopped has let go of all it owned: the machine is dropped by then.
+    async fn post_stop(
+        &self,
+        _: ActorRef<M::Message>,
+        thread: &mut Self::State,
+    ) -> std::result::Result<(), ActorProcessingErr> {
+        thread.messages = None;
+        let _ = (&mut thread.ended).await; // a watcher that failed has nothing left to wait for
+        Ok(())
+    }
+}
+
+/// The actor's end of the machine's thread.
+pub(crate) struct Thread<Msg> {
+    messages: Option<mpsc::Sender<Msg>>,
+    /// Ends when the machine is dropped.
+    ended: tokio::task::JoinHandle<()>,
 }
 
 /// Handles messages until the actor is gone, or returns why the machine panicked.

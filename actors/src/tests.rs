@@ -168,3 +168,16 @@ async fn two_jobs_live_side_by_side_and_stop() {
     assert!(a.clear().await.unwrap_err().is_death());
     b.clear().await.unwrap();
 }
+
+#[tokio::test]
+async fn a_stopped_job_has_let_go_of_its_store() {
+    let folder = tempfile::tempdir().unwrap();
+    for _ in 0..10 {
+        let (sender, _events) = mpsc::unbounded_channel();
+        let director = Director::start(0, LONG, sender).await.unwrap();
+        let (store, _) = rehearsal_store::Store::open(folder.path()).unwrap();
+        let archivist = director.archivist(store, Arc::new(|_| {})).await.unwrap();
+        archivist.replay(0).await.unwrap();
+        director.stop().await;
+    }
+}

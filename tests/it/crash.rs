@@ -8,19 +8,22 @@ use rehearsal::lm::random::Stream;
 
 use crate::support::{Remains, job_file, program, rehearsal, stderr};
 
-const STEPS: u64 = 40;
-const MORE: &str = "\n[checkpoint]\nevery_steps = 3\n\n[evaluation]\nevery_steps = 10\nprompts = 6\n";
+const STEPS: u64 = 120;
+const MORE: &str = "\n[checkpoint]\nevery_steps = 2\n\n[evaluation]\nevery_steps = 40\nprompts = 6\n";
 /// Kills that must have hit a running job.
 const KILLS: u32 = 22;
+/// Steps a process may do before it is killed at the latest, so that a fast machine leaves time for all kills.
+const STEPS_AT_MOST: usize = 5;
 
 fn start(args: &[&str]) -> Child {
     program().args(args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
 
-/// Whether the child was still at work when it was killed after `delay`.
-fn kill_after(mut child: Child, delay: Duration) -> bool {
-    let deadline = Instant::now() + delay;
-    while Instant::now() < deadline {
+/// Whether the child was still at work when it was killed: after `delay`, or when it has done enough.
+fn kill_after(mut child: Child, delay: Duration, history: &Path) -> bool {
+    let done = || std::fs::read_to_string(history).map_or(0, |text| text.lines().count());
+    let (deadline, before) = (Instant::now() + delay, done());
+    while Instant::now() < deadline && done() < before + STEPS_AT_MOST {
         if child.try_wait().unwrap().is_some() {
             return false;
         }
@@ -40,7 +43,7 @@ fn killed_run(folder: &Path) -> (Remains, u32) {
     for attempt in 0..400 {
         // From before the store is open to several steps in, in all phases of a step.
         let delay = Duration::from_millis(15 + (random.uniform(attempt) * 450.0) as u64);
-        if !kill_after(child, delay) {
+        if !kill_after(child, delay, &directory.join("history.jsonl")) {
             break;
         }
         kills += 1;
