@@ -204,7 +204,8 @@ impl Generator {
         }
     }
 
-    /// Fills free slots; a request whose prompt is already cached in another slot copies it from there.
+    /// Fills free slots. A request whose prompt another sequence has cached copies it from there; one whose prompt is
+    /// on its way waits for it and lets others pass.
     fn admit(
         &mut self,
         waiting: &mut VecDeque<Request>,
@@ -212,20 +213,20 @@ impl Generator {
         active: &mut Vec<Active>,
         options: &Options,
     ) -> Result<()> {
-        while let (Some(next), Some(&slot)) = (waiting.front(), free.last()) {
-            let twin = active.iter().find(|a| Arc::ptr_eq(&a.request.prompt, &next.prompt));
+        while let Some(&slot) = free.last() {
             // The last prompt token runs again for its logits: the same bits, by batch invariance.
-            let shared = next.prompt.len() - 1;
-            let cached = match twin {
-                Some(twin) if twin.cached < shared => break, // wait until its prompt is through
-                Some(twin) => {
-                    let from = twin.slot;
-                    self.copy_prefix(from, slot, shared)?;
-                    shared
+            let shared = |prompt: &Arc<Vec<u32>>| prompt.len() - 1;
+            let twin = |r: &Request| active.iter().find(|a| Arc::ptr_eq(&a.request.prompt, &r.prompt));
+            let ready = |r: &Request| twin(r).is_none_or(|t| t.cached >= shared(&r.prompt));
+            let Some(next) = waiting.iter().position(ready) else { break };
+            let Some(request) = waiting.remove(next) else { break };
+            let cached = match twin(&request).map(|t| t.slot) {
+                Some(from) => {
+                    self.copy_prefix(from, slot, shared(&request.prompt))?;
+                    shared(&request.prompt)
                 }
                 None => 0,
             };
-            let Some(request) = waiting.pop_front() else { break };
             free.pop();
             let stream = Stream::new(options.seed, request.id);
             active.push(Active { request, slot, cached, stream, tokens: Vec::new(), logprobs: Vec::new() });
