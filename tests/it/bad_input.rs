@@ -234,7 +234,7 @@ impl SmallDisk {
             Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(&path).output();
         let ok = mounted.is_ok_and(|o| o.status.success());
         if !ok {
-            eprintln!("SKIPPED: a small disk could not be mounted (that takes root)");
+            crate::support::skipped!("a small disk could not be mounted (that takes root)");
         }
         ok.then_some(Self(path))
     }

@@ -30,7 +30,7 @@ fn deploy(file: &str) -> std::path::PathBuf {
 fn installed(program: &str) -> bool {
     let found = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
     if !found {
-        eprintln!("SKIPPED: {program} is not installed (Debian: apt-get install prometheus)");
+        crate::support::skipped!("{program} is not installed (Debian: apt-get install prometheus)");
     }
     found
 }

@@ -13,7 +13,7 @@ fn python() -> Option<String> {
     let found =
         Command::new(&python).args(["-c", "import transformers, torch"]).output().is_ok_and(|o| o.status.success());
     if !found {
-        eprintln!("SKIPPED: {python} has no transformers and torch; set REHEARSAL_PYTHON to one that has");
+        crate::support::skipped!("{python} has no transformers and torch; set REHEARSAL_PYTHON to one that has");
     }
     found.then_some(python)
 }
@@ -142,7 +142,7 @@ fn an_exported_ledger_is_a_preference_dataset() {
     }
     let Some(python) = python() else { return };
     if !Command::new(&python).args(["-c", "import datasets, trl"]).output().is_ok_and(|o| o.status.success()) {
-        eprintln!("SKIPPED: {python} has no datasets and trl");
+        crate::support::skipped!("{python} has no datasets and trl");
         return;
     }
     let output = Command::new(python).args(["-c", DATASET]).arg(&out).output().unwrap();

@@ -12,7 +12,7 @@ fn models() -> Option<PathBuf> {
     let folder = folder.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared/models"));
     let there = folder.is_dir();
     if !there {
-        eprintln!("SKIPPED: {} is not there; set REHEARSAL_MODELS to a folder of real models", folder.display());
+        crate::support::skipped!("{} is not there; set REHEARSAL_MODELS to a folder of real models", folder.display());
     }
     there.then_some(folder)
 }
@@ -68,8 +68,8 @@ fn golden_stories260k_reference() {
 #[test]
 fn golden_smollm2_reference() {
     let Some(path) = std::env::var_os("REHEARSAL_SMOLLM2") else {
-        eprintln!(
-            "SKIPPED: set REHEARSAL_SMOLLM2 to the GGUF of SmolLM2-135M-Instruct (docs/results.md says where it is)"
+        crate::support::skipped!(
+            "set REHEARSAL_SMOLLM2 to the GGUF of SmolLM2-135M-Instruct (docs/results.md says where it is)"
         );
         return;
     };

@@ -6,6 +6,15 @@ use std::process::{Command, Output};
 use rehearsal::store::{Preference, Store};
 use rehearsal::{CancellationToken, Config, Error, Job, Outcome, Reward};
 
+/// Says that a test was skipped and why, past the test runner, which hides what passing tests print.
+macro_rules! skipped {
+    ($($reason:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stderr(), "SKIPPED: {}", format_args!($($reason)*));
+    }};
+}
+pub(crate) use skipped;
+
 /// A job of a few seconds. `steps` and what `more` says (whole sections) can be chosen.
 pub fn toml(directory: &Path, steps: u64, more: &str) -> String {
     format!(
