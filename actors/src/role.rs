@@ -47,7 +47,7 @@ impl RoleStats {
         Duration::from_nanos(self.busy_ns.load(Ordering::Relaxed))
     }
 
-    /// Messages handled.
+    /// Messages taken up.
     pub fn messages(&self) -> u64 {
         self.messages.load(Ordering::Relaxed)
     }
@@ -216,10 +216,11 @@ pub(crate) struct Thread<Msg> {
 /// Handles messages until the actor is gone, or returns why the machine panicked.
 fn run<M: Machine>(mut machine: M, messages: mpsc::Receiver<M::Message>, stats: &RoleStats) -> Option<String> {
     while let Ok(message) = messages.recv() {
+        // Counted before the answer goes out, so that whoever has the answer sees the count.
+        stats.messages.fetch_add(1, Ordering::Relaxed);
         let start = Instant::now();
         let result = catch_unwind(AssertUnwindSafe(|| machine.apply(message)));
         stats.busy_ns.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
-        stats.messages.fetch_add(1, Ordering::Relaxed);
         if let Err(panic) = result {
             return Some(panic_text(&*panic));
         }
