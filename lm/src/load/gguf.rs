@@ -60,7 +60,9 @@ pub fn open(path: &Path) -> Result<Checkpoint> {
     let malformed = |e: candle_core::Error| Error::Malformed { path: path.into(), reason: e.to_string() };
     let content = Content::read(&mut reader).map_err(malformed)?;
     let metadata = Metadata { content: &content, path };
-    let architecture = architecture(&metadata)?;
+    // What a config.json must fulfil holds here too.
+    let architecture =
+        Architecture::from_json(&architecture(&metadata)?.to_json()).map_err(|e| metadata.malformed(e.to_string()))?;
 
     let mut parameters = Parameters::new();
     let mut names: Vec<&String> = content.tensor_infos.keys().collect();
@@ -301,6 +303,30 @@ mod tests {
         // `bc` scores better than `ab` and `▁a`, so it merges first.
         assert_eq!(text.encode("abc").unwrap(), [28, 27, 25]);
         assert_eq!(text.decode(&[27, 25, 24, 25]).unwrap(), "abc bc");
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_no_panic() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("model.gguf");
+        let tokens: Vec<String> = (0..29).map(|i| format!("t{i}")).chain(["<unk>".to_string()]).collect();
+        let tokens: Vec<&str> = tokens.iter().map(String::as_str).collect();
+        let tokenizer = |key: &'static str, value: u32| {
+            vec![
+                ("tokenizer.ggml.model", Value::String("llama".into())),
+                ("tokenizer.ggml.tokens", strings(&tokens)),
+                ("tokenizer.ggml.scores", Value::Array(vec![Value::F32(0.0); 30])),
+                (key, Value::U32(value)),
+            ]
+        };
+        written(&path, tokenizer("tokenizer.ggml.bos_token_id", 999));
+        let text = Checkpoint::open(&path).unwrap().text;
+        assert!(!text.encode("x").unwrap().contains(&999));
+        for width in [0, 3] {
+            written(&path, tokenizer("llama.attention.key_length", width));
+            let error = Checkpoint::open(&path).err().expect("an error").to_string();
+            assert!(error.contains("head_dim"), "{error}");
+        }
     }
 
     #[test]

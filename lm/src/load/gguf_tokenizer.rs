@@ -111,7 +111,7 @@ fn sentence_piece(metadata: &Metadata<'_>, tokens: &[String], vocab: serde_json:
     }
     merges.sort_by(|x, y| y.0.total_cmp(&x.0).then(x.1.cmp(&y.1)).then(ids[x.2].cmp(&ids[y.2])));
     let merges: Vec<Json> = merges.iter().map(|(_, _, a, b)| json!([a, b])).collect();
-    let bos = metadata.token("bos").map(|id| (id, tokens[id as usize].clone()));
+    let bos = metadata.token("bos").and_then(|id| Some((id, tokens.get(id as usize)?.clone())));
     let adds_bos = metadata.get("tokenizer.ggml.add_bos_token").and_then(|v| v.to_bool().ok()).unwrap_or(true);
     let post_processor = match bos.filter(|_| adds_bos) {
         Some((id, bos)) => json!({"type": "TemplateProcessing",
