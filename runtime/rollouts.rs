@@ -45,14 +45,14 @@ impl Run {
         let start = Instant::now();
         let unknown: Vec<&Answered> = answered.iter().filter(|a| !known.contains_key(&(a.index as u32))).collect();
         let samples = unknown.iter().map(|a| sample(&prompts[a.index / k], a)).collect();
-        let mut judged = self.roles.reward.score(samples).await?;
+        let judged = self.roles.reward.score(samples).await?;
         let verdicts: Vec<Verdict> = (unknown.iter().zip(&judged))
             .map(|(a, j)| Verdict { step, index: a.index as u32, score: j.score, reason: j.reason.clone() })
             .collect();
         if !verdicts.is_empty() {
             self.roles.archivist.log_verdicts(verdicts).await?;
         }
-        let mut fresh: BTreeMap<u32, Judged> = unknown.iter().map(|a| a.index as u32).zip(judged.drain(..)).collect();
+        let mut fresh: BTreeMap<u32, Judged> = unknown.iter().map(|a| a.index as u32).zip(judged).collect();
         seconds.reward += start.elapsed().as_secs_f64();
 
         let ref_logprobs = self.reference_logprobs(prompts, k, &answered, seconds).await?;

@@ -200,32 +200,26 @@ impl Section<'_> {
 
     pub fn number(&mut self, key: &'static str, default: f64, range: Range, help: &'static str) -> f64 {
         let Some(item) = self.take(key, format!("{default:?}"), range, help) else { return default };
-        match item.as_float().or(item.as_integer().map(|n| n as f64)) {
-            Some(x) if range.holds(x) => x,
-            Some(_) => {
-                self.wrong(key, &item, range);
-                default
-            }
-            None => {
-                self.wrong(key, &item, "a number");
-                default
-            }
-        }
+        let value = item.as_float().or(item.as_integer().map(|n| n as f64));
+        self.in_range(key, &item, value, range, "a number").unwrap_or(default)
     }
 
     pub fn integer(&mut self, key: &'static str, default: u64, range: Range, help: &'static str) -> u64 {
         let Some(item) = self.take(key, default, range, help) else { return default };
-        match item.as_integer() {
-            Some(n) if range.holds(n as f64) => n as u64,
-            Some(_) => {
-                self.wrong(key, &item, range);
-                default
-            }
-            None => {
-                self.wrong(key, &item, "a whole number");
-                default
-            }
+        // The range is checked on a float; the number itself stays whole.
+        let value = item.as_integer();
+        let holds = self.in_range(key, &item, value.map(|n| n as f64), range, "a whole number").is_some();
+        value.filter(|_| holds).map_or(default, |n| n as u64)
+    }
+
+    /// The value, if there is one and it lies in the range; else the problem is noted.
+    fn in_range(&mut self, key: &str, item: &Item, value: Option<f64>, range: Range, kind: &str) -> Option<f64> {
+        match value {
+            Some(x) if range.holds(x) => return Some(x),
+            Some(_) => self.wrong(key, item, range),
+            None => self.wrong(key, item, kind),
         }
+        None
     }
 
     pub fn flag(&mut self, key: &'static str, default: bool, help: &'static str) -> bool {

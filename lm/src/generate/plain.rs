@@ -1,27 +1,21 @@
 //! The forward pass of generation in plain candle operations, for devices without kernels of ours.
 
-use std::sync::Arc;
-
 use candle_core::{DType, Device, IndexOp, Tensor};
 
 use super::cache::Row;
 use crate::error::Result;
-use crate::kernels::rope::Angles;
 use crate::model::Decoder;
 use crate::ops::{self, Kernels, Positions, attend_tail};
 
 /// Keys and values of each slot, by layer.
 pub struct PlainCache {
     slots: Vec<Vec<Option<(Tensor, Tensor)>>>,
-    angles: Arc<Angles>,
 }
 
 impl PlainCache {
     /// Empty slots.
     pub fn new(decoder: &Decoder, slots: usize) -> Self {
-        let arch = decoder.architecture();
-        let angles = Angles::new(&arch.rope.inverse_frequencies(arch.head_dim), arch.context);
-        Self { slots: vec![vec![None; arch.layers]; slots], angles: Arc::new(angles) }
+        Self { slots: vec![vec![None; decoder.architecture().layers]; slots] }
     }
 
     /// The first `len` tokens of a slot become those of another.
@@ -39,7 +33,7 @@ pub fn forward(decoder: &Decoder, cache: &mut PlainCache, rows: &[Row]) -> Resul
     let arch = decoder.architecture();
     let (layers, heads, kernels) = (decoder.layers(), arch.attention(), Kernels::Plain);
     let ids: Vec<u32> = rows.iter().map(|r| r.token).collect();
-    let positions = Positions::new(cache.angles.clone(), rows.iter().map(|r| r.position as u32).collect());
+    let positions = Positions::new(decoder.angles().clone(), rows.iter().map(|r| r.position as u32).collect());
     let groups: Vec<&[Row]> = rows.chunk_by(|a, b| a.slot == b.slot).collect();
     let mut x = layers.embed.index_select(&Tensor::new(ids, decoder.device())?, 0)?;
     for (layer, block) in layers.blocks.iter().enumerate() {

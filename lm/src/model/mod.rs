@@ -98,7 +98,7 @@ impl Decoder {
         &self.variables
     }
 
-    pub(crate) fn angles(&self) -> &Angles {
+    pub(crate) fn angles(&self) -> &Arc<Angles> {
         &self.angles
     }
 

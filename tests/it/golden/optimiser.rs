@@ -40,8 +40,8 @@ fn golden_adamw() {
                     golden.check_values("params_after_step", &flat(var), &flat(&want[name]), single);
                 }
             }
-            for (kind, list) in [("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")] {
-                for (name, want) in named(&golden.value["outputs"][list], DType::F64) {
+            for kind in ["exp_avg", "exp_avg_sq"] {
+                for (name, want) in named(&golden.value["outputs"][kind], DType::F64) {
                     let got = &optimiser.state()[&format!("{kind}.{name}")];
                     golden.check_values(kind, &flat(got), &flat(&want), single);
                 }
