@@ -316,14 +316,13 @@ fn micro_step(
     sums: &mut Sums,
 ) -> Result<()> {
     let start = Instant::now();
-    let packed =
-        Batch::new(pairs.iter().map(|p| p.chosen.sequence()).chain(pairs.iter().map(|p| p.rejected.sequence())));
+    // A pair's completions stand side by side, so that they share their prompt.
+    let packed = Batch::new(pairs.iter().flat_map(|p| [p.chosen.sequence(), p.rejected.sequence()]));
     let forward = decoder.forward(&packed, batch.temperature)?;
     let logprobs = Var::from_tensor(&forward.logprobs())?;
     let device = logprobs.device().clone();
     let per_sequence = token::span_sums(&logprobs, packed.spans())?;
-    let n = pairs.len();
-    let half = |t: &Tensor, which: usize| t.narrow(0, which * n, n);
+    let half = |t: &Tensor, which: usize| t.reshape((pairs.len(), 2))?.narrow(1, which, 1)?.squeeze(1);
     let column = |values: Vec<f32>| Tensor::new(values, &device);
     let sum = |x: &Vec<f32>| x.iter().map(|&x| x as f64).sum::<f64>() as f32;
     let lengths: Vec<f32> = packed.spans().windows(2).map(|w| (w[1] - w[0]) as f32).collect();
@@ -349,7 +348,7 @@ fn micro_step(
     sums.rejected_reward += total(&loss.rejected_rewards)?;
     sums.chosen_logprob += total(&chosen)?;
     sums.rejected_logprob += total(&rejected)?;
-    let sampled = pairs.iter().map(|p| &p.sampler_chosen).chain(pairs.iter().map(|p| &p.sampler_rejected)).flatten();
+    let sampled = pairs.iter().flat_map(|p| [&p.sampler_chosen, &p.sampler_rejected]).flatten();
     for (old, sampler) in numbers(&logprobs)?.iter().zip(sampled) {
         let d = old - *sampler as f64;
         sums.mismatch += d.exp_m1() - d;

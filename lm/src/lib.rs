@@ -2,6 +2,7 @@
 //!
 //! This crate knows no objective, no actor, no store, no clock and no log.
 
+mod cpu;
 pub mod error;
 pub mod generate;
 pub mod kernels;

@@ -52,17 +52,21 @@ impl Cache {
         (&self.keys[range.clone()], &self.values[range])
     }
 
-    /// Stores a row's keys and values (`[key heads * dim]`) at its position.
-    pub fn append(&mut self, layer: usize, row: &Row, keys: &[f32], values: &[f32]) {
+    /// Stores the keys and values of rows `[queries | keys | values]` at their positions.
+    pub fn append(&mut self, layer: usize, rows: &[Row], qkv: &[f32]) {
         let (dim, capacity) = (self.heads.dim, self.capacity);
-        for head in 0..self.heads.keys {
-            let range = self.range(layer, row.slot, head);
-            let column = &mut self.keys[range.clone()];
-            for (d, &k) in keys[head * dim..(head + 1) * dim].iter().enumerate() {
-                column[d * capacity + row.position] = k;
+        let (q, kv) = (self.heads.query_width(), self.heads.key_width());
+        for (row, qkv) in rows.iter().zip(qkv.chunks_exact(self.heads.width())) {
+            let (keys, values) = qkv[q..].split_at(kv);
+            for head in 0..self.heads.keys {
+                let range = self.range(layer, row.slot, head);
+                let column = &mut self.keys[range.clone()];
+                for (d, &k) in keys[head * dim..(head + 1) * dim].iter().enumerate() {
+                    column[d * capacity + row.position] = k;
+                }
+                let at = range.start + row.position * dim;
+                self.values[at..at + dim].copy_from_slice(&values[head * dim..(head + 1) * dim]);
             }
-            let at = range.start + row.position * dim;
-            self.values[at..at + dim].copy_from_slice(&values[head * dim..(head + 1) * dim]);
         }
     }
 

@@ -14,8 +14,7 @@ pub use sampling::Sampling;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use candle_core::DType;
-
+use crate::cpu::{Buffers, PackedWeights, serves};
 use crate::error::{Error, Result};
 use crate::kernels::head::logprob;
 use crate::kernels::math::log_sum_exp;
@@ -82,8 +81,8 @@ enum Backend {
 
 /// Weights of one version with the buffers and cache that passes reuse.
 struct PackedBackend {
-    weights: cpu::PackedWeights,
-    buffers: cpu::Buffers,
+    weights: PackedWeights,
+    buffers: Buffers,
     cache: Cache,
 }
 
@@ -104,15 +103,12 @@ struct Active {
 }
 
 impl Generator {
-    /// Packs the weights (CPU, f32) or uses them in place (other devices).
+    /// Packs the weights (CPU) or uses them in place (other devices).
     pub fn new(decoder: &Decoder) -> Result<Self> {
-        let fits = decoder.device().is_cpu()
-            && decoder.dtype() == DType::F32
-            && decoder.kernels() == crate::ops::Kernels::Fused;
-        let backend = if fits {
-            let weights = cpu::PackedWeights::new(decoder)?;
+        let backend = if serves(decoder) {
+            let weights = PackedWeights::new(decoder)?;
             let cache = Cache::new(decoder.architecture(), 0, 0);
-            Backend::Packed(Box::new(PackedBackend { weights, buffers: cpu::Buffers::default(), cache }))
+            Backend::Packed(Box::new(PackedBackend { weights, buffers: Buffers::default(), cache }))
         } else {
             Backend::Plain { cache: plain::PlainCache::new(decoder, 0) }
         };

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, IndexOp, Tensor};
 use super::cache::Row;
 use crate::error::Result;
 use crate::model::Decoder;
-use crate::ops::{self, Kernels, Positions, attend_tail};
+use crate::ops::{self, Positions, attend_tail};
 
 /// Keys and values of each slot, by layer.
 pub struct PlainCache {
@@ -31,16 +31,16 @@ impl PlainCache {
 /// Runs rows (those of a slot in order and side by side) and returns the logits of those that want them.
 pub fn forward(decoder: &Decoder, cache: &mut PlainCache, rows: &[Row]) -> Result<Vec<f32>> {
     let arch = decoder.architecture();
-    let (layers, heads, kernels) = (decoder.layers(), arch.attention(), Kernels::Plain);
+    let (layers, heads) = (decoder.layers(), arch.attention());
     let ids: Vec<u32> = rows.iter().map(|r| r.token).collect();
     let positions = Positions::new(decoder.angles().clone(), rows.iter().map(|r| r.position as u32).collect());
     let groups: Vec<&[Row]> = rows.chunk_by(|a, b| a.slot == b.slot).collect();
     let mut x = layers.embed.index_select(&Tensor::new(ids, decoder.device())?, 0)?;
     for (layer, block) in layers.blocks.iter().enumerate() {
-        let h = ops::rms_norm(&x, &block.input_norm, arch.norm_eps, kernels)?;
-        let q = ops::rope(&block.q.forward(&h, kernels)?, heads.dim, &positions, kernels)?;
-        let k = ops::rope(&block.k.forward(&h, kernels)?, heads.dim, &positions, kernels)?;
-        let v = block.v.forward(&h, kernels)?;
+        let h = ops::rms_norm(&x, &block.input_norm, arch.norm_eps)?;
+        let q = ops::rope(&block.q.forward(&h)?, heads.dim, &positions)?;
+        let k = ops::rope(&block.k.forward(&h)?, heads.dim, &positions)?;
+        let v = block.v.forward(&h)?;
         let mut attended = Vec::with_capacity(groups.len());
         let mut at = 0;
         for group in &groups {
@@ -62,17 +62,17 @@ pub fn forward(decoder: &Decoder, cache: &mut PlainCache, rows: &[Row]) -> Resul
             at += group.len();
         }
         let attended = Tensor::cat(&attended, 0)?;
-        x = (x + block.o.forward(&attended, kernels)?)?;
-        let h = ops::rms_norm(&x, &block.post_norm, arch.norm_eps, kernels)?;
-        let mlp = ops::swiglu(&block.gate.forward(&h, kernels)?, &block.up.forward(&h, kernels)?, kernels)?;
-        x = (x + block.down.forward(&mlp, kernels)?)?;
+        x = (x + block.o.forward(&attended)?)?;
+        let h = ops::rms_norm(&x, &block.post_norm, arch.norm_eps)?;
+        let mlp = ops::swiglu(&block.gate.forward(&h)?, &block.up.forward(&h)?)?;
+        x = (x + block.down.forward(&mlp)?)?;
     }
     let wanted: Vec<u32> = rows.iter().enumerate().filter(|(_, r)| r.wants_logits).map(|(i, _)| i as u32).collect();
     if wanted.is_empty() {
         return Ok(Vec::new());
     }
     let x = x.i(&Tensor::new(wanted, decoder.device())?)?;
-    let h = ops::rms_norm(&x, &layers.norm, arch.norm_eps, kernels)?;
-    let logits = ops::linear(&h, &layers.head, kernels)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+    let h = ops::rms_norm(&x, &layers.norm, arch.norm_eps)?;
+    let logits = ops::linear(&h, &layers.head)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
     Ok(logits.flatten_all()?.to_vec1()?)
 }

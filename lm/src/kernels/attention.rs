@@ -1,14 +1,17 @@
-//! Causal grouped-query attention, one query row at a time: scores live in a row of scratch and are never stored.
+//! Causal grouped-query attention. Scores exist for a block of queries at a time and are computed again on the way
+//! back.
 //!
-//! Training (whole sequences) and generation (one new row against a cache) call the same [`attend`], so the
-//! sampler's log-probabilities and the trainer's are the same bits.
+//! Generation ([`attend`]: one new row against a cache) and training ([`forward`]: whole families of sequences)
+//! build each element by the same chain, so the sampler's log-probabilities and the trainer's are the same bits.
 
-use rayon::prelude::*;
+mod packed;
 
 use super::isa::per_isa;
-use super::math::{dot, exp_row, max};
+use super::math::{exp_row, max, tanh};
 
-/// Keys are read in blocks of this many, so transposed keys have a stride that is a multiple of it.
+pub use packed::{Family, Saved, backward, forward};
+
+/// The cache's keys are read in blocks of this many, so their stride is a multiple of it.
 pub const KEY_BLOCK: usize = 64;
 
 /// Shape of an attention layer.
@@ -24,6 +27,8 @@ pub struct Heads {
     pub scale: f32,
     /// A query sees at most this many keys, itself included; `None` sees all.
     pub window: Option<usize>,
+    /// Scaled scores are bent to `cap * tanh(score / cap)` (Gemma 2).
+    pub softcap: Option<f32>,
 }
 
 impl Heads {
@@ -36,14 +41,28 @@ impl Heads {
     pub fn first_key(&self, position: usize) -> usize {
         self.window.map_or(0, |w| (position + 1).saturating_sub(w))
     }
+
+    /// Columns of the queries of all heads.
+    pub fn query_width(&self) -> usize {
+        self.queries * self.dim
+    }
+
+    /// Columns of the keys (or the values) of all heads.
+    pub fn key_width(&self) -> usize {
+        self.keys * self.dim
+    }
+
+    /// Columns of queries, keys and values side by side.
+    pub fn width(&self) -> usize {
+        self.query_width() + 2 * self.key_width()
+    }
 }
 
 per_isa! {
-    /// One query against the keys `first..len`; returns the log-sum-exp of its scaled scores.
+    /// One query against the keys `first..len` of a cache.
     ///
     /// `keys` is transposed, `[dim][key_stride]`, with `key_stride` a multiple of [`KEY_BLOCK`]; `values` has a
-    /// row every `value_stride`. `scores` is scratch of at least `key_stride`; on return it holds, at
-    /// `first..len`, the unnormalised probabilities.
+    /// row every `value_stride`. `scores` is scratch of at least `key_stride`.
     pub fn attend(
         query: &[f32],
         keys: &[f32],
@@ -52,20 +71,42 @@ per_isa! {
         value_stride: usize,
         first: usize,
         len: usize,
-        scale: f32,
+        heads: &Heads,
         scores: &mut [f32],
         out: &mut [f32],
-    ) -> f32 {
+    ) {
         products(query, keys, key_stride, first, len, scores);
         let row = &mut scores[first..len];
-        let top = max(row) * scale;
-        let total = exp_row(row, scale, top);
+        let (_, total) = softmax(row, heads);
         weighted_sum(row, &values[first * value_stride..], value_stride, out);
         let inverse = 1.0 / total;
         for x in out.iter_mut() {
             *x *= inverse;
         }
-        top + total.ln()
+    }
+}
+
+/// Turns scores into unnormalised probabilities; returns their largest scaled score and their sum.
+#[inline(always)]
+fn softmax(row: &mut [f32], heads: &Heads) -> (f32, f32) {
+    match heads.softcap {
+        None => {
+            let top = max(row) * heads.scale;
+            (top, exp_row(row, heads.scale, top))
+        }
+        Some(cap) => {
+            bend(row, heads.scale, cap);
+            let top = max(row);
+            (top, exp_row(row, 1.0, top))
+        }
+    }
+}
+
+/// `x = cap * tanh(x * scale / cap)`.
+#[inline(always)]
+fn bend(row: &mut [f32], scale: f32, cap: f32) {
+    for x in row {
+        *x = cap * tanh(*x * (scale / cap));
     }
 }
 
@@ -108,174 +149,5 @@ fn weighted_blocks<const W: usize>(weights: &[f32], rows: &[f32], stride: usize,
             }
         }
         *out = lanes;
-    }
-}
-
-/// `rows[j] += weights[j] * x` for every `j`.
-#[inline(always)]
-fn rank_one(weights: &[f32], x: &[f32], rows: &mut [f32]) {
-    for (row, &w) in rows.chunks_exact_mut(x.len()).zip(weights) {
-        for (r, &x) in row.iter_mut().zip(x) {
-            *r = w.mul_add(x, *r);
-        }
-    }
-}
-
-/// Transposes rows `[len][stride]`, of which `dim` columns from `column` on are wanted, to `[dim][padded len]`.
-fn transposed(x: &[f32], stride: usize, column: usize, dim: usize, len: usize) -> (Vec<f32>, usize) {
-    let padded = len.next_multiple_of(KEY_BLOCK);
-    let mut out = vec![0.0; dim * padded];
-    for j in 0..len {
-        let row = &x[j * stride + column..j * stride + column + dim];
-        for (d, &value) in row.iter().enumerate() {
-            out[d * padded + j] = value;
-        }
-    }
-    (out, padded)
-}
-
-/// Every (sequence, key head) pair: the unit of work between threads.
-fn tasks(offsets: &[usize], heads: &Heads) -> Vec<(usize, usize, usize)> {
-    offsets.windows(2).flat_map(|w| (0..heads.keys).map(move |h| (w[0], w[1], h))).collect()
-}
-
-/// Attention over packed sequences: `q` `[tokens, queries * dim]`, `k` and `v` `[tokens, keys * dim]`, sequence `s`
-/// at tokens `offsets[s]..offsets[s + 1]`. Returns the output, shaped as `q`, and the log-sum-exp `[tokens, queries]`.
-pub fn forward(q: &[f32], k: &[f32], v: &[f32], offsets: &[usize], heads: &Heads) -> (Vec<f32>, Vec<f32>) {
-    let (d, g) = (heads.dim, heads.group());
-    let (q_stride, k_stride) = (heads.queries * d, heads.keys * d);
-    let parts: Vec<_> = tasks(offsets, heads)
-        .into_par_iter()
-        .with_max_len(1)
-        .map(|(from, to, head)| {
-            let len = to - from;
-            let (keys, stride) = transposed(&k[from * k_stride..to * k_stride], k_stride, head * d, d, len);
-            let values = &v[from * k_stride + head * d..];
-            let mut scores = vec![0.0; stride];
-            let (mut out, mut lse) = (vec![0.0; len * g * d], vec![0.0; len * g]);
-            for i in 0..len {
-                for j in 0..g {
-                    let at = (from + i) * q_stride + (head * g + j) * d;
-                    let row = &mut out[(i * g + j) * d..(i * g + j + 1) * d];
-                    lse[i * g + j] = attend(
-                        &q[at..at + d],
-                        &keys,
-                        stride,
-                        values,
-                        k_stride,
-                        heads.first_key(i),
-                        i + 1,
-                        heads.scale,
-                        &mut scores,
-                        row,
-                    );
-                }
-            }
-            (from, head, out, lse)
-        })
-        .collect();
-    let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; q.len() / d]);
-    for (from, head, part, part_lse) in parts {
-        scatter(&part, g * d, &mut out[from * q_stride..], q_stride, head * g * d);
-        scatter(&part_lse, g, &mut lse[from * heads.queries..], heads.queries, head * g);
-    }
-    (out, lse)
-}
-
-/// Copies rows of width `width` to the columns from `column` on of rows of width `stride`.
-fn scatter(rows: &[f32], width: usize, out: &mut [f32], stride: usize, column: usize) {
-    for (i, row) in rows.chunks_exact(width).enumerate() {
-        out[i * stride + column..i * stride + column + width].copy_from_slice(row);
-    }
-}
-
-/// What the backward pass reads: the operands, results and the gradient of the output.
-pub struct Saved<'a> {
-    pub q: &'a [f32],
-    pub k: &'a [f32],
-    pub v: &'a [f32],
-    pub out: &'a [f32],
-    pub lse: &'a [f32],
-    pub grad: &'a [f32],
-}
-
-/// Gradients with respect to `q`, `k` and `v`; scores are computed again from the log-sum-exp.
-pub fn backward(saved: &Saved<'_>, offsets: &[usize], heads: &Heads) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
-    let (d, g) = (heads.dim, heads.group());
-    let (q_stride, k_stride) = (heads.queries * d, heads.keys * d);
-    let parts: Vec<_> = tasks(offsets, heads)
-        .into_par_iter()
-        .with_max_len(1)
-        .map(|(from, to, head)| (from, head, sequence_backward(saved, from, to, head, heads)))
-        .collect();
-    let mut dq = vec![0.0; saved.q.len()];
-    let (mut dk, mut dv) = (vec![0.0; saved.k.len()], vec![0.0; saved.v.len()]);
-    for (from, head, [q, k, v]) in parts {
-        scatter(&q, g * d, &mut dq[from * q_stride..], q_stride, head * g * d);
-        scatter(&k, d, &mut dk[from * k_stride..], k_stride, head * d);
-        scatter(&v, d, &mut dv[from * k_stride..], k_stride, head * d);
-    }
-    (dq, dk, dv)
-}
-
-/// One sequence and key head: gradients `[len][group][dim]`, `[len][dim]`, `[len][dim]`.
-fn sequence_backward(saved: &Saved<'_>, from: usize, to: usize, head: usize, heads: &Heads) -> [Vec<f32>; 3] {
-    let (d, g, len) = (heads.dim, heads.group(), to - from);
-    let (q_stride, k_stride) = (heads.queries * d, heads.keys * d);
-    let (keys, stride) = transposed(&saved.k[from * k_stride..to * k_stride], k_stride, head * d, d, len);
-    let (values, _) = transposed(&saved.v[from * k_stride..to * k_stride], k_stride, head * d, d, len);
-    let key_rows = &saved.k[from * k_stride + head * d..];
-    let (mut dq, mut dk, mut dv) = (vec![0.0; len * g * d], vec![0.0; len * d], vec![0.0; len * d]);
-    let (mut p, mut ds) = (vec![0.0; stride], vec![0.0; stride]);
-    for i in 0..len {
-        for j in 0..g {
-            let at = (from + i) * q_stride + (head * g + j) * d;
-            row_backward(
-                &saved.q[at..at + d],
-                &saved.grad[at..at + d],
-                &saved.out[at..at + d],
-                saved.lse[(from + i) * heads.queries + head * g + j],
-                (&keys, &values, stride),
-                (key_rows, k_stride),
-                heads.first_key(i)..i + 1,
-                heads.scale,
-                (&mut p, &mut ds),
-                &mut dq[(i * g + j) * d..(i * g + j + 1) * d],
-                (&mut dk, &mut dv),
-            );
-        }
-    }
-    [dq, dk, dv]
-}
-
-per_isa! {
-    fn row_backward(
-        query: &[f32],
-        grad: &[f32],
-        out: &[f32],
-        lse: f32,
-        columns: (&[f32], &[f32], usize),
-        key_rows: (&[f32], usize),
-        seen: std::ops::Range<usize>,
-        scale: f32,
-        scratch: (&mut [f32], &mut [f32]),
-        dq: &mut [f32],
-        sums: (&mut [f32], &mut [f32]),
-    ) {
-        let (keys, values, stride) = columns;
-        let (p, ds) = scratch;
-        let (dk, dv) = sums;
-        let d = query.len();
-        products(query, keys, stride, seen.start, seen.end, p);
-        products(grad, values, stride, seen.start, seen.end, ds);
-        let (p, ds) = (&mut p[seen.clone()], &mut ds[seen.clone()]);
-        exp_row(p, scale, lse);
-        let delta = dot(grad, out);
-        for (ds, &p) in ds.iter_mut().zip(p.iter()) {
-            *ds = p * (*ds - delta) * scale;
-        }
-        weighted_sum(ds, &key_rows.0[seen.start * key_rows.1..], key_rows.1, dq);
-        rank_one(ds, query, &mut dk[seen.start * d..seen.end * d]);
-        rank_one(p, grad, &mut dv[seen.start * d..seen.end * d]);
     }
 }

@@ -14,9 +14,10 @@ pub mod gemm;
 pub mod head;
 mod isa;
 pub mod math;
-mod microkernel;
 pub mod norm;
 pub mod rope;
+mod shared;
 pub mod swiglu;
 
 pub use isa::Isa;
+pub use shared::Shared;

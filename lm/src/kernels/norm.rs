@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::isa::per_isa;
-use super::math::{dot, sum};
+use super::math::{LANES, dot, sum};
 
 /// Rows a task takes at a time.
 const ROWS: usize = 32;
@@ -14,16 +14,14 @@ pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
     out.par_chunks_mut(block).zip(x.par_chunks(block)).for_each(|(out, x)| rows(x, w, eps, out));
 }
 
-/// Gradients of [`rms_norm`] with respect to `x` and `w`, given `grad` with respect to its result.
-pub fn rms_norm_backward(x: &[f32], w: &[f32], eps: f32, grad: &[f32]) -> (Vec<f32>, Vec<f32>) {
-    let mut dx = vec![0.0; x.len()];
+/// Adds the gradients of [`rms_norm`] with respect to `x` and `w` to `dx` and `dw`, given `grad` with respect to its
+/// result.
+pub fn rms_norm_backward(x: &[f32], w: &[f32], eps: f32, grad: &[f32], dx: &mut [f32], dw: &mut [f32]) {
     let block = ROWS * w.len();
     dx.par_chunks_mut(block)
         .zip(x.par_chunks(block).zip(grad.par_chunks(block)))
         .for_each(|(dx, (x, grad))| rows_backward(x, w, eps, grad, dx));
-    let mut dw = vec![0.0; w.len()];
-    weight_backward(x, eps, grad, &mut dw);
-    (dx, dw)
+    weight_backward(x, eps, grad, dw);
 }
 
 #[inline(always)]
@@ -47,12 +45,13 @@ per_isa! {
         let n = w.len();
         for ((x, grad), dx) in x.chunks_exact(n).zip(grad.chunks_exact(n)).zip(dx.chunks_exact_mut(n)) {
             let r = inverse_rms(x, eps);
-            for i in 0..n {
-                dx[i] = grad[i] * w[i] * x[i];
+            let mut lanes = [0.0f32; LANES];
+            for (i, ((&g, &w), &x)) in grad.iter().zip(w).zip(x).enumerate() {
+                lanes[i % LANES] += g * w * x;
             }
-            let pull = sum(dx) / n as f32 * r * r;
+            let pull = sum(&lanes) / n as f32 * r * r;
             for i in 0..n {
-                dx[i] = r * (grad[i] * w[i] - x[i] * pull);
+                dx[i] += r * (grad[i] * w[i] - x[i] * pull);
             }
         }
     }

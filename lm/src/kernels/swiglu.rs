@@ -1,46 +1,49 @@
-//! SwiGLU (Shazeer 2020): `silu(gate) * up`, element by element.
+//! SwiGLU (Shazeer 2020): `silu(gate) * up`, with a row's gates and ups side by side, `[rows, 2 * width]`.
 
 use rayon::prelude::*;
 
 use super::isa::per_isa;
 use super::math::sigmoid;
 
-/// Elements a task takes at a time.
-const BLOCK: usize = 16 * 1024;
+/// Rows a task takes at a time.
+const ROWS: usize = 16;
 
-/// `out = silu(gate) * up`.
-pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    out.par_chunks_mut(BLOCK)
-        .zip(gate.par_chunks(BLOCK).zip(up.par_chunks(BLOCK)))
-        .for_each(|(out, (gate, up))| forward(gate, up, out));
+/// `out` `[rows, width]` from `gate_up` `[rows, 2 * width]`.
+pub fn swiglu(gate_up: &[f32], width: usize, out: &mut [f32]) {
+    out.par_chunks_mut(ROWS * width)
+        .zip(gate_up.par_chunks(2 * ROWS * width))
+        .for_each(|(out, gate_up)| forward(gate_up, width, out));
 }
 
-/// Gradients with respect to `gate` and `up`.
-pub fn swiglu_backward(gate: &[f32], up: &[f32], grad: &[f32]) -> (Vec<f32>, Vec<f32>) {
-    let (mut d_gate, mut d_up) = (vec![0.0; gate.len()], vec![0.0; up.len()]);
-    d_gate
-        .par_chunks_mut(BLOCK)
-        .zip(d_up.par_chunks_mut(BLOCK))
-        .zip(gate.par_chunks(BLOCK).zip(up.par_chunks(BLOCK)))
-        .zip(grad.par_chunks(BLOCK))
-        .for_each(|(((d_gate, d_up), (gate, up)), grad)| backward(gate, up, grad, d_gate, d_up));
-    (d_gate, d_up)
+/// Turns `gate_up` into its own gradient, given that of the result.
+pub fn swiglu_backward(gate_up: &mut [f32], width: usize, grad: &[f32]) {
+    gate_up
+        .par_chunks_mut(2 * ROWS * width)
+        .zip(grad.par_chunks(ROWS * width))
+        .for_each(|(gate_up, grad)| backward(gate_up, width, grad));
 }
 
 per_isa! {
-    fn forward(gate: &[f32], up: &[f32], out: &mut [f32]) {
-        for i in 0..out.len() {
-            out[i] = gate[i] * sigmoid(gate[i]) * up[i];
+    fn forward(gate_up: &[f32], width: usize, out: &mut [f32]) {
+        for (row, out) in gate_up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
+            let (gate, up) = row.split_at(width);
+            for i in 0..width {
+                out[i] = gate[i] * sigmoid(gate[i]) * up[i];
+            }
         }
     }
 }
 
 per_isa! {
-    fn backward(gate: &[f32], up: &[f32], grad: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
-        for i in 0..grad.len() {
-            let s = sigmoid(gate[i]);
-            d_gate[i] = grad[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
-            d_up[i] = grad[i] * gate[i] * s;
+    fn backward(gate_up: &mut [f32], width: usize, grad: &[f32]) {
+        for (row, grad) in gate_up.chunks_exact_mut(2 * width).zip(grad.chunks_exact(width)) {
+            let (gate, up) = row.split_at_mut(width);
+            for i in 0..width {
+                let (g, u) = (gate[i], up[i]);
+                let s = sigmoid(g);
+                gate[i] = grad[i] * u * s * (1.0 + g * (1.0 - s));
+                up[i] = grad[i] * g * s;
+            }
         }
     }
 }

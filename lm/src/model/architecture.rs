@@ -207,6 +207,7 @@ impl Architecture {
             dim: self.head_dim,
             scale: 1.0 / (self.head_dim as f32).sqrt(),
             window: self.window,
+            softcap: None,
         }
     }
 

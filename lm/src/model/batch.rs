@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use crate::kernels::attention::Family;
+
 /// A prompt and what was said to it.
 #[derive(Debug, Clone, Copy)]
 pub struct Sequence<'a> {
@@ -9,13 +11,14 @@ pub struct Sequence<'a> {
     pub completion: &'a [u32],
 }
 
-/// Sequences end to end on one token axis; the head runs on the rows that predict a completion token.
+/// Sequences end to end on one token axis, neighbours with the same prompt sharing it; the head runs on the rows
+/// that predict a completion token.
 #[derive(Debug, Clone, Default)]
 pub struct Batch {
     /// All tokens; the last of a sequence is left out, since nothing follows it.
     pub(crate) ids: Vec<u32>,
     pub(crate) positions: Vec<u32>,
-    pub(crate) offsets: Arc<Vec<usize>>,
+    pub(crate) families: Arc<Vec<Family>>,
     /// Rows of the token axis whose next token is scored, and those tokens.
     pub(crate) rows: Vec<u32>,
     pub(crate) targets: Vec<u32>,
@@ -24,25 +27,43 @@ pub struct Batch {
 
 impl Batch {
     /// Packs sequences. A prompt may be empty; the completion's first token is then not scored.
+    ///
+    /// Sequences that follow one another and have the same prompt go through the model with one copy of it.
     pub fn new<'a>(sequences: impl IntoIterator<Item = Sequence<'a>>) -> Self {
         let mut batch = Batch { spans: vec![0], ..Self::default() };
-        let mut offsets = vec![0];
+        let mut families: Vec<Family> = Vec::new();
+        let mut shared: Option<&[u32]> = None;
         for Sequence { prompt, completion } in sequences {
-            let start = batch.ids.len();
-            let len = (prompt.len() + completion.len()).saturating_sub(1);
-            batch.ids.extend(prompt.iter().chain(completion).take(len));
-            batch.positions.extend(0..len as u32);
-            for (i, &token) in completion.iter().enumerate() {
-                if let Some(row) = (prompt.len() + i).checked_sub(1) {
-                    batch.rows.push((start + row) as u32);
-                    batch.targets.push(token);
-                }
+            if shared.is_none_or(|shared| shared.is_empty() || shared != prompt) {
+                let rows = batch.push(prompt, 0);
+                families.push(Family { prompt: rows, completions: Vec::new() });
+                shared = Some(prompt);
             }
-            offsets.push(batch.ids.len());
+            let Some(family) = families.last_mut() else { continue };
+            let body = &completion[..completion.len().saturating_sub(1)];
+            let rows = batch.push(body, prompt.len());
+            for (i, &token) in completion.iter().enumerate() {
+                // The prompt's last row predicts the first token, and each token the next.
+                let row = match i.checked_sub(1) {
+                    None if prompt.is_empty() => continue,
+                    None => family.prompt.end - 1,
+                    Some(before) => rows.start + before,
+                };
+                batch.rows.push(row as u32);
+                batch.targets.push(token);
+            }
+            family.completions.push(rows);
             batch.spans.push(batch.targets.len());
         }
-        batch.offsets = Arc::new(offsets);
+        batch.families = Arc::new(families);
         batch
+    }
+
+    fn push(&mut self, tokens: &[u32], position: usize) -> std::ops::Range<usize> {
+        let start = self.ids.len();
+        self.ids.extend_from_slice(tokens);
+        self.positions.extend((position as u32..).take(tokens.len()));
+        start..self.ids.len()
     }
 
     /// Tokens on the packed axis.
@@ -73,9 +94,21 @@ mod tests {
         ]);
         assert_eq!(batch.ids, [5, 6, 7, 1, 2]);
         assert_eq!(batch.positions, [0, 1, 2, 0, 1]);
-        assert_eq!(*batch.offsets, [0, 3, 5]);
         assert_eq!(batch.rows, [1, 2, 3, 4]);
         assert_eq!(batch.targets, [7, 8, 2, 3]);
         assert_eq!(batch.spans(), [0, 2, 4]);
+    }
+
+    #[test]
+    fn neighbours_share_their_prompt() {
+        let of = |prompt, completion| Sequence { prompt, completion };
+        let batch = Batch::new([of(&[5, 6][..], &[7, 8][..]), of(&[5, 6], &[9]), of(&[5], &[1, 2]), of(&[5, 6], &[7])]);
+        assert_eq!(batch.ids, [5, 6, 7, 5, 1, 5, 6]);
+        assert_eq!(batch.positions, [0, 1, 2, 0, 1, 0, 1]);
+        assert_eq!(batch.rows, [1, 2, 1, 3, 4, 6]);
+        assert_eq!(batch.targets, [7, 8, 9, 1, 2, 7]);
+        assert_eq!(batch.spans(), [0, 2, 3, 5, 6]);
+        assert_eq!(batch.families[0], Family { prompt: 0..2, completions: vec![2..3, 3..3] });
+        assert_eq!(batch.families.len(), 3);
     }
 }

@@ -15,6 +15,8 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor, Var};
 
 use crate::error::{Error, Result};
+use crate::cpu;
+use crate::kernels::gemm::Precision;
 use crate::kernels::rope::Angles;
 use crate::ops::{self, AttentionShape, Kernels, Positions};
 
@@ -34,6 +36,8 @@ pub struct Decoder {
     variables: Arc<BTreeMap<String, Var>>,
     angles: Arc<Angles>,
     kernels: Kernels,
+    precision: Precision,
+    recompute: bool,
 }
 
 impl Decoder {
@@ -56,6 +60,7 @@ impl Decoder {
         let detached = tensors.iter().map(|(name, t)| (name.clone(), t.detach())).collect();
         let frozen = Layers::new(&architecture, &detached)?;
         let trained = if variables.is_empty() { None } else { Some(Layers::new(&architecture, &tensors)?) };
+        let precision = if frozen.embed.dtype() == DType::BF16 { Precision::Bf16 } else { Precision::F32 };
         let frequencies = architecture.rope.inverse_frequencies(architecture.head_dim);
         Ok(Self {
             angles: Arc::new(Angles::new(&frequencies, architecture.context)),
@@ -64,12 +69,28 @@ impl Decoder {
             trained,
             variables: Arc::new(variables),
             kernels: Kernels::Fused,
+            precision,
+            recompute: false,
         })
     }
 
     /// The same model on other kernels (the plain twins are an oracle for tests).
     pub fn with_kernels(mut self, kernels: Kernels) -> Self {
         self.kernels = kernels;
+        self
+    }
+
+    /// The same model with the factors of its matrix products rounded to bfloat16, or not. On the CPU, and for f32
+    /// weights, which stay what they are.
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.precision = precision;
+        self
+    }
+
+    /// The same model, keeping only each block's input on the way forward and running the block again on the way
+    /// back (Chen et al. 2016): a third more work for a fraction of the memory.
+    pub fn with_recompute(mut self, recompute: bool) -> Self {
+        self.recompute = recompute;
         self
     }
 
@@ -106,16 +127,27 @@ impl Decoder {
         &self.frozen
     }
 
+    /// What the factors of matrix products are rounded to.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    pub(crate) fn recomputes(&self) -> bool {
+        self.recompute
+    }
+
     pub(crate) fn kernels(&self) -> Kernels {
         self.kernels
     }
 
     /// Log-probabilities `[batch.scored()]` of the batch's targets at a temperature, without a graph.
     pub fn logprobs(&self, batch: &Batch, temperature: f64) -> Result<Tensor> {
-        let context = self.context(batch)?;
-        let layers = &self.frozen;
-        let x = self.hidden(&context)?;
-        self.head(layers, &x, batch, temperature)
+        self.check(batch)?;
+        if cpu::serves(self) {
+            return Ok(Tensor::new(cpu::logprobs(self, batch, temperature)?, self.device())?);
+        }
+        let x = self.hidden(&self.context(batch)?)?;
+        self.head(&self.frozen, &x, batch, temperature)
     }
 
     /// The last block's output, without a graph.
@@ -132,21 +164,22 @@ impl Decoder {
         let Some((last, rest)) = ids.split_last() else { return Err(Error::EmptyPrompt { id: 0 }) };
         // A batch leaves out a sequence's last token; repeated, it makes room for the one that is wanted.
         let batch = Batch::new([Sequence { prompt: rest, completion: &[*last, *last] }]);
-        let context = self.context(&batch)?;
-        let x = self.hidden(&context)?;
-        let hidden = ops::rms_norm(&x, &self.frozen.norm, self.architecture.norm_eps, self.kernels)?;
-        Ok(ops::linear(&hidden, &self.frozen.head, self.kernels)?)
+        self.check(&batch)?;
+        let x = self.hidden(&self.context(&batch)?)?;
+        let hidden = ops::rms_norm(&x, &self.frozen.norm, self.architecture.norm_eps)?;
+        Ok(ops::linear(&hidden, &self.frozen.head)?)
     }
 
     fn head(&self, layers: &Layers, x: &Tensor, batch: &Batch, temperature: f64) -> Result<Tensor> {
         let rows = Tensor::new(batch.rows.as_slice(), x.device())?;
         // Normalising only the rows that are asked for: a row's norm does not depend on the others.
         let rows = x.index_select(&rows, 0)?;
-        let hidden = ops::rms_norm(&rows, &layers.norm, self.architecture.norm_eps, self.kernels)?;
-        Ok(ops::head_logprobs(&hidden, &layers.head, &batch.targets, temperature, self.kernels)?)
+        let hidden = ops::rms_norm(&rows, &layers.norm, self.architecture.norm_eps)?;
+        Ok(ops::head_logprobs(&hidden, &layers.head, &batch.targets, temperature)?)
     }
 
-    fn context(&self, batch: &Batch) -> Result<Context> {
+    /// That the batch fits the vocabulary and the context.
+    fn check(&self, batch: &Batch) -> Result<()> {
         let vocab = self.architecture.vocab;
         if let Some(&token) = batch.ids.iter().chain(&batch.targets).find(|&&t| t as usize >= vocab) {
             return Err(Error::ForeignToken { token, vocab });
@@ -155,23 +188,25 @@ impl Decoder {
             let context = self.angles.positions();
             return Err(Error::Config(format!("a sequence of {} tokens exceeds the context of {context}", last + 1)));
         }
+        Ok(())
+    }
+
+    fn context(&self, batch: &Batch) -> Result<Context> {
         Ok(Context {
             ids: Tensor::new(batch.ids.as_slice(), self.device())?,
             positions: Positions::new(self.angles.clone(), batch.positions.clone()),
-            attention: AttentionShape { heads: self.architecture.attention(), offsets: batch.offsets.clone() },
+            attention: AttentionShape { heads: self.architecture.attention(), families: batch.families.clone() },
             eps: self.architecture.norm_eps,
-            kernels: self.kernels,
         })
     }
 }
 
 /// What every layer of one forward pass shares.
-pub(crate) struct Context {
+struct Context {
     pub ids: Tensor,
     pub positions: Positions,
     pub attention: AttentionShape,
     pub eps: f64,
-    pub kernels: Kernels,
 }
 
 /// All weights, in the order of the forward pass.
@@ -205,8 +240,8 @@ pub(crate) struct Projection {
 }
 
 impl Projection {
-    pub fn forward(&self, x: &Tensor, kernels: Kernels) -> candle_core::Result<Tensor> {
-        let y = ops::linear(x, &self.weight, kernels)?;
+    pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let y = ops::linear(x, &self.weight)?;
         match &self.bias {
             Some(bias) => y.broadcast_add(bias),
             None => Ok(y),
@@ -231,16 +266,16 @@ impl Block {
     }
 
     fn forward(&self, x: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
-        let (kernels, dim) = (cx.kernels, cx.attention.heads.dim);
-        let h = ops::rms_norm(x, &self.input_norm, cx.eps, kernels)?;
-        let q = ops::rope(&self.q.forward(&h, kernels)?, dim, &cx.positions, kernels)?;
-        let k = ops::rope(&self.k.forward(&h, kernels)?, dim, &cx.positions, kernels)?;
-        let v = self.v.forward(&h, kernels)?;
-        let attended = ops::attention(&q, &k, &v, &cx.attention, kernels)?;
-        let x = (x + self.o.forward(&attended, kernels)?)?;
-        let h = ops::rms_norm(&x, &self.post_norm, cx.eps, kernels)?;
-        let mlp = ops::swiglu(&self.gate.forward(&h, kernels)?, &self.up.forward(&h, kernels)?, kernels)?;
-        x + self.down.forward(&mlp, kernels)?
+        let dim = cx.attention.heads.dim;
+        let h = ops::rms_norm(x, &self.input_norm, cx.eps)?;
+        let q = ops::rope(&self.q.forward(&h)?, dim, &cx.positions)?;
+        let k = ops::rope(&self.k.forward(&h)?, dim, &cx.positions)?;
+        let v = self.v.forward(&h)?;
+        let attended = ops::attention(&q, &k, &v, &cx.attention)?;
+        let x = (x + self.o.forward(&attended)?)?;
+        let h = ops::rms_norm(&x, &self.post_norm, cx.eps)?;
+        let mlp = ops::swiglu(&self.gate.forward(&h)?, &self.up.forward(&h)?)?;
+        x + self.down.forward(&mlp)?
     }
 }
 

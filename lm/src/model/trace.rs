@@ -1,15 +1,18 @@
 //! Forward with a memory, and the backward pass through it, one block at a time.
 //!
-//! Each block is a graph of its own from a variable to its output. The backward pass takes the graphs from the
-//! last to the first, and drops each as soon as its gradients are added up, so activations are freed on the way.
+//! On the CPU the [kernels](crate::cpu) keep what they need. Elsewhere each block is a candle graph of its own from a
+//! variable to its output; the backward pass takes the graphs from the last to the first and drops each as soon as
+//! its gradients are added up, so activations are freed on the way.
 
 use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 
 use super::{Batch, Decoder, Layers};
+use crate::cpu;
 use crate::error::{Error, Result};
+use crate::ops::with_floats_mut;
 
 /// Gradients by parameter name, summed over micro-batches.
 #[derive(Default)]
@@ -25,6 +28,19 @@ impl Gradients {
         Ok(())
     }
 
+    /// Runs `f` on the sum of one parameter's gradients, on the CPU in f32, for it to add to.
+    pub(crate) fn with<T>(
+        &mut self,
+        name: &str,
+        like: &Tensor,
+        f: impl FnOnce(&mut [f32]) -> candle_core::Result<T>,
+    ) -> candle_core::Result<T> {
+        if !self.0.contains_key(name) {
+            self.0.insert(name.to_string(), Tensor::zeros(like.shape(), DType::F32, like.device())?);
+        }
+        with_floats_mut(&self.0[name], f)
+    }
+
     /// The gradients, one for each variable of the model; a variable without one is an error.
     pub fn complete(self, decoder: &Decoder) -> Result<BTreeMap<String, Tensor>> {
         match decoder.variables().keys().find(|name| !self.0.contains_key(*name)) {
@@ -35,7 +51,52 @@ impl Gradients {
 }
 
 /// A forward pass that can be gone back through.
-pub struct Forward<'a> {
+pub struct Forward<'a>(Trace<'a>);
+
+enum Trace<'a> {
+    Cpu { trace: cpu::Trace<'a>, logprobs: Tensor },
+    Graph(Graph<'a>),
+}
+
+impl Decoder {
+    /// Log-probabilities of the batch's targets, with what [`Forward::backward`] needs.
+    ///
+    /// The model must be [trainable](Decoder::trainable).
+    pub fn forward(&self, batch: &Batch, temperature: f64) -> Result<Forward<'_>> {
+        let layers =
+            self.trained.as_ref().ok_or_else(|| Error::Config("the model is frozen; load it as trainable".into()))?;
+        self.check(batch)?;
+        Ok(Forward(if cpu::serves(self) && self.dtype() == DType::F32 {
+            let trace = cpu::Trace::forward(self, batch, temperature)?;
+            let logprobs = Tensor::new(trace.logprobs(), self.device())?;
+            Trace::Cpu { trace, logprobs }
+        } else {
+            Trace::Graph(Graph::forward(self, layers, batch, temperature)?)
+        }))
+    }
+}
+
+impl Forward<'_> {
+    /// Log-probabilities `[batch.scored()]`, without history: an objective makes a [`Var`] of them and
+    /// hands its gradient to [`Forward::backward`].
+    pub fn logprobs(&self) -> Tensor {
+        match &self.0 {
+            Trace::Cpu { logprobs, .. } => logprobs.clone(),
+            Trace::Graph(graph) => graph.logprobs.detach(),
+        }
+    }
+
+    /// Adds the gradient of an objective to `gradients`, given its gradient with respect to the log-probabilities.
+    pub fn backward(self, grad: &Tensor, gradients: &mut Gradients) -> Result<()> {
+        match self.0 {
+            Trace::Cpu { trace, .. } => Ok(trace.backward(&grad.to_dtype(DType::F32)?.to_vec1::<f32>()?, gradients)?),
+            Trace::Graph(graph) => graph.backward(grad, gradients),
+        }
+    }
+}
+
+/// Graphs of candle's, one a block.
+struct Graph<'a> {
     decoder: &'a Decoder,
     ids: Tensor,
     /// Input and output of every block.
@@ -44,13 +105,9 @@ pub struct Forward<'a> {
     logprobs: Tensor,
 }
 
-impl Decoder {
-    /// Log-probabilities of the batch's targets, with what [`Forward::backward`] needs.
-    ///
-    /// The model must be [trainable](Decoder::trainable).
-    pub fn forward(&self, batch: &Batch, temperature: f64) -> Result<Forward<'_>> {
-        let layers = self.trained_layers()?;
-        let context = self.context(batch)?;
+impl<'a> Graph<'a> {
+    fn forward(decoder: &'a Decoder, layers: &Layers, batch: &Batch, temperature: f64) -> Result<Self> {
+        let context = decoder.context(batch)?;
         let mut x = layers.embed.detach().index_select(&context.ids, 0)?;
         let mut segments = Vec::with_capacity(layers.blocks.len());
         for block in &layers.blocks {
@@ -60,24 +117,11 @@ impl Decoder {
             segments.push((input, output));
         }
         let head_input = Var::from_tensor(&x)?;
-        let logprobs = self.head(layers, &head_input, batch, temperature)?;
-        Ok(Forward { decoder: self, ids: context.ids, segments, head_input, logprobs })
+        let logprobs = decoder.head(layers, &head_input, batch, temperature)?;
+        Ok(Self { decoder, ids: context.ids, segments, head_input, logprobs })
     }
 
-    fn trained_layers(&self) -> Result<&Layers> {
-        self.trained.as_ref().ok_or_else(|| Error::Config("the model is frozen; load it as trainable".into()))
-    }
-}
-
-impl Forward<'_> {
-    /// Log-probabilities `[batch.scored()]`, without history: an objective makes a [`Var`] of them and
-    /// hands its gradient to [`Forward::backward`].
-    pub fn logprobs(&self) -> Tensor {
-        self.logprobs.detach()
-    }
-
-    /// Adds the gradient of an objective to `gradients`, given its gradient with respect to the log-probabilities.
-    pub fn backward(self, grad: &Tensor, gradients: &mut Gradients) -> Result<()> {
+    fn backward(self, grad: &Tensor, gradients: &mut Gradients) -> Result<()> {
         let decoder = self.decoder;
         let mut collect = |mut grads: GradStore, input: &Var| -> Result<Tensor> {
             let upstream = grads.remove(input).ok_or_else(|| Error::NoGradient("(activations)".into()))?;

@@ -1,35 +1,36 @@
-//! Causal grouped-query attention over packed sequences.
+//! Causal grouped-query attention over packed families.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp3, D, Device, Layout, Result, Shape, Tensor};
+use candle_core::{D, Device, Result, Tensor};
 
-use super::{Kernels, floats, with_floats};
-use crate::kernels::attention::{Heads, Saved, backward, forward};
+use crate::kernels::attention::{Family, Heads};
 
-/// The heads of a layer and where each packed sequence begins and ends.
+/// The heads of a layer and where each family of sequences lies.
 #[derive(Clone)]
 pub struct AttentionShape {
-    /// Heads, scale and window.
+    /// Heads, scale, window and softcap.
     pub heads: Heads,
-    /// Sequence `s` is the rows `offsets[s]..offsets[s + 1]`.
-    pub offsets: Arc<Vec<usize>>,
+    /// Prompts and what follows each of them, as rows of the token axis.
+    pub families: Arc<Vec<Family>>,
 }
 
-/// `q` `[tokens, queries * dim]`, `k` and `v` `[tokens, keys * dim]`; a query sees its own sequence up to itself.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, shape: &AttentionShape, kernels: Kernels) -> Result<Tensor> {
-    if kernels.fused(q) {
-        let op = Attention { shape: shape.clone(), lse: OnceLock::new() };
-        return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op);
+/// `q` `[tokens, queries * dim]`, `k` and `v` `[tokens, keys * dim]`; a query sees its prompt and its own completion
+/// up to itself.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, shape: &AttentionShape) -> Result<Tensor> {
+    let mut outputs = Vec::new();
+    for Family { prompt, completions } in shape.families.iter() {
+        let part = |t: &Tensor, rows: &std::ops::Range<usize>| t.narrow(0, rows.start, rows.len());
+        if !prompt.is_empty() {
+            outputs.push(attend_tail(&part(q, prompt)?, &part(k, prompt)?, &part(v, prompt)?, &shape.heads)?);
+        }
+        for rows in completions.iter().filter(|rows| !rows.is_empty()) {
+            let seen = |t: &Tensor| -> Result<Tensor> {
+                if prompt.is_empty() { part(t, rows) } else { Tensor::cat(&[part(t, prompt)?, part(t, rows)?], 0) }
+            };
+            outputs.push(attend_tail(&part(q, rows)?, &seen(k)?, &seen(v)?, &shape.heads)?);
+        }
     }
-    let outputs: Vec<Tensor> = shape
-        .offsets
-        .windows(2)
-        .map(|w| {
-            let part = |t: &Tensor| t.narrow(0, w[0], w[1] - w[0]);
-            attend_tail(&part(q)?, &part(k)?, &part(v)?, &shape.heads)
-        })
-        .collect::<Result<_>>()?;
     Tensor::cat(&outputs, 0)
 }
 
@@ -45,7 +46,10 @@ pub fn attend_tail(q: &Tensor, k: &Tensor, v: &Tensor, heads: &Heads) -> Result<
             .reshape((heads.queries, len, heads.dim))?
             .contiguous()
     };
-    let scores = (split(q, heads.queries)?.matmul(&repeat(k)?.t()?)? * heads.scale as f64)?;
+    let mut scores = (split(q, heads.queries)?.matmul(&repeat(k)?.t()?)? * heads.scale as f64)?;
+    if let Some(cap) = heads.softcap {
+        scores = ((scores / cap as f64)?.tanh()? * cap as f64)?;
+    }
     let hidden = |i: usize, j: usize| j > i || j < heads.first_key(i);
     let past = len - rows;
     let mask = (0..rows * len).map(|x| if hidden(past + x / len, x % len) { -1e30 } else { 0.0f32 }).collect();
@@ -54,69 +58,45 @@ pub fn attend_tail(q: &Tensor, k: &Tensor, v: &Tensor, heads: &Heads) -> Result<
     p.matmul(&repeat(v)?)?.transpose(0, 1)?.contiguous()?.reshape((rows, heads.queries * heads.dim))
 }
 
-struct Attention {
-    shape: AttentionShape,
-    /// Log-sum-exp of each row's scores, kept by the forward pass for the backward.
-    lse: OnceLock<Vec<f32>>,
-}
-
-impl CustomOp3 for Attention {
-    fn name(&self) -> &'static str {
-        "attention"
-    }
-
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        ql: &Layout,
-        k: &CpuStorage,
-        kl: &Layout,
-        v: &CpuStorage,
-        vl: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (q, k, v) = (floats(q, ql, "q")?, floats(k, kl, "k")?, floats(v, vl, "v")?);
-        let (out, lse) = forward(q, k, v, &self.shape.offsets, &self.shape.heads);
-        // The op runs forward once; a second run would compute the same values.
-        let _ = self.lse.set(lse);
-        Ok((CpuStorage::F32(out), ql.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        out: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let Some(lse) = self.lse.get() else { candle_core::bail!("attention: backward before forward") };
-        let (dq, dk, dv) = with_floats([q, k, v, out, &grad.contiguous()?], |[q, k, v, out, grad]| {
-            Ok(backward(&Saved { q, k, v, out, lse, grad }, &self.shape.offsets, &self.shape.heads))
-        })?;
-        let tensor = |data, like: &Tensor| Tensor::from_vec(data, like.shape(), like.device());
-        Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::twin::{check, random};
+    use crate::kernels::attention::{Saved, backward, forward};
+    use crate::ops::twin::{close, floats, plain, random};
 
     #[test]
-    fn fused_equals_plain() {
-        for (queries, keys, dim, window) in
-            [(4, 2, 8, None), (6, 2, 64, None), (2, 2, 6, Some(3)), (3, 1, 32, Some(70))]
-        {
-            let heads = Heads { queries, keys, dim, scale: 1.0 / (dim as f32).sqrt(), window };
-            let shape = AttentionShape { heads, offsets: Arc::new(vec![0, 1, 9, 9 + 130]) };
-            let tokens = 139;
-            let inputs = [
-                random(&[tokens, queries * dim], 1),
-                random(&[tokens, keys * dim], 2),
-                random(&[tokens, keys * dim], 3),
+    fn the_kernel_equals_the_graph() {
+        for (queries, keys, dim, window, softcap) in [
+            (4, 2, 8, None, None),
+            (6, 2, 64, None, Some(3.0)),
+            (2, 2, 6, Some(3), None),
+            (3, 1, 32, Some(70), Some(20.0)),
+        ] {
+            let heads = Heads { queries, keys, dim, scale: 1.0 / (dim as f32).sqrt(), window, softcap };
+            let families = vec![
+                Family { prompt: 0..1, completions: vec![1..9] },
+                Family { prompt: 9..109, completions: vec![109..139, 139..139, 139..150] },
+                Family { prompt: 150..150, completions: vec![150..155, 155..163] },
             ];
-            check(|x, k| attention(&x[0], &x[1], &x[2], &shape, k), &inputs);
+            let tokens = 163;
+            let shape = AttentionShape { heads, families: Arc::new(families.clone()) };
+            let inputs = [random(&[tokens, heads.width()], 1)];
+            let want = plain(
+                |x| {
+                    let (q, kv) = (heads.query_width(), heads.key_width());
+                    let part = |at, n| x[0].narrow(1, at, n);
+                    attention(&part(0, q)?, &part(q, kv)?, &part(q + kv, kv)?, &shape)
+                },
+                &inputs,
+            );
+            let qkv = floats(&inputs[0]);
+            let (mut out, mut lse) = (vec![0.0; tokens * heads.query_width()], vec![0.0; tokens * queries]);
+            forward(&qkv, &families, &heads, &mut out, &mut lse);
+            let mut d_qkv = vec![f32::NAN; qkv.len()];
+            let saved = Saved { qkv: &qkv, out: &out, lse: &lse, grad: &want.upstream };
+            backward(saved, &families, &heads, &mut d_qkv);
+            close(&out, &want.output);
+            close(&d_qkv, &want.gradients[0]);
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Differentiable operations on candle tensors: each has a fused CPU kernel with its own backward and a plain
-//! candle twin. The twin is the oracle in tests and the path for devices and types that have no kernel.
+//! Differentiable operations as plain candle graphs: what runs on devices and types without kernels of ours, and the
+//! oracle for the kernels on the CPU.
 
 mod attention;
 mod head;
@@ -15,31 +15,16 @@ pub use norm::rms_norm;
 pub use rope::{Positions, rope};
 pub use swiglu::swiglu;
 
-use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
+use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Tensor, bail};
 
-/// Which implementation runs.
+/// Which implementation of the decoder runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Kernels {
-    /// The fused kernel where there is one for the device and type, else the twin.
+    /// Ours where there is one for the device and type, else the graph.
     #[default]
     Fused,
-    /// Always the plain candle twin.
+    /// Always the plain candle graph.
     Plain,
-}
-
-impl Kernels {
-    fn fused(self, x: &Tensor) -> bool {
-        self == Kernels::Fused && x.device().is_cpu() && x.dtype() == DType::F32
-    }
-}
-
-/// The elements of a contiguous f32 operand.
-fn floats<'a>(storage: &'a CpuStorage, layout: &Layout, what: &str) -> Result<&'a [f32]> {
-    match (storage, layout.contiguous_offsets()) {
-        (CpuStorage::F32(data), Some((from, to))) => Ok(&data[from..to]),
-        (CpuStorage::F32(_), None) => bail!("{what} must be contiguous"),
-        _ => bail!("{what} must be f32"),
-    }
 }
 
 /// Runs `f` on the elements of contiguous f32 CPU tensors.
@@ -50,21 +35,48 @@ pub(crate) fn with_floats<const N: usize, T>(
     let guards = tensors.map(|t| t.storage_and_layout());
     let mut slices = [&[] as &[f32]; N];
     for (slice, (storage, layout)) in slices.iter_mut().zip(&guards) {
-        match &**storage {
-            Storage::Cpu(cpu) => *slice = floats(cpu, layout, "an operand")?,
-            _ => bail!("a CPU kernel was given a tensor of another device"),
+        match (&**storage, layout.contiguous_offsets()) {
+            (Storage::Cpu(CpuStorage::F32(data)), Some((from, to))) => *slice = &data[from..to],
+            _ => bail!("a CPU kernel wants contiguous f32 tensors on the CPU"),
         }
     }
     f(slices)
 }
 
+/// Runs `f` on the elements of a contiguous f32 CPU tensor, to change them in place.
+pub(crate) fn with_floats_mut<T>(tensor: &Tensor, f: impl FnOnce(&mut [f32]) -> Result<T>) -> Result<T> {
+    let change = Change { f: Some(f).into(), result: None.into() };
+    tensor.inplace_op1(&change)?;
+    change.result.take().ok_or_else(|| candle_core::Error::Msg("an in-place change did not run".into()))
+}
+
+struct Change<F, T> {
+    f: std::cell::Cell<Option<F>>,
+    result: std::cell::Cell<Option<T>>,
+}
+
+impl<T, F: FnOnce(&mut [f32]) -> Result<T>> InplaceOp1 for Change<F, T> {
+    fn name(&self) -> &'static str {
+        "change"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        match (storage, layout.contiguous_offsets(), self.f.take()) {
+            (CpuStorage::F32(data), Some((from, to)), Some(f)) => {
+                self.result.set(Some(f(&mut data[from..to])?));
+                Ok(())
+            }
+            _ => bail!("an in-place change wants a contiguous f32 tensor"),
+        }
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod twin {
-    //! Compares a fused operation with its twin: values and gradients.
+    //! What the graph says: values and gradients, for kernels to be compared with.
 
     use candle_core::{Device, Result, Tensor, Var};
 
-    use super::Kernels;
     use crate::random::Stream;
 
     pub fn random(shape: &[usize], id: u64) -> Var {
@@ -74,22 +86,32 @@ pub(crate) mod twin {
         Var::from_vec(data, shape, &Device::Cpu).unwrap()
     }
 
-    fn run(f: &dyn Fn(&[Tensor], Kernels) -> Result<Tensor>, inputs: &[Var], kernels: Kernels) -> Vec<Vec<f32>> {
-        let tensors: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
-        let out = f(&tensors, kernels).unwrap();
-        let weight = random(out.dims(), 99);
-        let grads = (&out * weight.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
-        let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        std::iter::once(flat(&out)).chain(inputs.iter().map(|v| flat(grads.get(v).expect("a gradient")))).collect()
+    pub fn floats(t: &Tensor) -> Vec<f32> {
+        t.flatten_all().unwrap().to_vec1().unwrap()
     }
 
-    pub fn check(f: impl Fn(&[Tensor], Kernels) -> Result<Tensor>, inputs: &[Var]) {
-        let (fused, plain) = (run(&f, inputs, Kernels::Fused), run(&f, inputs, Kernels::Plain));
-        for (which, (fused, plain)) in fused.iter().zip(&plain).enumerate() {
-            let size = plain.iter().fold(1.0f32, |m, x| m.max(x.abs()));
-            for (i, (a, b)) in fused.iter().zip(plain).enumerate() {
-                assert!((a - b).abs() <= 2e-5 * size, "output {which}, element {i}: fused {a}, plain {b}");
-            }
+    pub struct Plain {
+        pub output: Vec<f32>,
+        /// Gradient that was sent back.
+        pub upstream: Vec<f32>,
+        pub gradients: Vec<Vec<f32>>,
+    }
+
+    pub fn plain(f: impl Fn(&[Tensor]) -> Result<Tensor>, inputs: &[Var]) -> Plain {
+        let tensors: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
+        let out = f(&tensors).unwrap();
+        let upstream = random(out.dims(), 99);
+        let grads = (&out * upstream.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
+        let gradients = inputs.iter().map(|v| floats(grads.get(v).expect("a gradient"))).collect();
+        Plain { output: floats(&out), upstream: floats(&upstream), gradients }
+    }
+
+    #[track_caller]
+    pub fn close(got: &[f32], want: &[f32]) {
+        assert_eq!(got.len(), want.len());
+        let size = want.iter().fold(1.0f32, |m, x| m.max(x.abs()));
+        for (i, (a, b)) in got.iter().zip(want).enumerate() {
+            assert!((a - b).abs() <= 2e-5 * size, "element {i}: kernel {a}, graph {b}");
         }
     }
 }

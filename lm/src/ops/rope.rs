@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, D, Device, Layout, Result, Shape, Tensor};
+use candle_core::{D, Device, Result, Tensor};
 
-use super::{Kernels, floats, with_floats};
-use crate::kernels::rope::{Angles, rotate};
+use crate::kernels::rope::Angles;
 
 /// Where each row of a packed batch stands in its sequence, with the angles to turn it by.
 #[derive(Clone)]
@@ -39,10 +38,7 @@ impl Positions {
 }
 
 /// Turns every head of `x` `[tokens, heads * head_dim]` by the position of its row.
-pub fn rope(x: &Tensor, head_dim: usize, positions: &Positions, kernels: Kernels) -> Result<Tensor> {
-    if kernels.fused(x) {
-        return x.contiguous()?.apply_op1(Rope { positions: positions.clone(), back: false });
-    }
+pub fn rope(x: &Tensor, head_dim: usize, positions: &Positions) -> Result<Tensor> {
     let (tokens, width) = x.dims2()?;
     let (cos, sin) = positions.tables(x)?;
     let x = x.reshape((tokens, width / head_dim, head_dim))?;
@@ -52,45 +48,23 @@ pub fn rope(x: &Tensor, head_dim: usize, positions: &Positions, kernels: Kernels
     Tensor::cat(&[first, second], D::Minus1)?.reshape((tokens, width))
 }
 
-struct Rope {
-    positions: Positions,
-    back: bool,
-}
-
-impl Rope {
-    fn turned(&self, x: &[f32]) -> Vec<f32> {
-        let mut out = x.to_vec();
-        let turned = out.len() / self.positions.positions.len().max(1);
-        rotate(&mut out, turned, &self.positions.angles, &self.positions.positions, self.back);
-        out
-    }
-}
-
-impl CustomOp1 for Rope {
-    fn name(&self) -> &'static str {
-        "rope"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(self.turned(floats(x, l, "x")?)), l.shape().clone()))
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let back = Rope { positions: self.positions.clone(), back: !self.back };
-        let turned = with_floats([&grad.contiguous()?], |[g]| Ok(back.turned(g)))?;
-        Tensor::from_vec(turned, x.shape(), x.device()).map(Some)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::twin::{check, random};
+    use crate::kernels::rope::rotate;
+    use crate::ops::twin::{close, floats, plain, random};
 
     #[test]
-    fn fused_equals_plain() {
-        let angles = Arc::new(Angles::new(&[1.0, 0.1, 0.01, 0.001], 64));
-        let positions = Positions::new(angles, vec![0, 1, 2, 0, 1, 63]);
-        check(|x, k| rope(&x[0], 8, &positions, k), &[random(&[6, 24], 1)]);
+    fn the_kernel_equals_the_graph() {
+        let angles = Arc::new(Angles::new(&[1.0, 0.3, 0.01, 0.002], 100));
+        let rows: Vec<u32> = (0..70).map(|i| i * 7 % 100).collect();
+        let positions = Positions::new(angles.clone(), rows.clone());
+        let inputs = [random(&[70, 24], 1)];
+        let want = plain(|x| rope(&x[0], 8, &positions), &inputs);
+        let (mut out, mut grad) = (floats(&inputs[0]), want.upstream.clone());
+        rotate(&mut out, 24, &angles, &rows, false);
+        rotate(&mut grad, 24, &angles, &rows, true);
+        close(&out, &want.output);
+        close(&grad, &want.gradients[0]);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Panels are packed with the summed index outermost: `a[k * MR + i]`, `b[k * NR + j]`.
 
-use super::Isa;
+use crate::kernels::Isa;
 
 /// Rows of a tile.
 pub const MR: usize = 12;

@@ -1,0 +1,341 @@
+//! A whole pass for training: forward with activations kept (or computed again), and the way back.
+
+use candle_core::{DType, Result, Tensor};
+use half::bf16;
+
+use super::block::{Activations, Buffers, Kept, Rows};
+use super::gather;
+use super::weights::{PackedBlock, pack, vector, with_views};
+use crate::kernels::attention::{self, Saved};
+use crate::kernels::gemm::{Packed, Precision, View, gemm};
+use crate::kernels::head::{self, Targets};
+use crate::kernels::rope::rotate;
+use crate::kernels::{norm, swiglu};
+use crate::model::{Batch, Block, Decoder, Gradients, Projection};
+
+/// Log-probabilities of a batch's targets, nothing kept.
+pub fn logprobs(decoder: &Decoder, batch: &Batch, temperature: f64) -> Result<Vec<f32>> {
+    let (rows, mut b) = (Rows::new(decoder, &batch.positions), Buffers::default());
+    embed(decoder, batch, &mut b.x)?;
+    let mut lse = vec![0.0; batch.tokens() * rows.heads.queries];
+    for block in &decoder.layers().blocks {
+        PackedBlock::new(block, decoder.precision())?.forward(&rows, &mut b, |qkv, out| {
+            attention::forward(qkv, &batch.families, &rows.heads, out, &mut lse);
+        });
+    }
+    Ok(Head::forward(decoder, batch, &b.x, temperature)?.logprobs)
+}
+
+fn embed(decoder: &Decoder, batch: &Batch, x: &mut Vec<f32>) -> Result<()> {
+    lookup(&decoder.layers().embed, batch.ids.iter().map(|&id| id as usize), x)
+}
+
+/// Rows of a table as f32.
+pub fn lookup(table: &Tensor, rows: impl ExactSizeIterator<Item = usize>, out: &mut Vec<f32>) -> Result<()> {
+    match table.dtype() {
+        DType::BF16 => with_views::<bf16, _>(&[table], |t| Ok(gather(t[0], rows, out))),
+        _ => with_views::<f32, _>(&[table], |t| Ok(gather(t[0], rows, out))),
+    }
+}
+
+/// The final norm and head, on the rows that are scored.
+struct Head {
+    /// The scored rows of the residual stream, before and after the norm.
+    x: Vec<f32>,
+    hidden: Vec<f32>,
+    logprobs: Vec<f32>,
+    lse: Vec<f32>,
+    temperature: f32,
+}
+
+impl Head {
+    fn forward(decoder: &Decoder, batch: &Batch, stream: &[f32], temperature: f64) -> Result<Self> {
+        let arch = decoder.architecture();
+        let mut x = Vec::new();
+        let stream = View::new(stream, batch.tokens(), arch.hidden);
+        gather(stream, batch.rows.iter().map(|&r| r as usize), &mut x);
+        let mut hidden = vec![0.0; x.len()];
+        norm::rms_norm(&x, &vector(&decoder.layers().norm)?, arch.norm_eps as f32, &mut hidden);
+        let weight = pack(&[&decoder.layers().head], true, decoder.precision())?;
+        let temperature = temperature as f32;
+        let (logprobs, lse) = head::logprobs(&hidden, &weight, Targets { tokens: &batch.targets, temperature });
+        Ok(Self { x, hidden, logprobs, lse, temperature })
+    }
+
+    /// The gradient of the residual stream.
+    fn backward(&self, decoder: &Decoder, batch: &Batch, grad: &[f32], gradients: &mut Gradients) -> Result<Vec<f32>> {
+        let (arch, layers) = (decoder.architecture(), decoder.layers());
+        let targets = Targets { tokens: &batch.targets, temperature: self.temperature };
+        let name = if arch.tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        let precision = decoder.precision();
+        let d_hidden = gradients.with(name, &layers.head, |sum| {
+            with_views::<f32, _>(&[&layers.head], |w| {
+                Ok(head::backward(&self.hidden, w[0], targets, &self.lse, grad, Some(sum), precision))
+            })
+        })?;
+        let mut dx = vec![0.0; self.x.len()];
+        gradients.with("model.norm.weight", &layers.norm, |dw| {
+            let weight = vector(&layers.norm)?;
+            norm::rms_norm_backward(&self.x, &weight, arch.norm_eps as f32, &d_hidden, &mut dx, dw);
+            Ok(())
+        })?;
+        let mut stream = vec![0.0; batch.tokens() * arch.hidden];
+        for (&row, dx) in batch.rows.iter().zip(dx.chunks_exact(arch.hidden)) {
+            let at = row as usize * arch.hidden;
+            for (sum, x) in stream[at..at + arch.hidden].iter_mut().zip(dx) {
+                *sum += x;
+            }
+        }
+        Ok(stream)
+    }
+}
+
+/// What a block keeps: its activations, or its input alone, to run again.
+enum Memory {
+    Whole(Box<Activations>),
+    Input(Kept),
+}
+
+/// A forward pass that can be gone back through.
+pub struct Trace<'a> {
+    decoder: &'a Decoder,
+    batch: Batch,
+    blocks: Vec<Memory>,
+    head: Head,
+    buffers: Buffers,
+}
+
+impl<'a> Trace<'a> {
+    /// Runs a batch through a trainable decoder.
+    pub fn forward(decoder: &'a Decoder, batch: &Batch, temperature: f64) -> Result<Self> {
+        let mut b = Buffers::default();
+        let rows = Rows::new(decoder, &batch.positions);
+        embed(decoder, batch, &mut b.x)?;
+        let mut blocks = Vec::with_capacity(decoder.layers().blocks.len());
+        for block in &decoder.layers().blocks {
+            blocks.push(if decoder.recomputes() {
+                let input = Kept::copy(&b.x, Precision::F32);
+                run(decoder, block, batch, &rows, &mut b, false)?;
+                Memory::Input(input)
+            } else {
+                let kept = run(decoder, block, batch, &rows, &mut b, true)?;
+                kept.map(|kept| Memory::Whole(Box::new(kept))).ok_or_else(lost)?
+            });
+        }
+        let head = Head::forward(decoder, batch, &b.x, temperature)?;
+        Ok(Self { decoder, batch: batch.clone(), blocks, head, buffers: b })
+    }
+
+    /// Log-probabilities of the batch's targets.
+    pub fn logprobs(&self) -> &[f32] {
+        &self.head.logprobs
+    }
+
+    /// Adds the gradient of an objective, given its gradient with respect to the log-probabilities.
+    pub fn backward(self, grad: &[f32], gradients: &mut Gradients) -> Result<()> {
+        let Self { decoder, batch, blocks, head, mut buffers } = self;
+        let rows = Rows::new(decoder, &batch.positions);
+        let mut upstream = head.backward(decoder, &batch, grad, gradients)?;
+        drop(head);
+        let mut scratch = Scratch::new(decoder.precision());
+        for (index, (block, memory)) in decoder.layers().blocks.iter().zip(blocks).enumerate().rev() {
+            let kept = match memory {
+                Memory::Whole(kept) => *kept,
+                Memory::Input(x) => {
+                    x.restore(&mut buffers.x);
+                    run(decoder, block, &batch, &rows, &mut buffers, true)?.ok_or_else(lost)?
+                }
+            };
+            let mut way = Way { decoder, batch: &batch, rows: &rows, index, gradients: &mut *gradients };
+            way.back(block, kept, &mut upstream, &mut scratch)?;
+        }
+        let width = decoder.architecture().hidden;
+        gradients.with("model.embed_tokens.weight", &decoder.layers().embed, |table| {
+            for (&id, row) in batch.ids.iter().zip(upstream.chunks_exact(width)) {
+                let at = id as usize * width;
+                for (sum, x) in table[at..at + width].iter_mut().zip(row) {
+                    *sum += x;
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+fn lost() -> candle_core::Error {
+    candle_core::Error::Msg("a block's activations were not kept".into())
+}
+
+fn run(
+    decoder: &Decoder,
+    block: &Block,
+    batch: &Batch,
+    rows: &Rows<'_>,
+    b: &mut Buffers,
+    keep: bool,
+) -> Result<Option<Activations>> {
+    let precision = decoder.precision();
+    let packed = PackedBlock::new(block, precision)?;
+    if keep {
+        return Ok(Some(packed.forward_keeping(rows, precision, b, |qkv, out, lse| {
+            attention::forward(qkv, &batch.families, &rows.heads, out, lse);
+        })));
+    }
+    let mut lse = vec![0.0; batch.tokens() * rows.heads.queries];
+    packed.forward(rows, b, |qkv, out| attention::forward(qkv, &batch.families, &rows.heads, out, &mut lse));
+    Ok(None)
+}
+
+/// Buffers of the way back.
+struct Scratch {
+    x: Vec<f32>,
+    normed: Vec<f32>,
+    gate_up: Vec<f32>,
+    mlp: Vec<f32>,
+    grad: Vec<f32>,
+    wide: Vec<f32>,
+    /// The input of the products whose weight gradients are being summed.
+    input: Packed,
+}
+
+impl Scratch {
+    fn new(precision: Precision) -> Self {
+        let empty = Vec::new;
+        Self {
+            x: empty(),
+            normed: empty(),
+            gate_up: empty(),
+            mlp: empty(),
+            grad: empty(),
+            wide: empty(),
+            input: Packed::empty(precision),
+        }
+    }
+}
+
+/// The way back through one block.
+struct Way<'a> {
+    decoder: &'a Decoder,
+    batch: &'a Batch,
+    rows: &'a Rows<'a>,
+    index: usize,
+    gradients: &'a mut Gradients,
+}
+
+impl Way<'_> {
+    /// Turns `upstream`, the gradient of the block's output, into that of its input.
+    fn back(&mut self, block: &Block, kept: Activations, upstream: &mut [f32], s: &mut Scratch) -> Result<()> {
+        let rows = self.rows;
+        let Activations { x, qkv, attended, lse, middle, gate_up } = kept;
+
+        // Down projection and SwiGLU.
+        gate_up.restore(&mut s.gate_up);
+        let width = s.gate_up.len() / rows.positions.len() / 2;
+        s.mlp.resize(s.gate_up.len() / 2, 0.0);
+        swiglu::swiglu(&s.gate_up, width, &mut s.mlp);
+        self.weights(&[("mlp.down_proj", &block.down)], upstream, &s.mlp, &mut s.input)?;
+        self.inputs(&[&block.down], upstream, &mut s.mlp)?;
+        swiglu::swiglu_backward(&mut s.gate_up, width, &s.mlp);
+
+        // Gate and up projections and their norm.
+        middle.restore(&mut s.x);
+        let post_norm = self.normalise(&s.x, &block.post_norm, &mut s.normed)?;
+        let parts = [("mlp.gate_proj", &block.gate), ("mlp.up_proj", &block.up)];
+        self.weights(&parts, &s.gate_up, &s.normed, &mut s.input)?;
+        self.inputs(&[&block.gate, &block.up], &s.gate_up, &mut s.grad)?;
+        self.norm("post_attention_layernorm", &block.post_norm, &post_norm, &s.x, &s.grad, upstream)?;
+
+        // Output projection, attention and rotation.
+        attended.restore(&mut s.x);
+        self.weights(&[("self_attn.o_proj", &block.o)], upstream, &s.x, &mut s.input)?;
+        self.inputs(&[&block.o], upstream, &mut s.grad)?;
+        qkv.restore(&mut s.gate_up);
+        s.wide.resize(s.gate_up.len(), 0.0);
+        let saved = Saved { qkv: &s.gate_up, out: &s.x, lse: &lse, grad: &s.grad };
+        attention::backward(saved, &self.batch.families, &rows.heads, &mut s.wide);
+        let turned = rows.heads.query_width() + rows.heads.key_width();
+        rotate(&mut s.wide, turned, rows.angles, rows.positions, true);
+
+        // Query, key and value projections and their norm.
+        x.restore(&mut s.x);
+        let input_norm = self.normalise(&s.x, &block.input_norm, &mut s.normed)?;
+        let parts =
+            [("self_attn.q_proj", &block.q), ("self_attn.k_proj", &block.k), ("self_attn.v_proj", &block.v)];
+        self.weights(&parts, &s.wide, &s.normed, &mut s.input)?;
+        self.inputs(&[&block.q, &block.k, &block.v], &s.wide, &mut s.grad)?;
+        self.norm("input_layernorm", &block.input_norm, &input_norm, &s.x, &s.grad, upstream)
+    }
+
+    fn normalise(&self, x: &[f32], weight: &Tensor, out: &mut Vec<f32>) -> Result<Vec<f32>> {
+        let weight = vector(weight)?;
+        out.resize(x.len(), 0.0);
+        norm::rms_norm(x, &weight, self.rows.eps, out);
+        Ok(weight)
+    }
+
+    fn norm(
+        &mut self,
+        part: &str,
+        weight: &Tensor,
+        values: &[f32],
+        x: &[f32],
+        grad: &[f32],
+        upstream: &mut [f32],
+    ) -> Result<()> {
+        let name = format!("model.layers.{}.{part}.weight", self.index);
+        let eps = self.rows.eps;
+        self.gradients.with(&name, weight, |dw| {
+            norm::rms_norm_backward(x, values, eps, grad, upstream, dw);
+            Ok(())
+        })
+    }
+
+    /// Adds `gradᵀ · input` to the gradients of projections that lie side by side in the columns of `grad`.
+    fn weights(
+        &mut self,
+        parts: &[(&str, &Projection)],
+        grad: &[f32],
+        input: &[f32],
+        packed: &mut Packed,
+    ) -> Result<()> {
+        let tokens = self.rows.positions.len();
+        let grad = View::new(grad, tokens, grad.len() / tokens);
+        packed.fill(&[View::new(input, tokens, input.len() / tokens)], true);
+        let mut at = 0;
+        for (part, projection) in parts {
+            let columns = grad.columns(at..at + projection.weight.dim(0)?);
+            at += columns.shape().1;
+            let name = format!("model.layers.{}.{part}", self.index);
+            self.gradients.with(&format!("{name}.weight"), &projection.weight, |sum| {
+                gemm(columns.t(), packed, sum, true);
+                Ok(())
+            })?;
+            if let Some(bias) = &projection.bias {
+                self.gradients.with(&format!("{name}.bias"), bias, |sum| {
+                    for row in 0..tokens {
+                        for (sum, x) in sum.iter_mut().zip(columns.row(row)) {
+                            *sum += x;
+                        }
+                    }
+                    Ok(())
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// `out = grad · W`, for projections that lie side by side in the columns of `grad`.
+    fn inputs(&self, parts: &[&Projection], grad: &[f32], out: &mut Vec<f32>) -> Result<()> {
+        let tokens = self.rows.positions.len();
+        let grad = View::new(grad, tokens, grad.len() / tokens);
+        let mut at = 0;
+        for (index, projection) in parts.iter().enumerate() {
+            let (outputs, inputs) = projection.weight.dims2()?;
+            let weight = pack(&[&projection.weight], false, self.decoder.precision())?;
+            out.resize(tokens * inputs, 0.0);
+            gemm(grad.columns(at..at + outputs), &weight, out, index > 0);
+            at += outputs;
+        }
+        Ok(())
+    }
+}

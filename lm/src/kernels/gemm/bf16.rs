@@ -1,0 +1,176 @@
+//! bfloat16 tiles: two products a lane and step, summed in f32.
+//!
+//! A lane holds two consecutive `k`, the even one in its low half. Each step adds the odd product to the sum and
+//! then the even one, rounding to nearest even after each, with denormals taken as zero: the arithmetic of
+//! `vdpbf16ps`. The portable code does the same by hand, so results do not depend on the instruction set.
+
+use super::tile::{MR, NR, Tile};
+use crate::kernels::isa::per_isa;
+
+/// Two bfloat16 numbers, the first in the low half.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Pair(pub u32);
+
+/// The bits of `x` rounded to the nearest bfloat16, ties to even; a NaN stays one.
+#[inline(always)]
+pub fn round(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    if x.is_nan() { (bits >> 16) as u16 | 0x40 } else { rounded as u16 }
+}
+
+/// The f32 of a bfloat16's bits.
+#[inline(always)]
+pub fn widen(bits: u16) -> f32 {
+    f32::from_bits((bits as u32) << 16)
+}
+
+per_isa! {
+    /// [`round`] for every element.
+    pub fn round_row(x: &[f32], out: &mut [u16]) {
+        for (out, &x) in out.iter_mut().zip(x) {
+            *out = round(x);
+        }
+    }
+}
+
+/// Continues the first `rows` rows of `tile` by the products of two packed panels, in the order of `k`.
+pub fn accumulate(rows: usize, a: &[Pair], b: &[Pair], tile: &mut Tile) {
+    assert!(rows <= MR && a.len() / MR == b.len() / NR, "panels of unequal depth");
+    #[cfg(target_arch = "x86_64")]
+    if has_dot() {
+        // SAFETY: the machine has AVX-512-BF16; the panels are equally deep.
+        return unsafe { x86::dot(rows, a, b, tile) };
+    }
+    by_hand(rows, a, b, tile);
+}
+
+/// Whether products run on AVX-512-BF16.
+#[cfg(target_arch = "x86_64")]
+fn has_dot() -> bool {
+    use crate::kernels::Isa;
+    static FOUND: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *FOUND.get_or_init(|| Isa::detect() == Isa::Avx512 && is_x86_feature_detected!("avx512bf16"))
+}
+
+per_isa! {
+    fn by_hand(rows: usize, a: &[Pair], b: &[Pair], tile: &mut Tile) {
+        for (a, b) in a.as_chunks::<MR>().0.iter().zip(b.as_chunks::<NR>().0) {
+            for (row, &x) in tile.as_chunks_mut::<NR>().0.iter_mut().zip(a).take(rows) {
+                let (low, high) = (flushed(x.0 << 16), flushed(x.0 & 0xffff_0000));
+                for j in 0..NR {
+                    let odd = high.mul_add(flushed(b[j].0 & 0xffff_0000), row[j]);
+                    row[j] = flushed(low.mul_add(flushed(b[j].0 << 16), flushed(odd.to_bits())).to_bits());
+                }
+            }
+        }
+    }
+}
+
+/// A denormal as a zero of its sign.
+#[inline(always)]
+fn flushed(bits: u32) -> f32 {
+    f32::from_bits(if bits & 0x7f80_0000 == 0 { bits & 0x8000_0000 } else { bits })
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{MR, NR, Pair, Tile};
+    use std::arch::x86_64::*;
+
+    /// # Safety
+    /// The machine has AVX-512-BF16; `a` and `b` are equally deep panels.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub unsafe fn dot(rows: usize, a: &[Pair], b: &[Pair], tile: &mut Tile) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe {
+            match rows {
+                0 => {}
+                1 => dot_rows::<1>(a, b, tile),
+                2 => dot_rows::<2>(a, b, tile),
+                3 | 4 => dot_rows::<4>(a, b, tile),
+                5 | 6 => dot_rows::<6>(a, b, tile),
+                7 | 8 => dot_rows::<8>(a, b, tile),
+                _ => dot_rows::<MR>(a, b, tile),
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn dot_rows<const R: usize>(a: &[Pair], b: &[Pair], tile: &mut Tile) {
+        let depth = a.len() / MR;
+        // SAFETY: `a` has `depth * MR` and `b` has `depth * NR` elements, `tile` has `MR * NR`, R <= MR; a vector
+        // of integers and one of bfloat16 pairs have the same size and no invalid values.
+        unsafe {
+            let t = tile.as_mut_ptr();
+            let mut c = [[_mm512_setzero_ps(); 2]; R];
+            for (i, row) in c.iter_mut().enumerate() {
+                row[0] = _mm512_loadu_ps(t.add(i * NR));
+                row[1] = _mm512_loadu_ps(t.add(i * NR + 16));
+            }
+            let (mut pa, mut pb) = (a.as_ptr().cast::<i32>(), b.as_ptr().cast::<i32>());
+            for _ in 0..depth {
+                let b0: __m512bh = std::mem::transmute(_mm512_loadu_si512(pb.cast()));
+                let b1: __m512bh = std::mem::transmute(_mm512_loadu_si512(pb.add(16).cast()));
+                for (i, row) in c.iter_mut().enumerate() {
+                    let x: __m512bh = std::mem::transmute(_mm512_set1_epi32(*pa.add(i)));
+                    row[0] = _mm512_dpbf16_ps(row[0], x, b0);
+                    row[1] = _mm512_dpbf16_ps(row[1], x, b1);
+                }
+                pa = pa.add(MR);
+                pb = pb.add(NR);
+            }
+            for (i, row) in c.iter().enumerate() {
+                _mm512_storeu_ps(t.add(i * NR), row[0]);
+                _mm512_storeu_ps(t.add(i * NR + 16), row[1]);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Stream;
+
+    fn panel(width: usize, depth: usize, id: u64) -> Vec<Pair> {
+        let stream = Stream::new(3, id);
+        (0..(width * depth) as u64)
+            .map(|i| {
+                let half = |j: u64| round(stream.normal(2 * i + j) as f32 * 10f32.powi((i % 9) as i32 - 4)) as u32;
+                Pair(half(0) | half(1) << 16)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn the_instruction_and_the_portable_code_agree_to_the_bit() {
+        let (a, b) = (panel(MR, 301, 1), panel(NR, 301, 2));
+        for rows in 1..=MR {
+            let (mut want, mut got) = ([0.25; MR * NR], [0.25; MR * NR]);
+            by_hand(rows, &a, &b, &mut want);
+            accumulate(rows, &a, &b, &mut got);
+            assert_eq!(got[..rows * NR].map_bits(), want[..rows * NR].map_bits(), "{rows} rows");
+        }
+    }
+
+    trait Bits {
+        fn map_bits(&self) -> Vec<u32>;
+    }
+    impl Bits for [f32] {
+        fn map_bits(&self) -> Vec<u32> {
+            self.iter().map(|x| x.to_bits()).collect()
+        }
+    }
+
+    #[test]
+    fn rounding_is_to_nearest_even() {
+        for (x, want) in [(1.0f32, 0x3f80), (1.00390625, 0x3f80), (1.01171875, 0x3f82), (-0.0, 0x8000), (f32::MAX, 0x7f80)]
+        {
+            assert_eq!(round(x), want, "{x}");
+        }
+        assert!(widen(round(f32::NAN)).is_nan());
+        assert_eq!(widen(round(f32::INFINITY)), f32::INFINITY);
+    }
+}

@@ -1,0 +1,201 @@
+//! Operands in panels: the summed index outermost, so that a tile reads both operands front to back.
+
+use rayon::prelude::*;
+
+use super::bf16::{Pair, round};
+use super::tile::{MR, NR};
+use super::{View, bf16, tile};
+use crate::kernels::isa::per_isa;
+
+/// What a matrix is made of: f32 or bfloat16.
+pub trait Element: Copy + Send + Sync {
+    /// The value.
+    fn widen(self) -> f32;
+    /// The nearest bfloat16.
+    fn narrow(self) -> u16;
+    /// `out[i] = (low[i], high[i])`.
+    fn zip_rows(low: &[Self], high: &[Self], out: &mut [Pair]);
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn narrow(self) -> u16 {
+        round(self)
+    }
+    fn zip_rows(low: &[f32], high: &[f32], out: &mut [Pair]) {
+        zip_f32(low, high, out);
+    }
+}
+
+impl Element for half::bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        bf16::widen(self.to_bits())
+    }
+    #[inline(always)]
+    fn narrow(self) -> u16 {
+        self.to_bits()
+    }
+    fn zip_rows(low: &[Self], high: &[Self], out: &mut [Pair]) {
+        zip_bf16(low, high, out);
+    }
+}
+
+per_isa! {
+    fn zip_f32(low: &[f32], high: &[f32], out: &mut [Pair]) {
+        for ((out, &l), &h) in out.iter_mut().zip(low).zip(high) {
+            *out = Pair(round(l) as u32 | (round(h) as u32) << 16);
+        }
+    }
+}
+
+per_isa! {
+    fn zip_bf16(low: &[half::bf16], high: &[half::bf16], out: &mut [Pair]) {
+        for ((out, &l), &h) in out.iter_mut().zip(low).zip(high) {
+            *out = Pair(l.to_bits() as u32 | (h.to_bits() as u32) << 16);
+        }
+    }
+}
+
+/// An element of a panel: one f32, or a pair of bfloat16 along the summed index.
+pub trait Lane: Copy + Default + Send + Sync + 'static {
+    /// Steps of the summed index in one element.
+    const STEPS: usize;
+    /// The lane of steps `k ..` of one row or column, read through `at`; a step past `depth` is zero.
+    fn gather<E: Element>(k: usize, depth: usize, at: impl Fn(usize) -> E) -> Self;
+    /// Lanes of neighbouring columns, from rows of the matrix; `rows` has [`Lane::STEPS`], the last maybe missing.
+    fn copy_columns<E: Element>(first: &[E], second: Option<&[E]>, out: &mut [Self]);
+    /// Continues a tile.
+    fn accumulate(rows: usize, a: &[Self], b: &[Self], tile: &mut tile::Tile);
+    /// This thread's buffer, kept between products.
+    fn with_scratch<T>(f: impl FnOnce(&mut Vec<Self>) -> T) -> T;
+}
+
+/// Lends a thread's buffer; a call inside a call gets a fresh one.
+macro_rules! scratch {
+    ($ty:ty, $f:ident) => {{
+        thread_local!(static BUFFER: std::cell::Cell<Vec<$ty>> = const { std::cell::Cell::new(Vec::new()) });
+        let mut buffer = BUFFER.take();
+        let result = $f(&mut buffer);
+        BUFFER.set(buffer);
+        result
+    }};
+}
+
+impl Lane for f32 {
+    const STEPS: usize = 1;
+    #[inline(always)]
+    fn gather<E: Element>(k: usize, _: usize, at: impl Fn(usize) -> E) -> f32 {
+        at(k).widen()
+    }
+    fn copy_columns<E: Element>(first: &[E], _: Option<&[E]>, out: &mut [f32]) {
+        for (out, x) in out.iter_mut().zip(first) {
+            *out = x.widen();
+        }
+    }
+    fn accumulate(rows: usize, a: &[f32], b: &[f32], tile: &mut tile::Tile) {
+        tile::accumulate(rows, a, b, tile);
+    }
+    fn with_scratch<T>(f: impl FnOnce(&mut Vec<f32>) -> T) -> T {
+        scratch!(f32, f)
+    }
+}
+
+impl Lane for Pair {
+    const STEPS: usize = 2;
+    #[inline(always)]
+    fn gather<E: Element>(k: usize, depth: usize, at: impl Fn(usize) -> E) -> Pair {
+        let high = if k + 1 < depth { at(k + 1).narrow() } else { 0 };
+        Pair(at(k).narrow() as u32 | (high as u32) << 16)
+    }
+    fn copy_columns<E: Element>(first: &[E], second: Option<&[E]>, out: &mut [Pair]) {
+        match second {
+            Some(second) => E::zip_rows(first, second, out),
+            None => {
+                for (out, x) in out.iter_mut().zip(first) {
+                    *out = Pair(x.narrow() as u32);
+                }
+            }
+        }
+    }
+    fn accumulate(rows: usize, a: &[Pair], b: &[Pair], tile: &mut tile::Tile) {
+        bf16::accumulate(rows, a, b, tile);
+    }
+    fn with_scratch<T>(f: impl FnOnce(&mut Vec<Pair>) -> T) -> T {
+        scratch!(Pair, f)
+    }
+}
+
+/// Writes columns of `part` into a `[lanes][NR]` panel, from column `at` of the panel on.
+pub fn columns<E: Element, L: Lane>(part: &View<'_, E>, columns: std::ops::Range<usize>, panel: &mut [L], at: usize) {
+    let depth = part.rows;
+    if part.col_stride == 1 {
+        for (lane, row) in panel.chunks_exact_mut(NR).enumerate() {
+            let source = |k: usize| {
+                let start = k * part.row_stride;
+                &part.data[start + columns.start..start + columns.end]
+            };
+            let k = lane * L::STEPS;
+            let second = (L::STEPS > 1 && k + 1 < depth).then(|| source(k + 1));
+            L::copy_columns(source(k), second, &mut row[at..at + columns.len()]);
+        }
+    } else {
+        // A transposed matrix: read each of its rows in order, in blocks that stay in the first-level cache.
+        const BLOCK: usize = 16;
+        for (block, rows) in panel.chunks_mut(NR * BLOCK).enumerate() {
+            for (i, j) in columns.clone().enumerate() {
+                let source = j * part.col_stride;
+                for (lane, row) in rows.chunks_exact_mut(NR).enumerate() {
+                    let k = (block * BLOCK + lane) * L::STEPS;
+                    row[at + i] = L::gather(k, depth, |k| part.data[source + k * part.row_stride]);
+                }
+            }
+        }
+    }
+}
+
+/// Packs rows of `a`, for the given range of `k`, into panels of `MR` rows; panels lie `lanes * MR` apart.
+pub fn rows<E: Element, L: Lane>(a: View<'_, E>, k: std::ops::Range<usize>, packed: &mut Vec<L>, parallel: bool) {
+    let lanes = k.len().div_ceil(L::STEPS);
+    let size = lanes * MR;
+    // Rows past the last of `a` keep what was there: their results are not used.
+    packed.resize(a.rows.div_ceil(MR) * size, L::default());
+    let fill = |(p, panel): (usize, &mut [L])| {
+        let rows = p * MR..((p + 1) * MR).min(a.rows);
+        if a.col_stride == 1 {
+            for (i, r) in rows.enumerate() {
+                let row = &a.data[r * a.row_stride + k.start..r * a.row_stride + k.end];
+                for (lane, column) in panel.chunks_exact_mut(MR).enumerate() {
+                    column[i] = L::gather(lane * L::STEPS, row.len(), |k| row[k]);
+                }
+            }
+        } else {
+            for (lane, column) in panel.chunks_exact_mut(MR).enumerate() {
+                let source = |k: usize| {
+                    let start = k * a.col_stride + rows.start * a.row_stride;
+                    &a.data[start..]
+                };
+                let step = k.start + lane * L::STEPS;
+                let second = (L::STEPS > 1 && step + 1 < k.end).then(|| source(step + 1));
+                if a.row_stride == 1 {
+                    let n = rows.len();
+                    L::copy_columns(&source(step)[..n], second.map(|s| &s[..n]), &mut column[..n]);
+                } else {
+                    for (i, r) in rows.clone().enumerate() {
+                        let at = |k: usize| a.data[k * a.col_stride + r * a.row_stride];
+                        column[i] = L::gather(step, k.end, at);
+                    }
+                }
+            }
+        }
+    };
+    if parallel {
+        packed.par_chunks_mut(size.max(1)).enumerate().for_each(fill);
+    } else {
+        packed.chunks_mut(size.max(1)).enumerate().for_each(fill);
+    }
+}
