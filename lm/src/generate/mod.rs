@@ -9,10 +9,12 @@ mod cpu;
 mod plain;
 mod sampling;
 
-pub use sampling::Sampling;
+pub use sampling::{Sampling, Scratch};
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+
+use rayon::prelude::*;
 
 use crate::cpu::{Buffers, PackedWeights, serves};
 use crate::error::{Error, Result};
@@ -136,7 +138,6 @@ impl Generator {
         let mut waiting: VecDeque<Request> = requests.into();
         let mut free: Vec<usize> = (0..slots).rev().collect();
         let mut active: Vec<Active> = Vec::new();
-        let mut scratch = Vec::new();
         while !(waiting.is_empty() && active.is_empty()) {
             if cancelled() {
                 return Err(Error::Cancelled);
@@ -147,13 +148,18 @@ impl Generator {
             for (which, _) in &rows {
                 advance[*which] += 1;
             }
-            let wanting: Vec<usize> = rows.iter().filter(|(_, r)| r.wants_logits).map(|(which, _)| *which).collect();
+            let mut wants = vec![false; active.len()];
+            for (which, row) in &rows {
+                wants[*which] |= row.wants_logits;
+            }
             let rows: Vec<Row> = rows.into_iter().map(|(_, row)| row).collect();
             let vocab = self.decoder.architecture().vocab;
             let logits = self.forward(&rows)?;
-            for (which, logits) in wanting.iter().zip(logits.chunks_exact(vocab)) {
-                active[*which].draw(logits, options, &mut scratch);
-            }
+            let drawing: Vec<_> = active.iter_mut().zip(wants).filter_map(|(a, wants)| wants.then_some(a)).collect();
+            drawing
+                .into_par_iter()
+                .zip(logits.par_chunks_exact(vocab))
+                .for_each_init(Scratch::default, |scratch, (a, logits)| a.draw(logits, options, scratch));
             for (a, rows) in active.iter_mut().zip(advance) {
                 a.cached += rows;
             }
@@ -276,7 +282,7 @@ fn rows(active: &[Active]) -> Vec<(usize, Row)> {
 }
 
 impl Active {
-    fn draw(&mut self, logits: &[f32], options: &Options, scratch: &mut Vec<f32>) {
+    fn draw(&mut self, logits: &[f32], options: &Options, scratch: &mut Scratch) {
         let temperature = options.sampling.logprob_temperature() as f32;
         let lse = log_sum_exp(logits, 1.0 / temperature);
         let u = self.stream.uniform(self.tokens.len() as u64);

@@ -1,7 +1,14 @@
 //! Which token comes next: temperature, top-k, top-p and min-p, in the order of `transformers`.
 
 use crate::error::{Error, Result};
-use crate::kernels::math::{exp_row, log_sum_exp, max};
+use crate::kernels::math::{SUM_BLOCK, block_sums, exp_all, log_sum_exp, max};
+
+/// Buffers of a draw.
+#[derive(Default)]
+pub struct Scratch {
+    p: Vec<f32>,
+    sums: Vec<f64>,
+}
 
 /// How the next token is drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -52,24 +59,31 @@ impl Sampling {
     }
 
     /// Draws a token with the uniform number `u` from `[0, 1)`; `scratch` is reused between calls.
-    pub fn draw(&self, logits: &[f32], u: f64, scratch: &mut Vec<f32>) -> u32 {
+    pub fn draw(&self, logits: &[f32], u: f64, scratch: &mut Scratch) -> u32 {
         if self.temperature == 0.0 {
             return argmax(logits);
         }
-        self.fill(logits, scratch);
-        let total: f64 = scratch.iter().map(|&p| p as f64).sum();
-        let mut left = u * total;
-        let mut last = 0;
-        for (token, &p) in scratch.iter().enumerate() {
-            if p > 0.0 {
-                last = token;
-                left -= p as f64;
+        let Scratch { p, sums } = scratch;
+        self.fill(logits, p);
+        block_sums(p, sums);
+        let mut left = u * sums.iter().sum::<f64>();
+        // The block where the cumulated probability passes `left`; rounding may put that past the last.
+        let mut block = 0;
+        while block + 1 < sums.len() && left >= sums[block] {
+            left -= sums[block];
+            block += 1;
+        }
+        let mut last = None;
+        for (i, &x) in p[block * SUM_BLOCK..].iter().enumerate() {
+            if x > 0.0 {
+                last = Some(block * SUM_BLOCK + i);
+                left -= x as f64;
                 if left < 0.0 {
                     break;
                 }
             }
         }
-        last as u32
+        last.or_else(|| p.iter().rposition(|&x| x > 0.0)).unwrap_or(0) as u32
     }
 
     fn fill(&self, logits: &[f32], p: &mut Vec<f32>) {
@@ -88,16 +102,7 @@ impl Sampling {
         }
         normalise(p, scale);
         if self.top_p < 1.0 {
-            let mut order: Vec<u32> = (0..p.len() as u32).filter(|&i| p[i as usize] > 0.0).collect();
-            order.sort_by(|&a, &b| p[a as usize].total_cmp(&p[b as usize]).then(a.cmp(&b)));
-            let mut below = 0.0;
-            for &i in &order[..order.len().saturating_sub(1)] {
-                below += p[i as usize] as f64;
-                if below > 1.0 - self.top_p {
-                    break;
-                }
-                p[i as usize] = 0.0;
-            }
+            keep_nucleus(p, self.top_p);
             rescale(p);
         }
         if self.min_p > 0.0 {
@@ -116,9 +121,39 @@ fn drop_where(p: &mut [f32], drop: impl Fn(f32) -> bool) {
     }
 }
 
+/// Drops every token that, with all less likely ones, has no more than `1 - top_p` of the probability.
+fn keep_nucleus(p: &mut [f32], top_p: f64) {
+    let wanted = p.iter().map(|&x| x as f64).sum::<f64>() - (1.0 - top_p);
+    let mut order: Vec<u32> = (0..p.len() as u32).filter(|&i| p[i as usize] > 0.0).collect();
+    let likelier = |&a: &u32, &b: &u32| p[b as usize].total_cmp(&p[a as usize]).then(b.cmp(&a));
+    // The nucleus is small as a rule: sort only as many of the likeliest as it takes.
+    let mut top = 64;
+    let kept = loop {
+        let n = top.min(order.len());
+        if n < order.len() {
+            order.select_nth_unstable_by(n, likelier);
+        }
+        order[..n].sort_unstable_by(likelier);
+        let mut above = 0.0;
+        let kept = order[..n].iter().take_while(|&&i| {
+            let keep = above < wanted || above == 0.0;
+            above += p[i as usize] as f64;
+            keep
+        });
+        let kept = kept.count();
+        if kept < n || n == order.len() {
+            break kept;
+        }
+        top *= 8;
+    };
+    for &i in &order[kept..] {
+        p[i as usize] = 0.0;
+    }
+}
+
 fn normalise(p: &mut [f32], scale: f32) {
     let lse = log_sum_exp(p, scale);
-    exp_row(p, scale, lse);
+    exp_all(p, scale, lse);
 }
 
 fn rescale(p: &mut [f32]) {
@@ -149,7 +184,7 @@ mod tests {
         let stream = crate::random::Stream::new(1, 1);
         let mut counts = [0; 4];
         for i in 0..20_000 {
-            counts[sampling.draw(&logits, stream.uniform(i), &mut Vec::new()) as usize] += 1;
+            counts[sampling.draw(&logits, stream.uniform(i), &mut Scratch::default()) as usize] += 1;
         }
         for (count, p) in counts.iter().zip([0.5, 0.3, 0.15, 0.05]) {
             assert!((*count as f64 / 20_000.0 - p).abs() < 0.015, "{counts:?}");
@@ -164,6 +199,20 @@ mod tests {
         assert_eq!(kept(Sampling { top_p: 0.65, ..Default::default() }), 2);
         assert_eq!(kept(Sampling { min_p: 0.6, ..Default::default() }), 2);
         assert_eq!(kept(Sampling { temperature: 0.0, ..Default::default() }), 1);
+    }
+
+    #[test]
+    fn the_nucleus_is_that_of_the_definition() {
+        let stream = crate::random::Stream::new(2, 2);
+        for (n, spread, top_p) in [(3000, 2.0, 0.9), (3000, 0.1, 0.9), (500, 6.0, 0.3), (70, 1.0, 0.999)] {
+            let logits: Vec<f32> = (0..n).map(|i| (stream.normal(i) * spread) as f32).collect();
+            let whole = Sampling::default().distribution(&logits);
+            let kept = Sampling { top_p, ..Default::default() }.distribution(&logits);
+            for (i, &p) in kept.iter().enumerate() {
+                let up_to: f64 = whole.iter().filter(|&&q| q <= whole[i]).map(|&q| q as f64).sum();
+                assert_eq!(p > 0.0, up_to > 1.0 - top_p, "token {i} of {n}, {up_to}");
+            }
+        }
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! Row arithmetic shared by the kernels: lanes, reductions, exponentials.
 
+/// Elements of a block of [`block_sums`].
+pub const SUM_BLOCK: usize = 512;
+
 /// Lanes of every row reduction, on every instruction set.
 pub const LANES: usize = 16;
 
@@ -148,6 +151,21 @@ super::isa::per_isa! {
             *lane += exp(x.mul_add(scale, -top));
         }
         top + fold(lanes, |a, b| a + b).ln()
+    }
+}
+
+super::isa::per_isa! {
+    /// `row[i] = exp(row[i] * scale - shift)`.
+    pub fn exp_all(row: &mut [f32], scale: f32, shift: f32) {
+        exp_row(row, scale, shift);
+    }
+}
+
+super::isa::per_isa! {
+    /// Sums of consecutive blocks of [`SUM_BLOCK`] elements, and of what is left.
+    pub fn block_sums(row: &[f32], out: &mut Vec<f64>) {
+        out.clear();
+        out.extend(row.chunks(SUM_BLOCK).map(|block| sum(block) as f64));
     }
 }
 

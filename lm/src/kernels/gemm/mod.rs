@@ -23,6 +23,9 @@ const KC: usize = 1024;
 /// Row panels that a task runs against one column panel before it fetches the next.
 const PANELS_PER_TASK: usize = 4;
 
+/// Elements of the left-hand side below which packing it is not worth sharing.
+const PARALLEL_PACKING: usize = 64 * 1024;
+
 /// What the factors of a product are rounded to; sums are always f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Precision {
@@ -286,7 +289,7 @@ unsafe fn tiles<E: Element, L: Lane>(
     L::with_scratch(|packed_a| {
         for start in (0..a.cols).step_by(KC) {
             let k = start..(start + KC).min(a.cols);
-            pack::rows(a, k.clone(), packed_a, parallel);
+            pack::rows(a, k.clone(), packed_a, parallel && a.rows * k.len() > PARALLEL_PACKING);
             let lanes = k.len().div_ceil(L::STEPS);
             let first_lane = start / L::STEPS;
             let continues = add || start > 0;
