@@ -180,7 +180,13 @@ impl Job {
             archivist: director.archivist(store, full_disk).await?,
             policy: director.policy(policy.clone(), config.policy(), devices.clone()).await?,
             reference: director
-                .reference(reference, config.placement.reference, config.optimizer.micro_batch_tokens, devices)
+                .reference(
+                    reference,
+                    config.placement.reference,
+                    config.optimizer.micro_batch_tokens,
+                    config.model.dtype,
+                    devices,
+                )
                 .await?,
             reward: director.reward(reward).await?,
             buffer: director
@@ -276,9 +282,10 @@ impl Inputs {
         let config = config.clone();
         blocking(move || {
             let (policy, reference) = (&config.model.policy, &config.model.reference);
-            let first = Arc::new(load_model(policy)?);
-            let second = if reference == policy { first.clone() } else { Arc::new(load_model(reference)?) };
-            let (a, b) = (first.architecture.vocab, second.architecture.vocab);
+            let first = load_model(policy)?;
+            let second = if reference == policy { None } else { Some(load_model(reference)?) };
+            let of_reference = second.as_ref().unwrap_or(&first);
+            let (a, b) = (first.architecture.vocab, of_reference.architecture.vocab);
             if a != b {
                 let message = format!(
                     "the reference has a vocabulary of {b}, the policy of {a}; they must share their tokenizer"
@@ -289,8 +296,15 @@ impl Inputs {
             let prompts = Prompts::load(&config, &first.text, room)?;
             let mut fingerprint = config.fingerprint();
             fingerprint.push(("model.policy, its weights".into(), first.fingerprint()?));
-            fingerprint.push(("model.reference, its weights".into(), second.fingerprint()?));
+            fingerprint.push(("model.reference, its weights".into(), of_reference.fingerprint()?));
             fingerprint.push(("the prompts".into(), prompts.fingerprint()));
+            // Held as the reference computes; the trained copy is f32 in any case.
+            let dtype = config.model.dtype.dtype();
+            let first = Arc::new(first.with_dtype(dtype)?);
+            let second = match second {
+                Some(second) => Arc::new(second.with_dtype(dtype)?),
+                None => first.clone(),
+            };
             Ok(Self { policy: first, reference: second, prompts, fingerprint })
         })
         .await

@@ -36,6 +36,7 @@ pub use error::{Error, Result};
 pub use events::{Event, Outcome, Seconds, StepSummary};
 pub use job::{CONFIG_FILE, Job, JobBuilder};
 pub use rehearsal_actors::{Judged, Reward, RewardError, RewardFn, Sample};
+pub use rehearsal_learn as learn;
 pub use rehearsal_lm as lm;
 pub use rehearsal_store as store;
 pub use state::{Answer, Counters, Evaluation, JobState};

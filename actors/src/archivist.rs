@@ -89,6 +89,7 @@ impl Archivist {
             let (dtype, data): (_, &[u8]) = match &**storage {
                 Storage::Cpu(CpuStorage::F32(x)) => ("F32", bytemuck::cast_slice(&x[from..to])),
                 Storage::Cpu(CpuStorage::F64(x)) => ("F64", bytemuck::cast_slice(&x[from..to])),
+                Storage::Cpu(CpuStorage::BF16(x)) => ("BF16", bytemuck::cast_slice(&x[from..to])),
                 _ => {
                     return Err(Error::Unsaved(format!(
                         "`{name}` has a type that checkpoints do not hold: {:?}",
@@ -162,6 +163,7 @@ fn tensor(t: OwnedTensor) -> Result<Tensor> {
     let dtype = match t.dtype.as_str() {
         "F32" => DType::F32,
         "F64" => DType::F64,
+        "BF16" => DType::BF16,
         other => return Err(Error::Unsaved(format!("`{}` has the unknown type {other}", t.name))),
     };
     Ok(Tensor::from_raw_buffer(&t.data, dtype, &t.shape, &Device::Cpu)?)

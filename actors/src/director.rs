@@ -99,10 +99,11 @@ impl Director {
         checkpoint: Arc<Checkpoint>,
         placement: Placement,
         micro_batch_tokens: usize,
+        precision: rehearsal_lm::Precision,
         devices: Devices,
     ) -> Result<ReferenceHandle> {
         let link = Link::new("reference", MAILBOX, self.deadline);
-        self.spawn(&link, ReferenceHandle::build(checkpoint, placement, micro_batch_tokens, devices), "reference")
+        self.spawn(&link, ReferenceHandle::build(checkpoint, placement, micro_batch_tokens, precision, devices), "reference")
             .await?;
         Ok(ReferenceHandle { link })
     }

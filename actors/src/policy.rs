@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor, Var};
 use rehearsal_learn::{
-    AdamW, AdamWConfig, PreferenceConfig, PreferenceLogprobs, clip_gradients, preference_loss, token,
+    AdamW, AdamWConfig, PreferenceConfig, PreferenceLogprobs, clip_scale, global_norm, preference_loss, token,
 };
 use rehearsal_lm::generate::{Completion, Generator, Options, Request};
-use rehearsal_lm::{Batch, Checkpoint, Decoder, Gradients};
+use rehearsal_lm::{Batch, Checkpoint, Decoder, Gradients, Precision};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio_util::sync::CancellationToken;
 
@@ -27,6 +27,10 @@ pub struct PolicyConfig {
     pub max_grad_norm: Option<f64>,
     /// Tokens of a micro-batch at most; a pair is never split.
     pub micro_batch_tokens: usize,
+    /// What the factors of matrix products are rounded to; the weights stay f32.
+    pub precision: Precision,
+    /// Activations are computed again on the way back instead of kept.
+    pub gradient_checkpointing: bool,
 }
 
 /// A preferred and a dispreferred completion of one prompt.
@@ -146,7 +150,10 @@ pub(crate) struct Policy {
 impl Policy {
     pub fn new(checkpoint: Arc<Checkpoint>, config: PolicyConfig, devices: &Devices) -> Result<Self> {
         let seat = devices.seat(config.placement)?;
-        let decoder = checkpoint.trainable(&seat.device, DType::F32)?;
+        let decoder = checkpoint
+            .trainable(&seat.device, DType::F32)?
+            .with_precision(config.precision)
+            .with_gradient_checkpointing(config.gradient_checkpointing);
         let optimizer = AdamW::new(decoder.variables(), config.optimizer)?;
         Ok(Self { checkpoint, seat, config, decoder, optimizer, version: 0, generator: None })
     }
@@ -188,15 +195,16 @@ impl Policy {
             micro_step(&self.decoder, pairs, batch, &mut gradients, &mut sums)?;
         }
         let start = Instant::now();
-        let mut gradients = gradients.complete(&self.decoder)?;
-        let grad_norm = clip_gradients(&mut gradients, self.config.max_grad_norm)?;
+        let gradients = gradients.complete(&self.decoder)?;
+        let grad_norm = global_norm(&gradients)?;
         let mut report = sums.report(batch.pairs.len());
         for (what, value) in [("loss", report.loss), ("gradient norm", grad_norm)] {
             if !value.is_finite() {
                 return Err(Error::NotFinite { what, value });
             }
         }
-        self.optimizer.step(self.decoder.variables(), &gradients, batch.learning_rate)?;
+        let scale = clip_scale(grad_norm, self.config.max_grad_norm);
+        self.optimizer.step(self.decoder.variables(), &gradients, batch.learning_rate, scale)?;
         self.version += 1;
         report.times.optimizer = start.elapsed();
         Ok(StepReport { version: self.version, grad_norm, ..report })
@@ -254,8 +262,8 @@ impl Machine for Policy {
 /// Consecutive pairs of at most `budget` tokens together, and at least one pair.
 fn micro_batches(pairs: &[PairTokens], budget: usize) -> impl Iterator<Item = &[PairTokens]> {
     let size = |p: &PairTokens| {
-        let one = |t: &Tokens| t.prompt.len() + t.completion.len();
-        one(&p.chosen) + one(&p.rejected)
+        // A pair shares its prompt.
+        p.chosen.prompt.len() + p.chosen.completion.len() + p.rejected.completion.len()
     };
     let mut rest = pairs;
     std::iter::from_fn(move || {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::DType;
-use rehearsal_lm::{Batch, Checkpoint, Decoder};
+use rehearsal_lm::{Batch, Checkpoint, Decoder, Precision};
 
 use crate::device::Seat;
 use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message, role_status};
@@ -39,9 +39,12 @@ pub(crate) fn frozen_logprobs(
     let mut all = Vec::with_capacity(tokens.len());
     let mut rest = tokens;
     while !rest.is_empty() {
-        let mut sum = 0;
+        let (mut sum, mut prompt): (usize, Option<&Tokens>) = (0, None);
         let fitting = rest.iter().take_while(|t| {
-            sum += t.prompt.len() + t.completion.len();
+            // Neighbours share their prompt.
+            let shared = prompt.is_some_and(|p| p.prompt == t.prompt);
+            sum += t.completion.len() + if shared { 0 } else { t.prompt.len() };
+            prompt = Some(t);
             sum <= budget
         });
         let n = fitting.count().max(1);
@@ -64,11 +67,13 @@ impl ReferenceHandle {
         checkpoint: Arc<Checkpoint>,
         placement: Placement,
         micro_batch_tokens: usize,
+        precision: Precision,
         devices: Devices,
     ) -> Build<Reference> {
         Arc::new(move || {
             let seat = devices.seat(placement)?;
-            Ok(Reference { decoder: checkpoint.frozen(&seat.device, DType::F32)?, seat, micro_batch_tokens })
+            let decoder = checkpoint.frozen(&seat.device, precision.dtype())?;
+            Ok(Reference { decoder, seat, micro_batch_tokens })
         })
     }
 

@@ -10,7 +10,7 @@ pub mod preference;
 pub mod schedule;
 pub mod token;
 
-pub use adamw::{AdamW, AdamWConfig, clip_gradients, global_norm};
+pub use adamw::{AdamW, AdamWConfig, MomentType, clip_scale, global_norm};
 pub use pairs::{Pair, TieRule, select_pairs};
 pub use preference::{PreferenceConfig, PreferenceKind, PreferenceLogprobs, PreferenceLoss, preference_loss};
 pub use schedule::{Schedule, ScheduleKind};

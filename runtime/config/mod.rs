@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use rehearsal_actors::{Placement, PolicyConfig};
 use rehearsal_learn::{AdamWConfig, PreferenceConfig, Schedule, ScheduleKind, TieRule};
+use rehearsal_lm::Precision;
 use rehearsal_lm::generate::Sampling;
 
 /// A valid configuration. The reference of all keys is `docs/config.md`.
@@ -57,6 +58,8 @@ pub struct ModelConfig {
     pub policy: ModelSource,
     /// The policy's own start where none is named.
     pub reference: ModelSource,
+    /// What the factors of matrix products are rounded to, and read-only weights stored as.
+    pub dtype: Precision,
 }
 
 /// What becomes of a line or prompt that cannot be used.
@@ -128,6 +131,8 @@ pub struct OptimizerConfig {
     pub warmup_steps: u64,
     pub max_grad_norm: Option<f64>,
     pub micro_batch_tokens: usize,
+    /// Activations are computed again on the way back instead of kept.
+    pub gradient_checkpointing: bool,
 }
 
 /// `[evaluation]`
@@ -216,6 +221,8 @@ impl Config {
             optimizer: self.optimizer.adamw,
             max_grad_norm: self.optimizer.max_grad_norm,
             micro_batch_tokens: self.optimizer.micro_batch_tokens,
+            precision: self.model.dtype,
+            gradient_checkpointing: self.optimizer.gradient_checkpointing,
         }
     }
 
@@ -230,11 +237,15 @@ impl Config {
         let section = |name: &str, value: &dyn std::fmt::Debug| (name.to_string(), format!("{value:?}"));
         vec![
             section("job.seed", &self.job.seed),
+            section("model.dtype", &self.model.dtype),
             section("[prompts]", &PromptsConfig { train: None, held_out: None, ..self.prompts.clone() }),
             section("[rollout]", &RolloutConfig { batch: 0, ..self.rollout.clone() }),
             section("[reward]", &self.reward),
             section("[loss]", &self.loss),
-            section("[optimizer]", &OptimizerConfig { micro_batch_tokens: 0, ..self.optimizer }),
+            section(
+                "[optimizer]",
+                &OptimizerConfig { micro_batch_tokens: 0, gradient_checkpointing: false, ..self.optimizer },
+            ),
             section("[evaluation]", &self.evaluation),
         ]
     }

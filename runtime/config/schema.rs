@@ -4,7 +4,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use rehearsal_actors::Placement;
-use rehearsal_learn::{AdamWConfig, PreferenceConfig, PreferenceKind, ScheduleKind, TieRule};
+use rehearsal_learn::{AdamWConfig, MomentType, PreferenceConfig, PreferenceKind, ScheduleKind, TieRule};
+use rehearsal_lm::Precision;
 use rehearsal_lm::generate::Sampling;
 
 use super::reader::{Range, Reader, Section};
@@ -71,7 +72,12 @@ fn model(mut s: Section<'_>, base: &Path) -> ModelConfig {
         base,
         "The model not to stray from. Without it, the policy as it was at the start.",
     );
-    ModelConfig { reference: reference.unwrap_or_else(|| policy.clone()), policy }
+    let dtype = s.choice(
+        "dtype",
+        &[("f32", Precision::F32), ("bf16", Precision::Bf16)],
+        "What matrix products compute in. With `bf16` their factors are rounded to bfloat16 and their sums are f32; the trained weights, gradients and sums stay f32, the reference is held in bf16.",
+    );
+    ModelConfig { reference: reference.unwrap_or_else(|| policy.clone()), policy, dtype }
 }
 
 fn prompts(mut s: Section<'_>, base: &Path) -> PromptsConfig {
@@ -237,6 +243,11 @@ fn optimizer(mut s: Section<'_>) -> OptimizerConfig {
             beta2: s.number("beta2", 0.999, Range::within(0.0, 0.999_999), "AdamW: decay of the second moment."),
             eps: s.number("eps", 1e-8, Range::above(0.0), "AdamW: added to the root of the second moment."),
             weight_decay: s.number("weight_decay", 0.0, Range::from(0.0), "AdamW: decoupled decay of matrices."),
+            moments: s.choice(
+                "moments",
+                &[("f32", MomentType::Full), ("bf16", MomentType::Bf16)],
+                "AdamW: what both moments are stored as. `bf16`, rounded at random, takes half the memory.",
+            ),
         },
         learning_rate: s.number("learning_rate", 5e-7, Range::above(0.0), "Peak learning rate."),
         schedule: s.choice("schedule", &schedules, "Shape of the learning rate after its warm-up."),
@@ -248,6 +259,11 @@ fn optimizer(mut s: Section<'_>) -> OptimizerConfig {
             Range::from(1.0),
             "Tokens that go through forward and backward at a time: memory against speed.",
         ) as usize,
+        gradient_checkpointing: s.flag(
+            "gradient_checkpointing",
+            false,
+            "Keep only the input of each block and run the block again on the way back: a third more work for much less memory. Changes no result.",
+        ),
     }
 }
 

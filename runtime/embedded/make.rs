@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, Var};
-use rehearsal_learn::{AdamW, AdamWConfig, Schedule, ScheduleKind, clip_gradients, token};
+use rehearsal_learn::{AdamW, AdamWConfig, Schedule, ScheduleKind, clip_scale, global_norm, token};
 use rehearsal_lm::random::Stream;
 use rehearsal_lm::{Architecture, Batch, Checkpoint, Decoder, Gradients, Message, Parameters, Sequence, Text};
 use serde_json::{Value, json};
@@ -108,9 +108,9 @@ fn train(decoder: &Decoder, text: &Text, steps: u64, report: &mut dyn FnMut(u64,
         let grad = loss.backward()?.remove(&logprobs).ok_or("the loss has no gradient")?;
         let mut gradients = Gradients::default();
         forward.backward(&grad, &mut gradients)?;
-        let mut gradients: BTreeMap<String, Tensor> = gradients.complete(decoder)?;
-        clip_gradients(&mut gradients, Some(1.0))?;
-        optimizer.step(decoder.variables(), &gradients, schedule.rate(step))?;
+        let gradients: BTreeMap<String, Tensor> = gradients.complete(decoder)?;
+        let scale = clip_scale(global_norm(&gradients)?, Some(1.0));
+        optimizer.step(decoder.variables(), &gradients, schedule.rate(step), scale)?;
         report(step, f64::from(loss.to_scalar::<f32>()?));
     }
     Ok(())

@@ -77,14 +77,6 @@ impl Kept {
             }
         }
     }
-
-    /// Bytes held.
-    pub fn bytes(&self) -> usize {
-        match self {
-            Self::F32(data) => size_of_val(&data[..]),
-            Self::Bf16(data) => size_of_val(&data[..]),
-        }
-    }
 }
 
 /// Elements a task takes at a time.
@@ -125,10 +117,10 @@ impl PackedBlock {
     pub fn forward_keeping(
         &self,
         rows: &Rows<'_>,
-        precision: Precision,
         b: &mut Buffers,
         attend: impl FnOnce(&[f32], &mut [f32], &mut [f32]),
     ) -> Activations {
+        let precision = self.precision;
         let x = Kept::copy(&b.x, precision);
         self.before_attention(rows, b);
         b.attended.resize(rows.positions.len() * rows.heads.query_width(), 0.0);

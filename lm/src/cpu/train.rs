@@ -5,7 +5,7 @@ use half::bf16;
 
 use super::block::{Activations, Buffers, Kept, Rows};
 use super::gather;
-use super::weights::{PackedBlock, pack, vector, with_views};
+use super::weights::{PackedBlock, pack_into, vector, with_views};
 use crate::kernels::attention::{self, Saved};
 use crate::kernels::gemm::{Packed, Precision, View, gemm};
 use crate::kernels::head::{self, Targets};
@@ -18,8 +18,10 @@ pub fn logprobs(decoder: &Decoder, batch: &Batch, temperature: f64) -> Result<Ve
     let (rows, mut b) = (Rows::new(decoder, &batch.positions), Buffers::default());
     embed(decoder, batch, &mut b.x)?;
     let mut lse = vec![0.0; batch.tokens() * rows.heads.queries];
+    let mut packed = PackedBlock::empty(decoder.precision());
     for block in &decoder.layers().blocks {
-        PackedBlock::new(block, decoder.precision())?.forward(&rows, &mut b, |qkv, out| {
+        packed.fill(block)?;
+        packed.forward(&rows, &mut b, |qkv, out| {
             attention::forward(qkv, &batch.families, &rows.heads, out, &mut lse);
         });
     }
@@ -56,9 +58,15 @@ impl Head {
         gather(stream, batch.rows.iter().map(|&r| r as usize), &mut x);
         let mut hidden = vec![0.0; x.len()];
         norm::rms_norm(&x, &vector(&decoder.layers().norm)?, arch.norm_eps as f32, &mut hidden);
-        let weight = pack(&[&decoder.layers().head], true, decoder.precision())?;
-        let temperature = temperature as f32;
-        let (logprobs, lse) = head::logprobs(&hidden, &weight, Targets { tokens: &batch.targets, temperature });
+        let (weight, temperature) = (&decoder.layers().head, temperature as f32);
+        let targets = Targets { tokens: &batch.targets, temperature };
+        let precision = decoder.precision();
+        let (logprobs, lse) = match weight.dtype() {
+            DType::BF16 => {
+                with_views::<bf16, _>(&[weight], |w| Ok(head::logprobs(&hidden, w[0], targets, precision)))?
+            }
+            _ => with_views::<f32, _>(&[weight], |w| Ok(head::logprobs(&hidden, w[0], targets, precision)))?,
+        };
         Ok(Self { x, hidden, logprobs, lse, temperature })
     }
 
@@ -69,9 +77,8 @@ impl Head {
         let name = if arch.tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
         let precision = decoder.precision();
         let d_hidden = gradients.with(name, &layers.head, |sum| {
-            with_views::<f32, _>(&[&layers.head], |w| {
-                Ok(head::backward(&self.hidden, w[0], targets, &self.lse, grad, Some(sum), precision))
-            })
+            let saved = head::Saved { hidden: &self.hidden, lse: &self.lse, grad };
+            with_views::<f32, _>(&[&layers.head], |w| Ok(head::backward(&saved, w[0], targets, sum, precision)))
         })?;
         let mut dx = vec![0.0; self.x.len()];
         gradients.with("model.norm.weight", &layers.norm, |dw| {
@@ -103,6 +110,7 @@ pub struct Trace<'a> {
     blocks: Vec<Memory>,
     head: Head,
     buffers: Buffers,
+    packed: PackedBlock,
 }
 
 impl<'a> Trace<'a> {
@@ -112,18 +120,19 @@ impl<'a> Trace<'a> {
         let rows = Rows::new(decoder, &batch.positions);
         embed(decoder, batch, &mut b.x)?;
         let mut blocks = Vec::with_capacity(decoder.layers().blocks.len());
+        let mut packed = PackedBlock::empty(decoder.precision());
         for block in &decoder.layers().blocks {
             blocks.push(if decoder.recomputes() {
                 let input = Kept::copy(&b.x, Precision::F32);
-                run(decoder, block, batch, &rows, &mut b, false)?;
+                run(&mut packed, block, batch, &rows, &mut b, false)?;
                 Memory::Input(input)
             } else {
-                let kept = run(decoder, block, batch, &rows, &mut b, true)?;
+                let kept = run(&mut packed, block, batch, &rows, &mut b, true)?;
                 kept.map(|kept| Memory::Whole(Box::new(kept))).ok_or_else(lost)?
             });
         }
         let head = Head::forward(decoder, batch, &b.x, temperature)?;
-        Ok(Self { decoder, batch: batch.clone(), blocks, head, buffers: b })
+        Ok(Self { decoder, batch: batch.clone(), blocks, head, buffers: b, packed })
     }
 
     /// Log-probabilities of the batch's targets.
@@ -133,7 +142,7 @@ impl<'a> Trace<'a> {
 
     /// Adds the gradient of an objective, given its gradient with respect to the log-probabilities.
     pub fn backward(self, grad: &[f32], gradients: &mut Gradients) -> Result<()> {
-        let Self { decoder, batch, blocks, head, mut buffers } = self;
+        let Self { decoder, batch, blocks, head, mut buffers, mut packed } = self;
         let rows = Rows::new(decoder, &batch.positions);
         let mut upstream = head.backward(decoder, &batch, grad, gradients)?;
         drop(head);
@@ -143,10 +152,10 @@ impl<'a> Trace<'a> {
                 Memory::Whole(kept) => *kept,
                 Memory::Input(x) => {
                     x.restore(&mut buffers.x);
-                    run(decoder, block, &batch, &rows, &mut buffers, true)?.ok_or_else(lost)?
+                    run(&mut packed, block, &batch, &rows, &mut buffers, true)?.ok_or_else(lost)?
                 }
             };
-            let mut way = Way { decoder, batch: &batch, rows: &rows, index, gradients: &mut *gradients };
+            let mut way = Way { batch: &batch, rows: &rows, index, gradients: &mut *gradients };
             way.back(block, kept, &mut upstream, &mut scratch)?;
         }
         let width = decoder.architecture().hidden;
@@ -167,17 +176,16 @@ fn lost() -> candle_core::Error {
 }
 
 fn run(
-    decoder: &Decoder,
+    packed: &mut PackedBlock,
     block: &Block,
     batch: &Batch,
     rows: &Rows<'_>,
     b: &mut Buffers,
     keep: bool,
 ) -> Result<Option<Activations>> {
-    let precision = decoder.precision();
-    let packed = PackedBlock::new(block, precision)?;
+    packed.fill(block)?;
     if keep {
-        return Ok(Some(packed.forward_keeping(rows, precision, b, |qkv, out, lse| {
+        return Ok(Some(packed.forward_keeping(rows, b, |qkv, out, lse| {
             attention::forward(qkv, &batch.families, &rows.heads, out, lse);
         })));
     }
@@ -196,6 +204,8 @@ struct Scratch {
     wide: Vec<f32>,
     /// The input of the products whose weight gradients are being summed.
     input: Packed,
+    /// Weights of the products that lead back to the input.
+    down: Packed,
 }
 
 impl Scratch {
@@ -209,13 +219,13 @@ impl Scratch {
             grad: empty(),
             wide: empty(),
             input: Packed::empty(precision),
+            down: Packed::empty(precision),
         }
     }
 }
 
 /// The way back through one block.
 struct Way<'a> {
-    decoder: &'a Decoder,
     batch: &'a Batch,
     rows: &'a Rows<'a>,
     index: usize,
@@ -234,7 +244,7 @@ impl Way<'_> {
         s.mlp.resize(s.gate_up.len() / 2, 0.0);
         swiglu::swiglu(&s.gate_up, width, &mut s.mlp);
         self.weights(&[("mlp.down_proj", &block.down)], upstream, &s.mlp, &mut s.input)?;
-        self.inputs(&[&block.down], upstream, &mut s.mlp)?;
+        inputs(&[&block.down], upstream, &mut s.mlp, &mut s.down)?;
         swiglu::swiglu_backward(&mut s.gate_up, width, &s.mlp);
 
         // Gate and up projections and their norm.
@@ -242,13 +252,13 @@ impl Way<'_> {
         let post_norm = self.normalise(&s.x, &block.post_norm, &mut s.normed)?;
         let parts = [("mlp.gate_proj", &block.gate), ("mlp.up_proj", &block.up)];
         self.weights(&parts, &s.gate_up, &s.normed, &mut s.input)?;
-        self.inputs(&[&block.gate, &block.up], &s.gate_up, &mut s.grad)?;
+        inputs(&[&block.gate, &block.up], &s.gate_up, &mut s.grad, &mut s.down)?;
         self.norm("post_attention_layernorm", &block.post_norm, &post_norm, &s.x, &s.grad, upstream)?;
 
         // Output projection, attention and rotation.
         attended.restore(&mut s.x);
         self.weights(&[("self_attn.o_proj", &block.o)], upstream, &s.x, &mut s.input)?;
-        self.inputs(&[&block.o], upstream, &mut s.grad)?;
+        inputs(&[&block.o], upstream, &mut s.grad, &mut s.down)?;
         qkv.restore(&mut s.gate_up);
         s.wide.resize(s.gate_up.len(), 0.0);
         let saved = Saved { qkv: &s.gate_up, out: &s.x, lse: &lse, grad: &s.grad };
@@ -262,7 +272,7 @@ impl Way<'_> {
         let parts =
             [("self_attn.q_proj", &block.q), ("self_attn.k_proj", &block.k), ("self_attn.v_proj", &block.v)];
         self.weights(&parts, &s.wide, &s.normed, &mut s.input)?;
-        self.inputs(&[&block.q, &block.k, &block.v], &s.wide, &mut s.grad)?;
+        inputs(&[&block.q, &block.k, &block.v], &s.wide, &mut s.grad, &mut s.down)?;
         self.norm("input_layernorm", &block.input_norm, &input_norm, &s.x, &s.grad, upstream)
     }
 
@@ -323,19 +333,19 @@ impl Way<'_> {
         }
         Ok(())
     }
+}
 
-    /// `out = grad · W`, for projections that lie side by side in the columns of `grad`.
-    fn inputs(&self, parts: &[&Projection], grad: &[f32], out: &mut Vec<f32>) -> Result<()> {
-        let tokens = self.rows.positions.len();
-        let grad = View::new(grad, tokens, grad.len() / tokens);
-        let mut at = 0;
-        for (index, projection) in parts.iter().enumerate() {
-            let (outputs, inputs) = projection.weight.dims2()?;
-            let weight = pack(&[&projection.weight], false, self.decoder.precision())?;
-            out.resize(tokens * inputs, 0.0);
-            gemm(grad.columns(at..at + outputs), &weight, out, index > 0);
-            at += outputs;
-        }
-        Ok(())
+/// `out = grad · W`, for projections that lie side by side in the columns of `grad` `[tokens, outputs]`.
+fn inputs(parts: &[&Projection], grad: &[f32], out: &mut Vec<f32>, packed: &mut Packed) -> Result<()> {
+    let width = parts.iter().map(|p| p.weight.dim(0)).sum::<Result<usize>>()?;
+    let grad = View::new(grad, grad.len() / width, width);
+    let mut at = 0;
+    for (index, projection) in parts.iter().enumerate() {
+        let (outputs, inputs) = projection.weight.dims2()?;
+        pack_into(packed, &[&projection.weight], false)?;
+        out.resize(grad.shape().0 * inputs, 0.0);
+        gemm(grad.columns(at..at + outputs), packed, out, index > 0);
+        at += outputs;
     }
+    Ok(())
 }

@@ -34,17 +34,18 @@ fn view<'a, E: Element + WithDType>(storage: &'a CpuStorage, layout: &Layout) ->
     }
 }
 
-/// Packs matrices side by side, as they are or each transposed.
-pub fn pack(tensors: &[&Tensor], transposed: bool, precision: Precision) -> Result<Packed> {
-    fn typed<E: Element + WithDType>(tensors: &[&Tensor], transposed: bool, precision: Precision) -> Result<Packed> {
+/// Packs matrices side by side, as they are or each transposed, in the memory of `packed`.
+pub fn pack_into(packed: &mut Packed, tensors: &[&Tensor], transposed: bool) -> Result<()> {
+    fn typed<E: Element + WithDType>(packed: &mut Packed, tensors: &[&Tensor], transposed: bool) -> Result<()> {
         with_views::<E, _>(tensors, |views| {
             let turned: Vec<_> = views.iter().map(|v| if transposed { v.t() } else { *v }).collect();
-            Ok(Packed::concat(&turned, precision))
+            packed.fill(&turned, true);
+            Ok(())
         })
     }
     match tensors.first().map(|t| t.dtype()) {
-        Some(DType::BF16) => typed::<bf16>(tensors, transposed, precision),
-        _ => typed::<f32>(tensors, transposed, precision),
+        Some(DType::BF16) => typed::<bf16>(packed, tensors, transposed),
+        _ => typed::<f32>(packed, tensors, transposed),
     }
 }
 
@@ -60,8 +61,13 @@ pub struct PackedProjection {
 }
 
 impl PackedProjection {
-    fn new(parts: &[&Projection], precision: Precision) -> Result<Self> {
+    fn empty(precision: Precision) -> Self {
+        Self { weight: Packed::empty(precision), bias: None }
+    }
+
+    fn fill(&mut self, parts: &[&Projection]) -> Result<()> {
         let weights: Vec<&Tensor> = parts.iter().map(|p| &p.weight).collect();
+        pack_into(&mut self.weight, &weights, true)?;
         let mut bias = Vec::new();
         for part in parts {
             match &part.bias {
@@ -69,8 +75,8 @@ impl PackedProjection {
                 None => bias.resize(bias.len() + part.weight.dim(0)?, 0.0),
             }
         }
-        let any = parts.iter().any(|p| p.bias.is_some());
-        Ok(Self { weight: pack(&weights, true, precision)?, bias: any.then_some(bias) })
+        self.bias = parts.iter().any(|p| p.bias.is_some()).then_some(bias);
+        Ok(())
     }
 
     /// `out = x · Wᵀ + b`.
@@ -95,6 +101,7 @@ impl PackedProjection {
 
 /// One block's weights.
 pub struct PackedBlock {
+    pub precision: Precision,
     pub input_norm: Vec<f32>,
     pub qkv: PackedProjection,
     pub o: PackedProjection,
@@ -104,16 +111,28 @@ pub struct PackedBlock {
 }
 
 impl PackedBlock {
-    /// Packs a block's weights as they are now.
-    pub fn new(b: &Block, precision: Precision) -> Result<Self> {
-        Ok(Self {
-            input_norm: vector(&b.input_norm)?,
-            qkv: PackedProjection::new(&[&b.q, &b.k, &b.v], precision)?,
-            o: PackedProjection::new(&[&b.o], precision)?,
-            post_norm: vector(&b.post_norm)?,
-            gate_up: PackedProjection::new(&[&b.gate, &b.up], precision)?,
-            down: PackedProjection::new(&[&b.down], precision)?,
-        })
+    /// Nothing yet; [`PackedBlock::fill`] packs into it.
+    pub fn empty(precision: Precision) -> Self {
+        let projection = || PackedProjection::empty(precision);
+        Self {
+            precision,
+            input_norm: Vec::new(),
+            qkv: projection(),
+            o: projection(),
+            post_norm: Vec::new(),
+            gate_up: projection(),
+            down: projection(),
+        }
+    }
+
+    /// Packs a block's weights as they are now, in place of what was there.
+    pub fn fill(&mut self, b: &Block) -> Result<()> {
+        self.input_norm = vector(&b.input_norm)?;
+        self.post_norm = vector(&b.post_norm)?;
+        self.qkv.fill(&[&b.q, &b.k, &b.v])?;
+        self.o.fill(&[&b.o])?;
+        self.gate_up.fill(&[&b.gate, &b.up])?;
+        self.down.fill(&[&b.down])
     }
 }
 
@@ -128,10 +147,13 @@ impl PackedWeights {
     /// Packs a decoder's weights as they are now.
     pub fn new(decoder: &Decoder) -> Result<Self> {
         let (layers, precision) = (decoder.layers(), decoder.precision());
-        Ok(Self {
-            blocks: layers.blocks.iter().map(|b| PackedBlock::new(b, precision)).collect::<Result<_>>()?,
-            norm: vector(&layers.norm)?,
-            head: pack(&[&layers.head], true, precision)?,
-        })
+        let block = |b: &Block| {
+            let mut packed = PackedBlock::empty(precision);
+            packed.fill(b).map(|()| packed)
+        };
+        let mut head = Packed::empty(precision);
+        pack_into(&mut head, &[&layers.head], true)?;
+        let blocks = layers.blocks.iter().map(block).collect::<Result<_>>()?;
+        Ok(Self { blocks, norm: vector(&layers.norm)?, head })
     }
 }

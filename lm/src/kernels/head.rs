@@ -1,17 +1,14 @@
-//! Linear + log-softmax + gather, in chunks of rows: the `[tokens, vocabulary]` logits never exist at once.
+//! Linear + log-softmax + gather, some columns of the vocabulary at a time: the `[tokens, vocabulary]` logits never
+//! exist at once, nor does a packed copy of the weights.
 
 use rayon::prelude::*;
 
 use super::gemm::{Element, Packed, Precision, View, gemm};
 use super::isa::per_isa;
-use super::math::{exp, log_sum_exp};
+use super::math::{LSE_BLOCK, LogSumExp, exp};
 
-/// Floats of logits that exist at a time (64 MiB).
-const LOGITS_MAX: usize = 16 << 20;
-
-fn rows_per_chunk(vocab: usize) -> usize {
-    (LOGITS_MAX / vocab.max(1)).clamp(16, 512)
-}
+/// Rows that go through the vocabulary together: with [`LSE_BLOCK`] columns, 32 MiB of logits.
+const ROWS: usize = 2048;
 
 /// Which token each row is asked about, and at what temperature.
 #[derive(Clone, Copy)]
@@ -20,26 +17,10 @@ pub struct Targets<'a> {
     pub temperature: f32,
 }
 
-/// Log-probabilities of the targets under `softmax(hidden · weightᵀ / temperature)`, and the log-sum-exp of each row.
-///
-/// `hidden` is `[targets, width]`; `weight` is the packed transpose of a `[vocabulary, width]` matrix.
-pub fn logprobs(hidden: &[f32], weight: &Packed, targets: Targets<'_>) -> (Vec<f32>, Vec<f32>) {
-    let (width, vocab) = (weight.depth(), weight.cols());
-    let (rows, scale) = (rows_per_chunk(vocab), 1.0 / targets.temperature);
-    let (mut out, mut lse) = (vec![0.0; targets.tokens.len()], vec![0.0; targets.tokens.len()]);
-    let mut logits = vec![0.0; rows.min(targets.tokens.len()) * vocab];
-    for (chunk, tokens) in targets.tokens.chunks(rows).enumerate() {
-        let at = chunk * rows;
-        let logits = &mut logits[..tokens.len() * vocab];
-        gemm(View::new(&hidden[at * width..(at + tokens.len()) * width], tokens.len(), width), weight, logits, false);
-        out[at..].par_iter_mut().zip(lse[at..].par_iter_mut()).zip(logits.par_chunks(vocab).zip(tokens)).for_each(
-            |((out, lse), (row, &target))| {
-                *lse = log_sum_exp(row, scale);
-                *out = logprob(row, target, targets.temperature, *lse);
-            },
-        );
+impl Targets<'_> {
+    fn scale(&self) -> f32 {
+        1.0 / self.temperature
     }
-    (out, lse)
 }
 
 /// Log-probability of a token, given its row's log-sum-exp at the same temperature.
@@ -47,48 +28,101 @@ pub fn logprob(logits: &[f32], token: u32, temperature: f32, lse: f32) -> f32 {
     logits[token as usize] * (1.0 / temperature) - lse
 }
 
-/// The gradient with respect to `hidden`, given `grad` for each log-probability; the gradient with respect to the
-/// `weight` `[vocabulary, width]` is added to `d_weight`.
-pub fn backward<E: Element>(
+/// Runs `f` on the logits of every block of rows and columns: `(first row, first column, logits, packed columns)`.
+fn blocks<E: Element>(
+    hidden: &[f32],
+    weight: View<'_, E>,
+    precision: Precision,
+    mut f: impl FnMut(std::ops::Range<usize>, std::ops::Range<usize>, &mut [f32]),
+) {
+    let (vocab, width) = weight.shape();
+    let rows = hidden.len() / width;
+    let hidden = View::new(hidden, rows, width);
+    let mut packed = Packed::empty(precision);
+    let mut logits = vec![0.0; rows.min(ROWS) * vocab.min(LSE_BLOCK)];
+    for row in (0..rows).step_by(ROWS) {
+        let row = row..(row + ROWS).min(rows);
+        for column in (0..vocab).step_by(LSE_BLOCK) {
+            let column = column..(column + LSE_BLOCK).min(vocab);
+            packed.fill(&[weight.rows(column.clone()).t()], true);
+            let logits = &mut logits[..row.len() * column.len()];
+            gemm(hidden.rows(row.clone()), &packed, logits, false);
+            f(row.clone(), column, logits);
+        }
+    }
+}
+
+/// Log-probabilities of the targets under `softmax(hidden · weightᵀ / temperature)`, and the log-sum-exp of each row.
+///
+/// `hidden` is `[targets, width]`, `weight` `[vocabulary, width]`.
+pub fn logprobs<E: Element>(
     hidden: &[f32],
     weight: View<'_, E>,
     targets: Targets<'_>,
-    lse: &[f32],
-    grad: &[f32],
-    d_weight: Option<&mut [f32]>,
+    precision: Precision,
+) -> (Vec<f32>, Vec<f32>) {
+    let scale = targets.scale();
+    let mut sums = vec![LogSumExp::default(); targets.tokens.len()];
+    let mut chosen = vec![0.0; targets.tokens.len()];
+    blocks(hidden, weight, precision, |rows, columns, logits| {
+        let parts = sums[rows.clone()].par_iter_mut().zip(&mut chosen[rows.clone()]).zip(&targets.tokens[rows]);
+        parts.zip(logits.par_chunks(columns.len())).for_each(|(((sum, chosen), &token), logits)| {
+            sum.add(logits, scale);
+            if columns.contains(&(token as usize)) {
+                *chosen = logits[token as usize - columns.start];
+            }
+        });
+    });
+    let lse: Vec<f32> = sums.iter().map(LogSumExp::value).collect();
+    (chosen.iter().zip(&lse).map(|(x, lse)| x * scale - lse).collect(), lse)
+}
+
+/// What the way back through the head reads.
+pub struct Saved<'a> {
+    pub hidden: &'a [f32],
+    pub lse: &'a [f32],
+    /// Gradient of each log-probability.
+    pub grad: &'a [f32],
+}
+
+/// The gradient with respect to `hidden`; that with respect to the `weight` `[vocabulary, width]` is added to
+/// `d_weight`.
+pub fn backward<E: Element>(
+    saved: &Saved<'_>,
+    weight: View<'_, E>,
+    targets: Targets<'_>,
+    d_weight: &mut [f32],
     precision: Precision,
 ) -> Vec<f32> {
-    let (vocab, width) = weight.shape();
-    let (forward, down) = (Packed::new(weight.t(), precision), Packed::new(weight, precision));
-    let (rows, scale) = (rows_per_chunk(vocab), 1.0 / targets.temperature);
-    let mut d_hidden = vec![0.0; hidden.len()];
-    let mut d_weight = d_weight;
-    let mut logits = vec![0.0; rows.min(targets.tokens.len()) * vocab];
-    let mut packed = Packed::empty(precision);
-    for (chunk, tokens) in targets.tokens.chunks(rows).enumerate() {
-        let (at, n) = (chunk * rows, tokens.len());
-        let logits = &mut logits[..n * vocab];
-        let hidden = View::new(&hidden[at * width..(at + n) * width], n, width);
-        gemm(hidden, &forward, logits, false);
-        logits.par_chunks_mut(vocab).enumerate().for_each(|(i, row)| {
-            softmax_backward(row, tokens[i], scale, lse[at + i], grad[at + i]);
+    let width = weight.shape().1;
+    let scale = targets.scale();
+    let mut d_hidden = vec![0.0; saved.hidden.len()];
+    let (mut down, mut input) = (Packed::empty(precision), Packed::empty(precision));
+    blocks(saved.hidden, weight, precision, |rows, columns, logits| {
+        logits.par_chunks_mut(columns.len()).zip(rows.clone().into_par_iter()).for_each(|(logits, row)| {
+            let target = (targets.tokens[row] as usize).checked_sub(columns.start);
+            softmax_backward(logits, target, scale, saved.lse[row], saved.grad[row]);
         });
-        let d_logits = View::new(&*logits, n, vocab);
-        gemm(d_logits, &down, &mut d_hidden[at * width..(at + n) * width], false);
-        if let Some(d_weight) = d_weight.as_deref_mut() {
-            packed.fill(&[hidden], true);
-            gemm(d_logits.t(), &packed, d_weight, true);
+        let d_logits = View::new(&*logits, rows.len(), columns.len());
+        let elements = rows.start * width..rows.end * width;
+        down.fill(&[weight.rows(columns.clone())], true);
+        gemm(d_logits, &down, &mut d_hidden[elements.clone()], columns.start > 0);
+        if columns.start == 0 {
+            input.fill(&[View::new(&saved.hidden[elements], rows.len(), width)], true);
         }
-    }
+        gemm(d_logits.t(), &input, &mut d_weight[columns.start * width..columns.end * width], true);
+    });
     d_hidden
 }
 
 per_isa! {
-    /// Turns logits into the gradient of `grad * logprob(target)`.
-    fn softmax_backward(row: &mut [f32], target: u32, scale: f32, lse: f32, grad: f32) {
-        for x in row.iter_mut() {
+    /// Turns some columns of the logits into the gradient of `grad * logprob(target)`.
+    fn softmax_backward(logits: &mut [f32], target: Option<usize>, scale: f32, lse: f32, grad: f32) {
+        for x in logits.iter_mut() {
             *x = -grad * scale * exp(x.mul_add(scale, -lse));
         }
-        row[target as usize] += grad * scale;
+        if let Some(x) = target.and_then(|t| logits.get_mut(t)) {
+            *x += grad * scale;
+        }
     }
 }

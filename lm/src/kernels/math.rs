@@ -136,10 +136,48 @@ pub fn exp_row(row: &mut [f32], scale: f32, shift: f32) -> f32 {
     fold(lanes, |a, b| a + b)
 }
 
+/// Columns of a logits row whose exponentials are summed before they are merged with the others'.
+pub const LSE_BLOCK: usize = 4096;
+
+/// Log of a sum of exponentials, block by block: the same bits whether a row is at hand whole or in pieces of
+/// [`LSE_BLOCK`] columns.
+#[derive(Debug, Clone, Copy)]
+pub struct LogSumExp {
+    top: f32,
+    total: f32,
+}
+
+impl Default for LogSumExp {
+    fn default() -> Self {
+        Self { top: f32::NEG_INFINITY, total: 0.0 }
+    }
+}
+
+impl LogSumExp {
+    /// Takes in the next block of at most [`LSE_BLOCK`] columns, each times `scale`.
+    pub fn add(&mut self, block: &[f32], scale: f32) {
+        let (top, total) = block_log_sum_exp(block, scale);
+        if top > self.top {
+            self.total = if self.total == 0.0 { total } else { self.total.mul_add(exp(self.top - top), total) };
+            self.top = top;
+        } else if total > 0.0 {
+            self.total += total * exp(top - self.top);
+        }
+    }
+
+    /// The logarithm.
+    pub fn value(&self) -> f32 {
+        self.top + self.total.ln()
+    }
+}
+
 super::isa::per_isa! {
-    /// Log of the sum of exponentials of `row * scale`, without changing the row.
-    pub fn log_sum_exp(row: &[f32], scale: f32) -> f32 {
+    /// The largest `x * scale` and the sum of `exp(x * scale - largest)`.
+    fn block_log_sum_exp(row: &[f32], scale: f32) -> (f32, f32) {
         let top = max(row) * scale;
+        if top == f32::NEG_INFINITY {
+            return (top, 0.0);
+        }
         let mut lanes = [0.0f32; LANES];
         let (head, tail) = row.as_chunks::<LANES>();
         for chunk in head {
@@ -150,8 +188,17 @@ super::isa::per_isa! {
         for (lane, &x) in lanes.iter_mut().zip(tail) {
             *lane += exp(x.mul_add(scale, -top));
         }
-        top + fold(lanes, |a, b| a + b).ln()
+        (top, fold(lanes, |a, b| a + b))
     }
+}
+
+/// Log of the sum of exponentials of `row * scale`, without changing the row.
+pub fn log_sum_exp(row: &[f32], scale: f32) -> f32 {
+    let mut sum = LogSumExp::default();
+    for block in row.chunks(LSE_BLOCK) {
+        sum.add(block, scale);
+    }
+    sum.value()
 }
 
 super::isa::per_isa! {
@@ -198,5 +245,10 @@ mod tests {
     fn log_sum_exp_does_not_overflow() {
         let row = [1000.0f32, 1000.0, -1000.0];
         assert!((log_sum_exp(&row, 1.0) - (1000.0 + 2.0f32.ln())).abs() < 1e-3);
+        let mut long: Vec<f32> = (0..3 * LSE_BLOCK + 7).map(|i| (i % 977) as f32 * 0.01).collect();
+        long[..LSE_BLOCK].fill(f32::NEG_INFINITY);
+        long[2 * LSE_BLOCK] = 500.0;
+        let want = long.iter().map(|&x| (x as f64 - 500.0).exp()).sum::<f64>().ln() + 500.0;
+        assert!((log_sum_exp(&long, 1.0) as f64 - want).abs() < 1e-3);
     }
 }

@@ -59,6 +59,14 @@ impl Checkpoint {
         Decoder::trainable(self.architecture.clone(), self.placed(device, dtype)?)
     }
 
+    /// The same checkpoint with its weights rounded to another type.
+    pub fn with_dtype(mut self, dtype: DType) -> Result<Self> {
+        for tensor in self.parameters.values_mut() {
+            *tensor = tensor.to_dtype(dtype)?;
+        }
+        Ok(self)
+    }
+
     fn placed(&self, device: &Device, dtype: DType) -> Result<Parameters> {
         self.parameters.iter().map(|(name, t)| Ok((name.clone(), t.to_dtype(dtype)?.to_device(device)?))).collect()
     }

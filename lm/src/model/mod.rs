@@ -89,7 +89,7 @@ impl Decoder {
 
     /// The same model, keeping only each block's input on the way forward and running the block again on the way
     /// back (Chen et al. 2016): a third more work for a fraction of the memory.
-    pub fn with_recompute(mut self, recompute: bool) -> Self {
+    pub fn with_gradient_checkpointing(mut self, recompute: bool) -> Self {
         self.recompute = recompute;
         self
     }

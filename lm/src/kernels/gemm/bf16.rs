@@ -79,6 +79,9 @@ mod x86 {
     use super::{MR, NR, Pair, Tile};
     use std::arch::x86_64::*;
 
+    /// Elements of the right-hand panel between its loads and its prefetches.
+    const AHEAD: usize = 16 * NR;
+
     /// # Safety
     /// The machine has AVX-512-BF16; `a` and `b` are equally deep panels.
     #[target_feature(enable = "avx512f,avx512bf16")]
@@ -111,6 +114,8 @@ mod x86 {
             }
             let (mut pa, mut pb) = (a.as_ptr().cast::<i32>(), b.as_ptr().cast::<i32>());
             for _ in 0..depth {
+                _mm_prefetch::<_MM_HINT_T0>(pb.wrapping_add(AHEAD).cast());
+                _mm_prefetch::<_MM_HINT_T0>(pb.wrapping_add(AHEAD + 16).cast());
                 let b0: __m512bh = std::mem::transmute(_mm512_loadu_si512(pb.cast()));
                 let b1: __m512bh = std::mem::transmute(_mm512_loadu_si512(pb.add(16).cast()));
                 for (i, row) in c.iter_mut().enumerate() {

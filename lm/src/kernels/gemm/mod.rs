@@ -36,6 +36,16 @@ pub enum Precision {
     Bf16,
 }
 
+impl Precision {
+    /// What weights that are only read are stored as.
+    pub fn dtype(self) -> candle_core::DType {
+        match self {
+            Self::F32 => candle_core::DType::F32,
+            Self::Bf16 => candle_core::DType::BF16,
+        }
+    }
+}
+
 /// A matrix seen through strides: element `(r, c)` is `data[r * row_stride + c * col_stride]`.
 #[derive(Clone, Copy)]
 pub struct View<'a, E = f32> {
@@ -56,6 +66,13 @@ impl<'a, E: Element> View<'a, E> {
     /// The transpose of this view.
     pub fn t(self) -> Self {
         Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+    }
+
+    /// Some of the rows of a row-major view.
+    pub fn rows(self, range: std::ops::Range<usize>) -> Self {
+        assert!(self.col_stride == 1 && range.end <= self.rows, "rows {range:?} of {}", self.rows);
+        let end = if range.is_empty() { 0 } else { (range.end - 1) * self.row_stride + self.cols };
+        Self { data: &self.data[(range.start * self.row_stride).min(end)..end], rows: range.len(), ..self }
     }
 
     /// Some of the columns of a row-major view.
@@ -343,14 +360,21 @@ impl Place {
             // SAFETY: the caller's promise; rows of one tile do not overlap.
             unsafe { out.slice((self.row + i) * self.stride + self.column, self.columns) }
         };
+        // Whole rows of a tile have a size known to the compiler, which makes their copies a few moves.
         if continues {
-            for i in 0..self.rows {
-                tile[i * NR..i * NR + self.columns].copy_from_slice(row(i));
+            for (i, tile) in tile.as_chunks_mut::<NR>().0[..self.rows].iter_mut().enumerate() {
+                match row(i).first_chunk::<NR>() {
+                    Some(whole) => *tile = *whole,
+                    None => tile[..self.columns].copy_from_slice(row(i)),
+                }
             }
         }
         L::accumulate(self.rows, a, b, &mut tile);
-        for i in 0..self.rows {
-            row(i).copy_from_slice(&tile[i * NR..i * NR + self.columns]);
+        for (i, tile) in tile.as_chunks::<NR>().0[..self.rows].iter().enumerate() {
+            match row(i).first_chunk_mut::<NR>() {
+                Some(whole) => *whole = *tile,
+                None => row(i).copy_from_slice(&tile[..self.columns]),
+            }
         }
     }
 }

@@ -43,6 +43,9 @@ mod x86 {
     use super::{MR, NR, Tile};
     use std::arch::x86_64::*;
 
+    /// Elements of the right-hand panel between its loads and its prefetches.
+    const AHEAD: usize = 16 * NR;
+
     /// # Safety
     /// The machine has AVX-512F; `a` and `b` are equally deep panels.
     #[target_feature(enable = "avx512f")]
@@ -75,6 +78,8 @@ mod x86 {
             }
             let (mut pa, mut pb) = (a.as_ptr(), b.as_ptr());
             for _ in 0..depth {
+                _mm_prefetch::<_MM_HINT_T0>(pb.wrapping_add(AHEAD).cast());
+                _mm_prefetch::<_MM_HINT_T0>(pb.wrapping_add(AHEAD + 16).cast());
                 let b0 = _mm512_loadu_ps(pb);
                 let b1 = _mm512_loadu_ps(pb.add(16));
                 for (i, row) in c.iter_mut().enumerate() {
