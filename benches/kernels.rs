@@ -123,9 +123,10 @@ fn attention(c: &mut Criterion) {
     let heads = Heads { queries: 9, keys: 3, dim: 64, scale: 0.125, window: None, softcap: None };
     let sequences = |n: usize| -> Vec<Family> {
         let len = TOKENS / n;
-        (0..n).map(|i| Family { prompt: i * len..i * len, completions: vec![i * len..(i + 1) * len] }).collect()
+        (0..n).map(|i| Family::alone(i * len..(i + 1) * len)).collect()
     };
-    for (name, families) in [("attention 4x128, 9/3 heads", sequences(4)), ("attention 1x512, 9/3 heads", sequences(1))] {
+    for (name, families) in [("attention 4x128, 9/3 heads", sequences(4)), ("attention 1x512, 9/3 heads", sequences(1))]
+    {
         let (qkv, grad) = (random(TOKENS * heads.width(), 1), random(TOKENS * 576, 2));
         let (mut out, mut lse) = (vec![0.0; TOKENS * 576], vec![0.0; TOKENS * 9]);
         attention::forward(&qkv, &families, &heads, &mut out, &mut lse);

@@ -60,15 +60,19 @@ impl Work {
 
     fn batch(&self) -> Batch {
         let each = self.completions.len() / self.prompts.len();
-        Batch::new(self.completions.iter().enumerate().map(|(i, completion)| {
-            Sequence { prompt: &self.prompts[i / each], completion }
-        }))
+        Batch::new(
+            self.completions
+                .iter()
+                .enumerate()
+                .map(|(i, completion)| Sequence { prompt: &self.prompts[i / each], completion }),
+        )
     }
 
     /// Tokens of the work without sharing: what a padded trainer would run.
     fn tokens(&self) -> usize {
         let each = self.completions.len() / self.prompts.len();
-        self.prompts.iter().map(|p| p.len() * each).sum::<usize>() + self.completions.iter().map(Vec::len).sum::<usize>()
+        self.prompts.iter().map(|p| p.len() * each).sum::<usize>()
+            + self.completions.iter().map(Vec::len).sum::<usize>()
     }
 }
 
@@ -104,7 +108,9 @@ fn generation(c: &mut Criterion) {
         for batch in [1, 8, 16, 64] {
             let work = Work::new(batch, 40, 1, 1);
             group.throughput(Throughput::Elements((batch * 48) as u64));
-            group.bench_function(BenchmarkId::new(name, batch), |b| b.iter(|| decode(&mut generator, &work.prompts, 1, 48)));
+            group.bench_function(BenchmarkId::new(name, batch), |b| {
+                b.iter(|| decode(&mut generator, &work.prompts, 1, 48))
+            });
         }
     }
     group.finish();

@@ -103,8 +103,12 @@ impl Director {
         devices: Devices,
     ) -> Result<ReferenceHandle> {
         let link = Link::new("reference", MAILBOX, self.deadline);
-        self.spawn(&link, ReferenceHandle::build(checkpoint, placement, micro_batch_tokens, precision, devices), "reference")
-            .await?;
+        self.spawn(
+            &link,
+            ReferenceHandle::build(checkpoint, placement, micro_batch_tokens, precision, devices),
+            "reference",
+        )
+        .await?;
         Ok(ReferenceHandle { link })
     }
 

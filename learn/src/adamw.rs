@@ -344,7 +344,8 @@ mod tests {
             let mut optimiser = AdamW::new(&variables, config).unwrap();
             for step in 0..400 {
                 let size = if step < 200 { 1.0 } else { 0.1 };
-                let gradients = BTreeMap::from([("w".to_string(), Tensor::full(size, n, &Device::Cpu).unwrap())]);
+                let gradients =
+                    BTreeMap::from([("w".to_string(), Tensor::full(size as f32, n, &Device::Cpu).unwrap())]);
                 optimiser.step(&variables, &gradients, 1e-3, 1.0).unwrap();
             }
             let mean = |t: &Tensor| t.to_dtype(DType::F64).unwrap().mean_all().unwrap().to_scalar::<f64>().unwrap();

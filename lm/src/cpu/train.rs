@@ -34,9 +34,16 @@ fn embed(decoder: &Decoder, batch: &Batch, x: &mut Vec<f32>) -> Result<()> {
 
 /// Rows of a table as f32.
 pub fn lookup(table: &Tensor, rows: impl ExactSizeIterator<Item = usize>, out: &mut Vec<f32>) -> Result<()> {
-    match table.dtype() {
-        DType::BF16 => with_views::<bf16, _>(&[table], |t| Ok(gather(t[0], rows, out))),
-        _ => with_views::<f32, _>(&[table], |t| Ok(gather(t[0], rows, out))),
+    if table.dtype() == DType::BF16 {
+        with_views::<bf16, _>(&[table], |t| {
+            gather(t[0], rows, out);
+            Ok(())
+        })
+    } else {
+        with_views::<f32, _>(&[table], |t| {
+            gather(t[0], rows, out);
+            Ok(())
+        })
     }
 }
 
@@ -62,9 +69,7 @@ impl Head {
         let targets = Targets { tokens: &batch.targets, temperature };
         let precision = decoder.precision();
         let (logprobs, lse) = match weight.dtype() {
-            DType::BF16 => {
-                with_views::<bf16, _>(&[weight], |w| Ok(head::logprobs(&hidden, w[0], targets, precision)))?
-            }
+            DType::BF16 => with_views::<bf16, _>(&[weight], |w| Ok(head::logprobs(&hidden, w[0], targets, precision)))?,
             _ => with_views::<f32, _>(&[weight], |w| Ok(head::logprobs(&hidden, w[0], targets, precision)))?,
         };
         Ok(Self { x, hidden, logprobs, lse, temperature })
@@ -269,8 +274,7 @@ impl Way<'_> {
         // Query, key and value projections and their norm.
         x.restore(&mut s.x);
         let input_norm = self.normalise(&s.x, &block.input_norm, &mut s.normed)?;
-        let parts =
-            [("self_attn.q_proj", &block.q), ("self_attn.k_proj", &block.k), ("self_attn.v_proj", &block.v)];
+        let parts = [("self_attn.q_proj", &block.q), ("self_attn.k_proj", &block.k), ("self_attn.v_proj", &block.v)];
         self.weights(&parts, &s.wide, &s.normed, &mut s.input)?;
         inputs(&[&block.q, &block.k, &block.v], &s.wide, &mut s.grad, &mut s.down)?;
         self.norm("input_layernorm", &block.input_norm, &input_norm, &s.x, &s.grad, upstream)

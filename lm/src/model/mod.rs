@@ -14,8 +14,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use crate::error::{Error, Result};
 use crate::cpu;
+use crate::error::{Error, Result};
 use crate::kernels::gemm::Precision;
 use crate::kernels::rope::Angles;
 use crate::ops::{self, AttentionShape, Kernels, Positions};

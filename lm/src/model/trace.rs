@@ -54,7 +54,7 @@ impl Gradients {
 pub struct Forward<'a>(Trace<'a>);
 
 enum Trace<'a> {
-    Cpu { trace: cpu::Trace<'a>, logprobs: Tensor },
+    Cpu { trace: Box<cpu::Trace<'a>>, logprobs: Tensor },
     Graph(Graph<'a>),
 }
 
@@ -69,7 +69,7 @@ impl Decoder {
         Ok(Forward(if cpu::serves(self) && self.dtype() == DType::F32 {
             let trace = cpu::Trace::forward(self, batch, temperature)?;
             let logprobs = Tensor::new(trace.logprobs(), self.device())?;
-            Trace::Cpu { trace, logprobs }
+            Trace::Cpu { trace: Box::new(trace), logprobs }
         } else {
             Trace::Graph(Graph::forward(self, layers, batch, temperature)?)
         }))

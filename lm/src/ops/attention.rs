@@ -74,7 +74,7 @@ mod tests {
         ] {
             let heads = Heads { queries, keys, dim, scale: 1.0 / (dim as f32).sqrt(), window, softcap };
             let families = vec![
-                Family { prompt: 0..1, completions: vec![1..9] },
+                Family { prompt: 0..1, completions: vec![1..9, 9..9] },
                 Family { prompt: 9..109, completions: vec![109..139, 139..139, 139..150] },
                 Family { prompt: 150..150, completions: vec![150..155, 155..163] },
             ];

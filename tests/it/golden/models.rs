@@ -2,7 +2,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor, Var, safetensors};
 use rehearsal_learn::{
-    AdamW, AdamWConfig, PreferenceConfig, PreferenceKind, PreferenceLogprobs, clip_scale, global_norm, preference_loss, token,
+    AdamW, AdamWConfig, PreferenceConfig, PreferenceKind, PreferenceLogprobs, clip_scale, global_norm, preference_loss,
+    token,
 };
 use rehearsal_lm::generate::{Generator, Options, Request, Sampling};
 use rehearsal_lm::ops::Kernels;
@@ -200,7 +201,9 @@ fn dpo_step(golden: &Golden, dtype: DType, kernels: Kernels) {
     let norm = global_norm(&gradients).unwrap();
     golden.check_numbers("grad_global_norm", &[norm], single);
     let mut optimiser = AdamW::new(policy.variables(), config).unwrap();
-    optimiser.step(policy.variables(), &gradients, number("lr").unwrap(), clip_scale(norm, number("max_norm"))).unwrap();
+    optimiser
+        .step(policy.variables(), &gradients, number("lr").unwrap(), clip_scale(norm, number("max_norm")))
+        .unwrap();
 
     let after = token::span_sums(&policy.logprobs(&batch, 1.0).unwrap(), batch.spans()).unwrap();
     golden.check("policy_logps_after_step", &after);

@@ -35,7 +35,9 @@ fn golden_adamw() {
                 let gradients = named(&golden.value["inputs"]["grads"][step], dtype);
                 let norm = global_norm(&gradients).unwrap();
                 golden.check_values("grad_norms", &[norm], &[norms[step]], single);
-                optimiser.step(&variables, &gradients, rate.as_f64().unwrap(), clip_scale(norm, params["max_norm"].as_f64())).unwrap();
+                optimiser
+                    .step(&variables, &gradients, rate.as_f64().unwrap(), clip_scale(norm, params["max_norm"].as_f64()))
+                    .unwrap();
                 let want = named(&golden.value["outputs"]["params_after_step"][step], DType::F64);
                 for (name, var) in &variables {
                     golden.check_values("params_after_step", &flat(var), &flat(&want[name]), single);

@@ -21,6 +21,11 @@ pub struct Family {
 }
 
 impl Family {
+    /// A sequence that shares nothing.
+    pub fn alone(tokens: Range<usize>) -> Self {
+        Self { prompt: tokens.start..tokens.start, completions: std::iter::once(tokens).collect() }
+    }
+
     /// Every part with the tokens that it sees before itself.
     fn parts(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + '_ {
         let prompt = self.prompt.clone();
@@ -393,7 +398,7 @@ mod tests {
                 let single = alone(&qkv, &family, which, width);
                 let len = single.len() / width;
                 let (mut got, mut l) = (vec![0.0; len * out_width], vec![0.0; len * heads.queries]);
-                forward(&single, &[Family { prompt: 0..0, completions: vec![0..len] }], &heads, &mut got, &mut l);
+                forward(&single, &[Family::alone(0..len)], &heads, &mut got, &mut l);
                 let tail = &out[part.start * out_width..part.end * out_width];
                 assert_eq!(got[61 * out_width..], *tail);
                 // And a new row against a cache.

@@ -4,7 +4,7 @@
 //! then the even one, rounding to nearest even after each, with denormals taken as zero: the arithmetic of
 //! `vdpbf16ps`. The portable code does the same by hand, so results do not depend on the instruction set.
 
-use super::tile::{MR, NR, Tile};
+use super::tile::{MR, NR, Out};
 use crate::kernels::isa::per_isa;
 
 /// Two bfloat16 numbers, the first in the low half.
@@ -35,15 +35,25 @@ per_isa! {
     }
 }
 
-/// Continues the first `rows` rows of `tile` by the products of two packed panels, in the order of `k`.
-pub fn accumulate(rows: usize, a: &[Pair], b: &[Pair], tile: &mut Tile) {
+/// Sums the products of two packed panels, in the order of `k`, for the first `rows` rows of a tile.
+///
+/// # Safety
+/// As for [`super::tile::accumulate`].
+pub unsafe fn accumulate(rows: usize, a: &[Pair], b: &[Pair], out: Out) {
     assert!(rows <= MR && a.len() / MR == b.len() / NR, "panels of unequal depth");
     #[cfg(target_arch = "x86_64")]
     if has_dot() {
-        // SAFETY: the machine has AVX-512-BF16; the panels are equally deep.
-        return unsafe { x86::dot(rows, a, b, tile) };
+        // SAFETY: the machine has AVX-512-BF16; the panels are equally deep; the caller's promise.
+        return unsafe { x86::dot(rows, a, b, out) };
     }
-    by_hand(rows, a, b, tile);
+    for i in 0..rows {
+        // SAFETY: the caller's promise.
+        let row = unsafe { &mut *out.start.add(i * out.stride).cast::<[f32; NR]>() };
+        if !out.add {
+            row.fill(0.0);
+        }
+        by_hand(i, a, b, row);
+    }
 }
 
 /// Whether products run on AVX-512-BF16.
@@ -55,14 +65,13 @@ fn has_dot() -> bool {
 }
 
 per_isa! {
-    fn by_hand(rows: usize, a: &[Pair], b: &[Pair], tile: &mut Tile) {
+    /// Row `i` of a tile.
+    fn by_hand(i: usize, a: &[Pair], b: &[Pair], row: &mut [f32; NR]) {
         for (a, b) in a.as_chunks::<MR>().0.iter().zip(b.as_chunks::<NR>().0) {
-            for (row, &x) in tile.as_chunks_mut::<NR>().0.iter_mut().zip(a).take(rows) {
-                let (low, high) = (flushed(x.0 << 16), flushed(x.0 & 0xffff_0000));
-                for j in 0..NR {
-                    let odd = high.mul_add(flushed(b[j].0 & 0xffff_0000), row[j]);
-                    row[j] = flushed(low.mul_add(flushed(b[j].0 << 16), flushed(odd.to_bits())).to_bits());
-                }
+            let (low, high) = (flushed(a[i].0 << 16), flushed(a[i].0 & 0xffff_0000));
+            for j in 0..NR {
+                let odd = high.mul_add(flushed(b[j].0 & 0xffff_0000), row[j]);
+                row[j] = flushed(low.mul_add(flushed(b[j].0 << 16), flushed(odd.to_bits())).to_bits());
             }
         }
     }
@@ -76,41 +85,43 @@ fn flushed(bits: u32) -> f32 {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{MR, NR, Pair, Tile};
+    use super::{MR, NR, Out, Pair};
     use std::arch::x86_64::*;
 
     /// Elements of the right-hand panel between its loads and its prefetches.
     const AHEAD: usize = 16 * NR;
 
     /// # Safety
-    /// The machine has AVX-512-BF16; `a` and `b` are equally deep panels.
+    /// The machine has AVX-512-BF16; `a` and `b` are equally deep panels; [`super::accumulate`]'s rule for `out`.
     #[target_feature(enable = "avx512f,avx512bf16")]
-    pub unsafe fn dot(rows: usize, a: &[Pair], b: &[Pair], tile: &mut Tile) {
+    pub unsafe fn dot(rows: usize, a: &[Pair], b: &[Pair], out: Out) {
         // SAFETY: the caller's promise is passed on.
         unsafe {
             match rows {
                 0 => {}
-                1 => dot_rows::<1>(a, b, tile),
-                2 => dot_rows::<2>(a, b, tile),
-                3 | 4 => dot_rows::<4>(a, b, tile),
-                5 | 6 => dot_rows::<6>(a, b, tile),
-                7 | 8 => dot_rows::<8>(a, b, tile),
-                _ => dot_rows::<MR>(a, b, tile),
+                1 => dot_rows::<1>(a, b, out),
+                2 => dot_rows::<2>(a, b, out),
+                3 => dot_rows::<3>(a, b, out),
+                4 => dot_rows::<4>(a, b, out),
+                5 | 6 => dot_rows::<6>(a, b, out),
+                7 | 8 => dot_rows::<8>(a, b, out),
+                _ => dot_rows::<MR>(a, b, out),
             }
         }
     }
 
     #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn dot_rows<const R: usize>(a: &[Pair], b: &[Pair], tile: &mut Tile) {
+    unsafe fn dot_rows<const R: usize>(a: &[Pair], b: &[Pair], out: Out) {
         let depth = a.len() / MR;
-        // SAFETY: `a` has `depth * MR` and `b` has `depth * NR` elements, `tile` has `MR * NR`, R <= MR; a vector
+        // SAFETY: `a` has `depth * MR` and `b` has `depth * NR` elements, `out` has R <= MR rows of `NR`; a vector
         // of integers and one of bfloat16 pairs have the same size and no invalid values.
         unsafe {
-            let t = tile.as_mut_ptr();
             let mut c = [[_mm512_setzero_ps(); 2]; R];
-            for (i, row) in c.iter_mut().enumerate() {
-                row[0] = _mm512_loadu_ps(t.add(i * NR));
-                row[1] = _mm512_loadu_ps(t.add(i * NR + 16));
+            if out.add {
+                for (i, row) in c.iter_mut().enumerate() {
+                    row[0] = _mm512_loadu_ps(out.start.add(i * out.stride));
+                    row[1] = _mm512_loadu_ps(out.start.add(i * out.stride + 16));
+                }
             }
             let (mut pa, mut pb) = (a.as_ptr().cast::<i32>(), b.as_ptr().cast::<i32>());
             for _ in 0..depth {
@@ -127,8 +138,8 @@ mod x86 {
                 pb = pb.add(NR);
             }
             for (i, row) in c.iter().enumerate() {
-                _mm512_storeu_ps(t.add(i * NR), row[0]);
-                _mm512_storeu_ps(t.add(i * NR + 16), row[1]);
+                _mm512_storeu_ps(out.start.add(i * out.stride), row[0]);
+                _mm512_storeu_ps(out.start.add(i * out.stride + 16), row[1]);
             }
         }
     }
@@ -154,8 +165,11 @@ mod tests {
         let (a, b) = (panel(MR, 301, 1), panel(NR, 301, 2));
         for rows in 1..=MR {
             let (mut want, mut got) = ([0.25; MR * NR], [0.25; MR * NR]);
-            by_hand(rows, &a, &b, &mut want);
-            accumulate(rows, &a, &b, &mut got);
+            for (i, row) in want.as_chunks_mut::<NR>().0[..rows].iter_mut().enumerate() {
+                by_hand(i, &a, &b, row);
+            }
+            // SAFETY: a whole tile.
+            unsafe { accumulate(rows, &a, &b, Out::tile(&mut got, true)) };
             assert_eq!(got[..rows * NR].map_bits(), want[..rows * NR].map_bits(), "{rows} rows");
         }
     }
@@ -171,8 +185,13 @@ mod tests {
 
     #[test]
     fn rounding_is_to_nearest_even() {
-        for (x, want) in [(1.0f32, 0x3f80), (1.00390625, 0x3f80), (1.01171875, 0x3f82), (-0.0, 0x8000), (f32::MAX, 0x7f80)]
-        {
+        for (x, want) in [
+            (1.0f32, 0x3f80),
+            (1.0 + 1.0 / 256.0, 0x3f80),
+            (1.0 + 3.0 / 256.0, 0x3f82),
+            (-0.0, 0x8000),
+            (f32::MAX, 0x7f80),
+        ] {
             assert_eq!(round(x), want, "{x}");
         }
         assert!(widen(round(f32::NAN)).is_nan());

@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use super::Shared;
 use bf16::Pair;
 use pack::Lane;
-use tile::{MR, NR, Tile};
+use tile::{MR, NR, Out, Tile, rows_written};
 
 /// Depth of a packed block: panels of this many `k` stay in the second-level cache.
 const KC: usize = 1024;
@@ -229,13 +229,7 @@ pub fn gemm<E: Element>(a: View<'_, E>, b: &Packed, c: &mut [f32], add: bool) {
 
 /// [`gemm`] on the calling thread alone, into the columns of a wider matrix: element `(i, j)` of the product
 /// goes to `c[i * stride + j]`.
-pub fn gemm_serial<'b, E: Element>(
-    a: View<'_, E>,
-    b: impl Into<Part<'b>>,
-    c: &mut [f32],
-    stride: usize,
-    add: bool,
-) {
+pub fn gemm_serial<'b, E: Element>(a: View<'_, E>, b: impl Into<Part<'b>>, c: &mut [f32], stride: usize, add: bool) {
     let b = b.into();
     assert!(a.rows == 0 || b.cols == 0 || (a.rows - 1) * stride + b.cols <= c.len(), "room for the product");
     assert!(b.cols <= stride, "rows of the product overlap");
@@ -354,27 +348,25 @@ struct Place {
 impl Place {
     /// # Safety
     /// The tile lies inside `out`, and nothing else touches it meanwhile.
-    unsafe fn run<L: Lane>(&self, out: Shared<'_>, a: &[L], b: &[L], continues: bool) {
+    unsafe fn run<L: Lane>(&self, out: Shared<'_>, a: &[L], b: &[L], add: bool) {
+        // SAFETY: the caller's promise.
+        let row = |i: usize| unsafe { out.slice((self.row + i) * self.stride + self.column, self.columns) };
+        if self.columns == NR && rows_written(self.rows) == self.rows {
+            let out = Out { start: row(0).as_mut_ptr(), stride: self.stride, add };
+            let _last = row(self.rows - 1); // inside the buffer, or this panics
+            // SAFETY: all rows of the tile are in the result and belong to the caller.
+            return unsafe { L::accumulate(self.rows, a, b, out) };
+        }
         let mut tile: Tile = [0.0; MR * NR];
-        let row = |i: usize| {
-            // SAFETY: the caller's promise; rows of one tile do not overlap.
-            unsafe { out.slice((self.row + i) * self.stride + self.column, self.columns) }
-        };
-        // Whole rows of a tile have a size known to the compiler, which makes their copies a few moves.
-        if continues {
+        if add {
             for (i, tile) in tile.as_chunks_mut::<NR>().0[..self.rows].iter_mut().enumerate() {
-                match row(i).first_chunk::<NR>() {
-                    Some(whole) => *tile = *whole,
-                    None => tile[..self.columns].copy_from_slice(row(i)),
-                }
+                tile[..self.columns].copy_from_slice(row(i));
             }
         }
-        L::accumulate(self.rows, a, b, &mut tile);
+        // SAFETY: a whole tile.
+        unsafe { L::accumulate(self.rows, a, b, Out::tile(&mut tile, add)) };
         for (i, tile) in tile.as_chunks::<NR>().0[..self.rows].iter().enumerate() {
-            match row(i).first_chunk_mut::<NR>() {
-                Some(whole) => *whole = *tile,
-                None => row(i).copy_from_slice(&tile[..self.columns]),
-            }
+            row(i).copy_from_slice(&tile[..self.columns]);
         }
     }
 }

@@ -13,6 +13,10 @@ pub trait Element: Copy + Send + Sync {
     fn widen(self) -> f32;
     /// The nearest bfloat16.
     fn narrow(self) -> u16;
+    /// `out[i]` is element `i` of `row`.
+    fn copy(row: &[Self], out: &mut [f32]);
+    /// `out[i]` is elements `2 i` and `2 i + 1` of `row`, the second maybe missing at the end.
+    fn pair(row: &[Self], out: &mut [Pair]);
     /// `out[i] = (low[i], high[i])`.
     fn zip_rows(low: &[Self], high: &[Self], out: &mut [Pair]);
 }
@@ -25,6 +29,12 @@ impl Element for f32 {
     #[inline(always)]
     fn narrow(self) -> u16 {
         round(self)
+    }
+    fn copy(row: &[f32], out: &mut [f32]) {
+        out.copy_from_slice(row);
+    }
+    fn pair(row: &[f32], out: &mut [Pair]) {
+        pair_f32(row, out);
     }
     fn zip_rows(low: &[f32], high: &[f32], out: &mut [Pair]) {
         zip_f32(low, high, out);
@@ -40,8 +50,34 @@ impl Element for half::bf16 {
     fn narrow(self) -> u16 {
         self.to_bits()
     }
+    fn copy(row: &[Self], out: &mut [f32]) {
+        for (out, x) in out.iter_mut().zip(row) {
+            *out = x.widen();
+        }
+    }
+    fn pair(row: &[Self], out: &mut [Pair]) {
+        let (pairs, last) = row.as_chunks::<2>();
+        for (out, [l, h]) in out.iter_mut().zip(pairs) {
+            *out = Pair(l.to_bits() as u32 | (h.to_bits() as u32) << 16);
+        }
+        if let ([x], Some(out)) = (last, out.last_mut()) {
+            *out = Pair(x.to_bits() as u32);
+        }
+    }
     fn zip_rows(low: &[Self], high: &[Self], out: &mut [Pair]) {
         zip_bf16(low, high, out);
+    }
+}
+
+per_isa! {
+    fn pair_f32(row: &[f32], out: &mut [Pair]) {
+        let (pairs, last) = row.as_chunks::<2>();
+        for (out, [l, h]) in out.iter_mut().zip(pairs) {
+            *out = Pair(round(*l) as u32 | (round(*h) as u32) << 16);
+        }
+        if let ([x], Some(out)) = (last, out.last_mut()) {
+            *out = Pair(round(*x) as u32);
+        }
     }
 }
 
@@ -65,12 +101,15 @@ per_isa! {
 pub trait Lane: Copy + Default + Send + Sync + 'static {
     /// Steps of the summed index in one element.
     const STEPS: usize;
-    /// The lane of steps `k ..` of one row or column, read through `at`; a step past `depth` is zero.
-    fn gather<E: Element>(k: usize, depth: usize, at: impl Fn(usize) -> E) -> Self;
+    /// The lanes of one row, whose elements are steps.
+    fn copy_row<E: Element>(row: &[E], out: &mut [Self]);
     /// Lanes of neighbouring columns, from rows of the matrix; `rows` has [`Lane::STEPS`], the last maybe missing.
     fn copy_columns<E: Element>(first: &[E], second: Option<&[E]>, out: &mut [Self]);
     /// Continues a tile.
-    fn accumulate(rows: usize, a: &[Self], b: &[Self], tile: &mut tile::Tile);
+    ///
+    /// # Safety
+    /// As for [`tile::accumulate`].
+    unsafe fn accumulate(rows: usize, a: &[Self], b: &[Self], out: tile::Out);
     /// This thread's buffer, kept between products.
     fn with_scratch<T>(f: impl FnOnce(&mut Vec<Self>) -> T) -> T;
 }
@@ -88,17 +127,15 @@ macro_rules! scratch {
 
 impl Lane for f32 {
     const STEPS: usize = 1;
-    #[inline(always)]
-    fn gather<E: Element>(k: usize, _: usize, at: impl Fn(usize) -> E) -> f32 {
-        at(k).widen()
+    fn copy_row<E: Element>(row: &[E], out: &mut [f32]) {
+        E::copy(row, out);
     }
     fn copy_columns<E: Element>(first: &[E], _: Option<&[E]>, out: &mut [f32]) {
-        for (out, x) in out.iter_mut().zip(first) {
-            *out = x.widen();
-        }
+        E::copy(first, out);
     }
-    fn accumulate(rows: usize, a: &[f32], b: &[f32], tile: &mut tile::Tile) {
-        tile::accumulate(rows, a, b, tile);
+    unsafe fn accumulate(rows: usize, a: &[f32], b: &[f32], out: tile::Out) {
+        // SAFETY: the caller's promise.
+        unsafe { tile::accumulate(rows, a, b, out) }
     }
     fn with_scratch<T>(f: impl FnOnce(&mut Vec<f32>) -> T) -> T {
         scratch!(f32, f)
@@ -107,10 +144,8 @@ impl Lane for f32 {
 
 impl Lane for Pair {
     const STEPS: usize = 2;
-    #[inline(always)]
-    fn gather<E: Element>(k: usize, depth: usize, at: impl Fn(usize) -> E) -> Pair {
-        let high = if k + 1 < depth { at(k + 1).narrow() } else { 0 };
-        Pair(at(k).narrow() as u32 | (high as u32) << 16)
+    fn copy_row<E: Element>(row: &[E], out: &mut [Pair]) {
+        E::pair(row, out);
     }
     fn copy_columns<E: Element>(first: &[E], second: Option<&[E]>, out: &mut [Pair]) {
         match second {
@@ -122,8 +157,9 @@ impl Lane for Pair {
             }
         }
     }
-    fn accumulate(rows: usize, a: &[Pair], b: &[Pair], tile: &mut tile::Tile) {
-        bf16::accumulate(rows, a, b, tile);
+    unsafe fn accumulate(rows: usize, a: &[Pair], b: &[Pair], out: tile::Out) {
+        // SAFETY: the caller's promise.
+        unsafe { bf16::accumulate(rows, a, b, out) }
     }
     fn with_scratch<T>(f: impl FnOnce(&mut Vec<Pair>) -> T) -> T {
         scratch!(Pair, f)
@@ -144,15 +180,28 @@ pub fn columns<E: Element, L: Lane>(part: &View<'_, E>, columns: std::ops::Range
             L::copy_columns(source(k), second, &mut row[at..at + columns.len()]);
         }
     } else {
-        // A transposed matrix: read each of its rows in order, in blocks that stay in the first-level cache.
-        const BLOCK: usize = 16;
-        for (block, rows) in panel.chunks_mut(NR * BLOCK).enumerate() {
-            for (i, j) in columns.clone().enumerate() {
-                let source = j * part.col_stride;
-                for (lane, row) in rows.chunks_exact_mut(NR).enumerate() {
-                    let k = (block * BLOCK + lane) * L::STEPS;
-                    row[at + i] = L::gather(k, depth, |k| part.data[source + k * part.row_stride]);
-                }
+        let columns = columns.enumerate().map(|(i, j)| {
+            assert_eq!(part.row_stride, 1, "a view is row-major or the transpose of one");
+            (at + i, &part.data[j * part.col_stride..j * part.col_stride + depth])
+        });
+        interleave::<_, _, NR>(columns, panel);
+    }
+}
+
+/// Writes rows of steps to columns of a panel `[lanes][WIDTH]`.
+fn interleave<'a, E: Element + 'a, L: Lane, const WIDTH: usize>(
+    rows: impl Iterator<Item = (usize, &'a [E])>,
+    panel: &mut [L],
+) {
+    // Lanes that are made at a time, in a row of their own, before they are spread over the panel.
+    const BLOCK: usize = 64;
+    let mut lanes = [L::default(); BLOCK];
+    for (column, row) in rows {
+        for (steps, panel) in row.chunks(BLOCK * L::STEPS).zip(panel.chunks_mut(WIDTH * BLOCK)) {
+            let n = steps.len().div_ceil(L::STEPS);
+            L::copy_row(steps, &mut lanes[..n]);
+            for (lane, out) in lanes[..n].iter().zip(panel.as_chunks_mut::<WIDTH>().0) {
+                out[column] = *lane;
             }
         }
     }
@@ -167,13 +216,11 @@ pub fn rows<E: Element, L: Lane>(a: View<'_, E>, k: std::ops::Range<usize>, pack
     let fill = |(p, panel): (usize, &mut [L])| {
         let rows = p * MR..((p + 1) * MR).min(a.rows);
         if a.col_stride == 1 {
-            for (i, r) in rows.enumerate() {
-                let row = &a.data[r * a.row_stride + k.start..r * a.row_stride + k.end];
-                for (lane, column) in panel.chunks_exact_mut(MR).enumerate() {
-                    column[i] = L::gather(lane * L::STEPS, row.len(), |k| row[k]);
-                }
-            }
+            let rows =
+                rows.enumerate().map(|(i, r)| (i, &a.data[r * a.row_stride + k.start..r * a.row_stride + k.end]));
+            interleave::<_, _, MR>(rows, panel);
         } else {
+            assert_eq!(a.row_stride, 1, "a view is row-major or the transpose of one");
             for (lane, column) in panel.chunks_exact_mut(MR).enumerate() {
                 let source = |k: usize| {
                     let start = k * a.col_stride + rows.start * a.row_stride;
@@ -181,15 +228,8 @@ pub fn rows<E: Element, L: Lane>(a: View<'_, E>, k: std::ops::Range<usize>, pack
                 };
                 let step = k.start + lane * L::STEPS;
                 let second = (L::STEPS > 1 && step + 1 < k.end).then(|| source(step + 1));
-                if a.row_stride == 1 {
-                    let n = rows.len();
-                    L::copy_columns(&source(step)[..n], second.map(|s| &s[..n]), &mut column[..n]);
-                } else {
-                    for (i, r) in rows.clone().enumerate() {
-                        let at = |k: usize| a.data[k * a.col_stride + r * a.row_stride];
-                        column[i] = L::gather(step, k.end, at);
-                    }
-                }
+                let n = rows.len();
+                L::copy_columns(&source(step)[..n], second.map(|s| &s[..n]), &mut column[..n]);
             }
         }
     };

@@ -9,30 +9,67 @@ pub const MR: usize = 12;
 /// Columns of a tile.
 pub const NR: usize = 32;
 
-/// An accumulator tile, row-major.
+/// A tile of its own, for results that do not fill a whole one.
 pub type Tile = [f32; MR * NR];
 
-/// Continues the first `rows` rows of `tile` by the products of two packed panels, in the order of `k`.
-///
-/// `a` holds `MR` and `b` holds `NR` elements for each of the same number of `k`.
-pub fn accumulate(rows: usize, a: &[f32], b: &[f32], tile: &mut Tile) {
-    assert!(rows <= MR && a.len() / MR == b.len() / NR, "panels of unequal depth");
-    match Isa::detect() {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: `detect` returns an instruction set this machine has; the panels are equally deep.
-        Isa::Avx512 => unsafe { x86::avx512(rows, a, b, tile) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        Isa::Avx2 => unsafe { x86::avx2(rows, a, b, tile) },
-        _ => portable(rows, a, b, tile),
+/// Where a tile's sums go: rows of [`NR`] columns, `stride` apart.
+#[derive(Clone, Copy)]
+pub struct Out {
+    pub start: *mut f32,
+    pub stride: usize,
+    /// The sums continue what is there; else they start from zero.
+    pub add: bool,
+}
+
+impl Out {
+    /// A whole tile of memory.
+    pub fn tile(tile: &mut Tile, add: bool) -> Self {
+        Self { start: tile.as_mut_ptr(), stride: NR, add }
     }
 }
 
-fn portable(rows: usize, a: &[f32], b: &[f32], tile: &mut Tile) {
-    for (a, b) in a.as_chunks::<MR>().0.iter().zip(b.as_chunks::<NR>().0) {
-        for (row, &x) in tile.as_chunks_mut::<NR>().0.iter_mut().zip(a).take(rows) {
+/// Rows that a kernel computes when `rows` are wanted: at least as many, whatever the instruction set.
+pub fn rows_written(rows: usize) -> usize {
+    match rows {
+        0..=4 => rows,
+        5 | 6 => 6,
+        7 | 8 => 8,
+        _ => MR,
+    }
+}
+
+/// Sums the products of two packed panels, in the order of `k`, for the first `rows` rows of a tile.
+///
+/// `a` holds `MR` and `b` holds `NR` elements for each of the same number of `k`.
+///
+/// # Safety
+/// [`rows_written`] rows of [`NR`] columns exist at `out`, and belong to the caller.
+pub unsafe fn accumulate(rows: usize, a: &[f32], b: &[f32], out: Out) {
+    assert!(rows <= MR && a.len() / MR == b.len() / NR, "panels of unequal depth");
+    // SAFETY: `detect` returns an instruction set this machine has; the panels are equally deep; the caller's promise.
+    unsafe {
+        match Isa::detect() {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => x86::avx512(rows, a, b, out),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => x86::avx2(rows, a, b, out),
+            _ => portable(rows, a, b, out),
+        }
+    }
+}
+
+/// # Safety
+/// As for [`accumulate`].
+unsafe fn portable(rows: usize, a: &[f32], b: &[f32], out: Out) {
+    for i in 0..rows {
+        // SAFETY: the caller's promise.
+        let row = unsafe { &mut *out.start.add(i * out.stride).cast::<[f32; NR]>() };
+        if !out.add {
+            row.fill(0.0);
+        }
+        for (a, b) in a.as_chunks::<MR>().0.iter().zip(b.as_chunks::<NR>().0) {
             for j in 0..NR {
-                row[j] = x.mul_add(b[j], row[j]);
+                row[j] = a[i].mul_add(b[j], row[j]);
             }
         }
     }
@@ -40,41 +77,42 @@ fn portable(rows: usize, a: &[f32], b: &[f32], tile: &mut Tile) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{MR, NR, Tile};
+    use super::{MR, NR, Out};
     use std::arch::x86_64::*;
 
     /// Elements of the right-hand panel between its loads and its prefetches.
     const AHEAD: usize = 16 * NR;
 
     /// # Safety
-    /// The machine has AVX-512F; `a` and `b` are equally deep panels.
+    /// The machine has AVX-512F; `a` and `b` are equally deep panels; [`super::accumulate`]'s rule for `out`.
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn avx512(rows: usize, a: &[f32], b: &[f32], tile: &mut Tile) {
+    pub unsafe fn avx512(rows: usize, a: &[f32], b: &[f32], out: Out) {
         // SAFETY: the caller's promise is passed on.
         unsafe {
             match rows {
                 0 => {}
-                1 => avx512_rows::<1>(a, b, tile),
-                2 => avx512_rows::<2>(a, b, tile),
-                3 => avx512_rows::<3>(a, b, tile),
-                4 => avx512_rows::<4>(a, b, tile),
-                5 | 6 => avx512_rows::<6>(a, b, tile),
-                7 | 8 => avx512_rows::<8>(a, b, tile),
-                _ => avx512_rows::<MR>(a, b, tile),
+                1 => avx512_rows::<1>(a, b, out),
+                2 => avx512_rows::<2>(a, b, out),
+                3 => avx512_rows::<3>(a, b, out),
+                4 => avx512_rows::<4>(a, b, out),
+                5 | 6 => avx512_rows::<6>(a, b, out),
+                7 | 8 => avx512_rows::<8>(a, b, out),
+                _ => avx512_rows::<MR>(a, b, out),
             }
         }
     }
 
     #[target_feature(enable = "avx512f")]
-    unsafe fn avx512_rows<const R: usize>(a: &[f32], b: &[f32], tile: &mut Tile) {
+    unsafe fn avx512_rows<const R: usize>(a: &[f32], b: &[f32], out: Out) {
         let depth = a.len() / MR;
-        // SAFETY: `a` has `depth * MR` and `b` has `depth * NR` elements, `tile` has `MR * NR`, R <= MR.
+        // SAFETY: `a` has `depth * MR` and `b` has `depth * NR` elements, `out` has R <= MR rows of `NR`.
         unsafe {
-            let t = tile.as_mut_ptr();
             let mut c = [[_mm512_setzero_ps(); 2]; R];
-            for (i, row) in c.iter_mut().enumerate() {
-                row[0] = _mm512_loadu_ps(t.add(i * NR));
-                row[1] = _mm512_loadu_ps(t.add(i * NR + 16));
+            if out.add {
+                for (i, row) in c.iter_mut().enumerate() {
+                    row[0] = _mm512_loadu_ps(out.start.add(i * out.stride));
+                    row[1] = _mm512_loadu_ps(out.start.add(i * out.stride + 16));
+                }
             }
             let (mut pa, mut pb) = (a.as_ptr(), b.as_ptr());
             for _ in 0..depth {
@@ -91,8 +129,8 @@ mod x86 {
                 pb = pb.add(NR);
             }
             for (i, row) in c.iter().enumerate() {
-                _mm512_storeu_ps(t.add(i * NR), row[0]);
-                _mm512_storeu_ps(t.add(i * NR + 16), row[1]);
+                _mm512_storeu_ps(out.start.add(i * out.stride), row[0]);
+                _mm512_storeu_ps(out.start.add(i * out.stride + 16), row[1]);
             }
         }
     }
@@ -100,28 +138,36 @@ mod x86 {
     /// # Safety
     /// The machine has AVX2 and FMA; `a` and `b` are equally deep panels.
     #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn avx2(rows: usize, a: &[f32], b: &[f32], tile: &mut Tile) {
-        for first in (0..rows).step_by(3) {
-            // SAFETY: the caller's promise, and `first + 3 <= MR` because 3 divides MR.
-            unsafe { avx2_three_rows(first, a, b, tile) }
+    pub unsafe fn avx2(rows: usize, a: &[f32], b: &[f32], out: Out) {
+        // SAFETY: the caller's promise; no row past `rows` is touched.
+        unsafe {
+            for first in (0..rows).step_by(3) {
+                match rows - first {
+                    1 => avx2_rows::<1>(first, a, b, out),
+                    2 => avx2_rows::<2>(first, a, b, out),
+                    _ => avx2_rows::<3>(first, a, b, out),
+                }
+            }
         }
     }
 
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn avx2_three_rows(first: usize, a: &[f32], b: &[f32], tile: &mut Tile) {
+    unsafe fn avx2_rows<const R: usize>(first: usize, a: &[f32], b: &[f32], out: Out) {
         let depth = a.len() / MR;
-        // SAFETY: as in `avx512_rows`, for the rows `first .. first + 3`.
+        // SAFETY: as in `avx512_rows`, for the rows `first .. first + R`.
         unsafe {
-            let t = tile.as_mut_ptr().add(first * NR);
-            let mut c = [[_mm256_setzero_ps(); 4]; 3];
-            for (i, row) in c.iter_mut().enumerate() {
-                for (j, x) in row.iter_mut().enumerate() {
-                    *x = _mm256_loadu_ps(t.add(i * NR + 8 * j));
+            let start = out.start.add(first * out.stride);
+            let mut c = [[_mm256_setzero_ps(); 4]; R];
+            if out.add {
+                for (i, row) in c.iter_mut().enumerate() {
+                    for (j, x) in row.iter_mut().enumerate() {
+                        *x = _mm256_loadu_ps(start.add(i * out.stride + 8 * j));
+                    }
                 }
             }
             let (mut pa, mut pb) = (a.as_ptr().add(first), b.as_ptr());
             for _ in 0..depth {
-                let x: [__m256; 3] = [0, 1, 2].map(|i| _mm256_set1_ps(*pa.add(i)));
+                let x: [__m256; R] = std::array::from_fn(|i| _mm256_set1_ps(*pa.add(i)));
                 for j in 0..4 {
                     let y = _mm256_loadu_ps(pb.add(8 * j));
                     for (row, &x) in c.iter_mut().zip(&x) {
@@ -133,7 +179,7 @@ mod x86 {
             }
             for (i, row) in c.iter().enumerate() {
                 for (j, &x) in row.iter().enumerate() {
-                    _mm256_storeu_ps(t.add(i * NR + 8 * j), x);
+                    _mm256_storeu_ps(start.add(i * out.stride + 8 * j), x);
                 }
             }
         }
@@ -158,18 +204,18 @@ mod tests {
     fn every_instruction_set_gives_the_same_bits() {
         let (a, b) = (panel(MR, 77, 1), panel(NR, 77, 2));
         let start: Tile = panel(MR, NR, 3).try_into().unwrap();
-        for rows in 1..=MR {
-            let mut want = start;
-            portable(rows, &a, &b, &mut want);
-            let mut got = start;
-            accumulate(rows, &a, &b, &mut got);
-            assert_eq!(got[..rows * NR], want[..rows * NR], "{rows} rows");
+        for (rows, add) in (1..=MR).flat_map(|rows| [(rows, false), (rows, true)]) {
+            let run = |kernel: unsafe fn(usize, &[f32], &[f32], Out)| {
+                let mut tile = start;
+                // SAFETY: a whole tile; instruction sets are asked for below.
+                unsafe { kernel(rows, &a, &b, Out::tile(&mut tile, add)) };
+                tile[..rows * NR].to_vec()
+            };
+            let want = run(portable);
+            assert_eq!(run(accumulate), want, "{rows} rows");
             #[cfg(target_arch = "x86_64")]
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                let mut got = start;
-                // SAFETY: the features were just detected.
-                unsafe { x86::avx2(rows, &a, &b, &mut got) };
-                assert_eq!(got[..rows * NR], want[..rows * NR], "{rows} rows, AVX2");
+                assert_eq!(run(x86::avx2), want, "{rows} rows, AVX2");
             }
         }
     }
