@@ -31,3 +31,6 @@ fn gather<E: Element>(matrix: View<'_, E>, rows: impl ExactSizeIterator<Item = u
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

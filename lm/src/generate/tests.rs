@@ -1,6 +1,7 @@
 use candle_core::{DType, Device};
 
 use super::*;
+use crate::kernels::gemm::Precision;
 use crate::model::{Batch, Sequence};
 use crate::ops::Kernels;
 use crate::testing;
@@ -54,11 +55,12 @@ fn batch_size_order_and_threads_change_nothing() {
 
 #[test]
 fn the_sampler_and_the_trainer_agree_to_the_bit() {
-    let decoder = decoder();
-    let requests = requests();
-    for (c, r) in run(&decoder, requests.clone(), &options(4)).iter().zip(&requests) {
-        let batch = Batch::new([Sequence { prompt: &r.prompt, completion: &c.tokens }]);
-        assert_eq!(decoder.logprobs(&batch, 0.9).unwrap().to_vec1::<f32>().unwrap(), c.logprobs);
+    for decoder in [decoder(), decoder().with_precision(Precision::Bf16)] {
+        let requests = requests();
+        for (c, r) in run(&decoder, requests.clone(), &options(4)).iter().zip(&requests) {
+            let batch = Batch::new([Sequence { prompt: &r.prompt, completion: &c.tokens }]);
+            assert_eq!(decoder.logprobs(&batch, 0.9).unwrap().to_vec1::<f32>().unwrap(), c.logprobs);
+        }
     }
 }
 
