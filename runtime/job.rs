@@ -15,6 +15,7 @@ use crate::config::{Config, ModelSource};
 use crate::error::{At, Error, Result};
 use crate::events::{Event, Outcome};
 use crate::loops;
+use crate::memory::MemoryBudget;
 use crate::metrics::Meters;
 use crate::prompts::Prompts;
 use crate::rules::Rules;
@@ -194,6 +195,7 @@ impl Job {
                 .await?,
             director,
         };
+        let budget = MemoryBudget::predict(&config, &policy.architecture, prompts.mean_tokens());
         let mut run = Run {
             config,
             roles,
@@ -205,6 +207,7 @@ impl Job {
             cancel,
             saved: None,
             last: serde_json::Value::Null,
+            budget,
         };
         let result = run.finish().await;
         run.roles.director.stop().await;

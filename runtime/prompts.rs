@@ -36,6 +36,12 @@ pub struct Prompts {
 }
 
 impl Prompts {
+    /// Tokens of a training prompt, on average and rounded up.
+    pub fn mean_tokens(&self) -> u64 {
+        let total: u64 = self.train.iter().map(|p| p.tokens.len() as u64).sum();
+        total.div_ceil(self.train.len().max(1) as u64)
+    }
+
     /// Reads, checks and tokenises the prompts of a configuration; `room` is the context a prompt may take.
     pub fn load(config: &Config, text: &Text, room: usize) -> Result<Self> {
         let mut prompts = Self::default();

@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Config;
 use crate::error::{At, Error, Result};
 use crate::events::{Event, StepSummary};
+use crate::memory::{self, MemoryBudget};
 use crate::metrics::Meters;
 use crate::prompts::Prompts;
 use crate::state::{Evaluation, JobState};
@@ -46,6 +47,8 @@ pub(crate) struct Run {
     pub saved: Option<u64>,
     /// The last step's line of the history.
     pub last: Value,
+    /// Where the memory should go.
+    pub budget: Option<MemoryBudget>,
 }
 
 impl Run {
@@ -195,6 +198,7 @@ impl Run {
             "process": std::process::id(), "step": self.state.step, "steps": self.config.job.steps,
             "checkpoint": self.saved, "time_ms": now_ms(), "last": self.last, "counters": self.state.counters,
             "evaluations": self.state.evaluations.iter().map(evaluation).collect::<Vec<_>>(),
+            "memory": {"predicted": self.budget, "measured_peak": memory::measured_peak()},
         });
         replace(&self.config.job.directory.join("status.json"), &status.to_string())
     }

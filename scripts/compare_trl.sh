@@ -1,22 +1,25 @@
 #!/usr/bin/env bash
 # The same online-DPO work by TRL and by Rehearsal, in turn, and the ratios: time of a step and peak memory.
 #
-#   scripts/compare_trl.sh PYTHON TRL_SCRIPT MODEL.gguf HF_DIR PROMPTS.jsonl [ROUNDS] [STEPS]
+#   [DTYPE=f32|bf16] [PROMPT_CHARS=120] scripts/compare_trl.sh PYTHON TRL_SCRIPT MODEL.gguf HF_DIR PROMPTS.jsonl [ROUNDS] [STEPS]
 #
+# With bf16 TRL keeps weights, gradients and moments in bf16; Rehearsal keeps weights and gradients in f32, computes
+# in bf16 and keeps the moments in bf16.
 # PYTHON has trl 1.16, transformers 5.23 and torch 2.15. TRL_SCRIPT runs TRL's OnlineDPOTrainer on STEPS steps of
 # 8 prompts x 2 completions x 48 new tokens and prints one JSON line with step_s_median and peak_rss_gb.
 # HF_DIR is the same model as a Hugging Face directory (`rehearsal export`, or a converter).
 set -euo pipefail
 python=$1 trl=$2 gguf=$3 hf=$4 prompts=$5 rounds=${6:-2} steps=${7:-5}
+dtype=${DTYPE:-f32} chars=${PROMPT_CHARS:-120}
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 cargo build --release --manifest-path "$here/Cargo.toml" >&2
 
-# TRL takes the first prompts of at most 120 characters; so does this.
-"$python" - "$prompts" "$work/prompts.jsonl" "$steps" <<'P'
+# The same prompts for both: the first of at most so many characters, each once.
+"$python" - "$prompts" "$work/prompts.jsonl" "$steps" "$chars" <<'P'
 import json, sys
-rows = [json.loads(l)["prompt"] for l in open(sys.argv[1])]
-rows = [r for r in rows if isinstance(r, str) and len(r) <= 120][: 8 * (int(sys.argv[3]) + 1)]
+rows = dict.fromkeys(p for p in (json.loads(l)["prompt"] for l in open(sys.argv[1])) if isinstance(p, str))
+rows = [r for r in rows if len(r) <= int(sys.argv[4])][: 8 * (int(sys.argv[3]) + 1)]
 open(sys.argv[2], "w").writelines(json.dumps({"prompt": r}) + "\n" for r in rows)
 P
 ours() {
@@ -27,6 +30,7 @@ directory = "job"
 steps = $steps
 [model]
 policy = "$gguf"
+dtype = "$dtype"
 [prompts]
 train = "prompts.jsonl"
 [rollout]
@@ -41,6 +45,7 @@ rules = ["distinct_words"]
 ties = "first"
 [optimizer]
 learning_rate = 5e-7
+moments = "$dtype"
 [checkpoint]
 every_steps = 1000000
 T
@@ -55,7 +60,8 @@ print(json.dumps({"peer": "rehearsal", "step_s_median": phases["total"], "peak_r
 P
 }
 for round in $(seq "$rounds"); do
-  "$python" "$trl" --model "$hf" --prompts-file "$prompts" --steps "$steps" 2>/dev/null | tail -1 | tee -a "$work/trl"
+  "$python" "$trl" --model "$hf" --prompts-file "$work/prompts.jsonl" --max-prompt-chars "$chars" --steps "$steps" \
+    $([ "$dtype" = bf16 ] && echo --bf16) 2>/dev/null | tail -1 | tee -a "$work/trl"
   ours | tee -a "$work/ours"
 done
 "$python" - "$work/trl" "$work/ours" <<'P'

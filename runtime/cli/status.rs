@@ -20,6 +20,7 @@ pub fn status(directory: &Path) -> Result<ExitCode> {
             println!("  {key:18} {}", last[key]);
         }
         println!("  {:18} {}", "seconds per step", last["seconds"]["total"]);
+        memory(&status["memory"]);
     } else {
         println!("no step is done yet");
     }
@@ -37,6 +38,21 @@ pub fn status(directory: &Path) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The memory budget, predicted, against what was measured.
+fn memory(memory: &Value) {
+    let megabytes = |v: &Value| v.as_f64().map(|bytes| bytes / 1e6);
+    if let Some(measured) = megabytes(&memory["measured_peak"]) {
+        println!("  {:18} {measured:.0} MB at most", "memory");
+    }
+    let predicted = &memory["predicted"];
+    if let Some(peak) = megabytes(&predicted["peak"]) {
+        let parts = ["weights", "reference", "moments", "gradients", "activations", "generation"];
+        let part = |name| format!("{name} {:.0}", megabytes(&predicted[name]).unwrap_or_default());
+        let parts: Vec<String> = parts.into_iter().map(part).collect();
+        println!("  {:18} {peak:.0} MB: {}", "memory, predicted", parts.join(", "));
+    }
 }
 
 pub fn verify(directory: &Path) -> Result<ExitCode> {

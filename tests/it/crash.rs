@@ -83,23 +83,30 @@ fn a_job_killed_again_and_again_ends_the_same_to_the_bit() {
     got.assert_same(&want);
 }
 
+/// Continues the `[optimizer]` section of a test's job.
+const BF16: &str = "moments = \"bf16\"\ngradient_checkpointing = true\n[model]\ndtype = \"bf16\"\n";
+
 #[test]
 fn a_polite_stop_saves_and_the_resumed_job_ends_the_same() {
-    let folder = tempfile::tempdir().unwrap();
-    let (file, directory) = job_file(folder.path(), 12, "");
-    let child = start(&["run", file.to_str().unwrap()]);
-    while !directory.join("history.jsonl").exists() {
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let signal = std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
-    assert!(signal.success());
-    let status = { child }.wait().unwrap();
-    assert_eq!(status.code(), Some(130));
-    let output = rehearsal(&["resume", directory.to_str().unwrap()]);
-    assert!(output.status.success(), "{}", stderr(&output));
+    for more in ["", BF16] {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, directory) = job_file(folder.path(), 12, more);
+        let child = start(&["run", file.to_str().unwrap()]);
+        while !directory.join("history.jsonl").exists() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let signal = std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+        assert!(signal.success());
+        let status = { child }.wait().unwrap();
+        assert_eq!(status.code(), Some(130));
+        let output = rehearsal(&["resume", directory.to_str().unwrap()]);
+        assert!(output.status.success(), "{}", stderr(&output));
 
-    let other = tempfile::tempdir().unwrap();
-    let (file, whole) = job_file(other.path(), 12, "");
-    assert!(rehearsal(&["run", file.to_str().unwrap()]).status.success());
-    Remains::of(&directory).assert_same(&Remains::of(&whole));
+        let other = tempfile::tempdir().unwrap();
+        let (file, whole) = job_file(other.path(), 12, more);
+        assert!(rehearsal(&["run", file.to_str().unwrap()]).status.success());
+        let whole = Remains::of(&whole);
+        Remains::of(&directory).assert_same(&whole);
+        assert!(whole.history.iter().all(|row| row["mismatch_kl"] == 0.0), "sampler and trainer differ");
+    }
 }

@@ -8,18 +8,21 @@ use rehearsal::{CancellationToken, Event, Job, RewardFn, Sample};
 use crate::support::{Remains, config, run, run_with, runtime};
 
 #[test]
-fn threads_and_batches_change_no_bit() {
-    let folder = tempfile::tempdir().unwrap();
-    let (one, two) = (folder.path().join("one"), folder.path().join("two"));
-    let mut first = config(&one, 4, "");
-    first.placement.threads = 1;
-    first.rollout.batch = 1;
-    let mut second = config(&two, 4, "");
-    second.placement.threads = 3;
-    second.rollout.batch = 8;
-    run(first).unwrap();
-    run(second).unwrap();
-    Remains::of(&one).assert_same(&Remains::of(&two));
+fn threads_batches_and_checkpointing_change_no_bit() {
+    for more in ["", "[model]\ndtype = \"bf16\"\n"] {
+        let folder = tempfile::tempdir().unwrap();
+        let (one, two) = (folder.path().join("one"), folder.path().join("two"));
+        let mut first = config(&one, 4, more);
+        first.placement.threads = 1;
+        first.rollout.batch = 1;
+        let mut second = config(&two, 4, more);
+        second.placement.threads = 3;
+        second.rollout.batch = 8;
+        second.optimizer.gradient_checkpointing = true;
+        run(first).unwrap();
+        run(second).unwrap();
+        Remains::of(&one).assert_same(&Remains::of(&two));
+    }
 }
 
 fn words(sample: &Sample) -> Result<f64, String> {

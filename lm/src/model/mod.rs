@@ -3,6 +3,7 @@
 
 mod architecture;
 mod batch;
+mod memory;
 mod trace;
 
 pub use architecture::{Architecture, Rope, Scaling};

@@ -1,0 +1,89 @@
+//! What a job's memory goes to: predicted from the configuration, and measured.
+
+use rehearsal_actors::Placement;
+use rehearsal_lm::Architecture;
+use serde::Serialize;
+
+use crate::config::Config;
+
+/// Bytes by purpose, for a job whose roles are on the CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct MemoryBudget {
+    /// The trained weights, f32.
+    pub weights: u64,
+    /// The reference's weights.
+    pub reference: u64,
+    /// Both moments of the optimiser.
+    pub moments: u64,
+    /// Gradients, f32; only while a step is taken.
+    pub gradients: u64,
+    /// What a micro-batch keeps for its way back; only while a step is taken.
+    pub activations: u64,
+    /// Packed weights and the cache; only while completions are generated.
+    pub generation: u64,
+    /// The most that is held at a time.
+    pub peak: u64,
+}
+
+impl MemoryBudget {
+    /// The budget of a job whose prompts have `prompt_tokens` tokens on average; `None` if a role is not on the CPU.
+    pub fn predict(config: &Config, model: &Architecture, prompt_tokens: u64) -> Option<Self> {
+        if config.placement.policy != Placement::Cpu || config.placement.reference != Placement::Cpu {
+            return None;
+        }
+        let precision = config.model.dtype;
+        let parameters = model.parameter_count();
+        let rollout = &config.rollout;
+        let (prompts, new) = (rollout.prompts_per_step as u64, rollout.max_new_tokens as u64);
+        let completions = config.completions_per_step() as u64;
+        // The best and the worst of each prompt's completions are learned from.
+        let tokens = prompts * (prompt_tokens + 2 * new);
+        let micro_batch = tokens.min(config.optimizer.micro_batch_tokens as u64);
+        let moment = match config.optimizer.adamw.moments {
+            rehearsal_learn::MomentType::Full => 4,
+            rehearsal_learn::MomentType::Bf16 => 2,
+        };
+        let (weights, reference) = (4 * parameters, precision.dtype().size_in_bytes() as u64 * parameters);
+        let (moments, gradients) = (2 * moment * parameters, 4 * parameters);
+        let activations = model.activation_bytes(micro_batch, precision, config.optimizer.gradient_checkpointing);
+        let generation = model.packed_bytes(precision)
+            + model.cache_bytes(completions.min(rollout.batch as u64), prompt_tokens + new);
+        let peak = weights + reference + moments + generation.max(gradients + activations);
+        Some(Self { weights, reference, moments, gradients, activations, generation, peak })
+    }
+}
+
+/// The most memory this process has held so far, in bytes, where the system says so.
+pub fn measured_peak() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bf16_and_checkpointing_take_less() {
+        let model = crate::embedded::model().unwrap().architecture;
+        let predict = |toml: &str| {
+            let source = format!("[job]\ndirectory = \"x\"\n{toml}");
+            MemoryBudget::predict(&Config::from_toml(&source, "/".as_ref()).unwrap(), &model, 50).unwrap()
+        };
+        let full = predict("");
+        assert_eq!(full.moments, 8 * model.parameter_count());
+        let small =
+            predict("[model]\ndtype = \"bf16\"\n[optimizer]\nmoments = \"bf16\"\ngradient_checkpointing = true\n");
+        assert_eq!((small.moments * 2, small.reference * 2), (full.moments, full.reference));
+        assert!(small.activations < full.activations && small.peak < full.peak);
+        assert_eq!(small.gradients, full.gradients);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn the_peak_is_measured() {
+        assert!(measured_peak().unwrap() > 1 << 20);
+    }
+}
