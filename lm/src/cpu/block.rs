@@ -120,7 +120,7 @@ impl PackedBlock {
         b: &mut Buffers,
         attend: impl FnOnce(&[f32], &mut [f32], &mut [f32]),
     ) -> Activations {
-        let precision = self.precision;
+        let precision = self.qkv.precision();
         let x = Kept::copy(&b.x, precision);
         self.before_attention(rows, b);
         b.attended.resize(rows.positions.len() * rows.heads.query_width(), 0.0);

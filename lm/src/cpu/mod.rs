@@ -26,9 +26,7 @@ fn gather<E: Element>(matrix: View<'_, E>, rows: impl ExactSizeIterator<Item = u
     let width = matrix.shape().1;
     out.resize(rows.len() * width, 0.0);
     for (row, out) in rows.zip(out.chunks_exact_mut(width)) {
-        for (out, x) in out.iter_mut().zip(matrix.row(row)) {
-            *out = x.widen();
-        }
+        E::copy(matrix.row(row), out);
     }
 }
 

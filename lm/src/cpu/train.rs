@@ -17,13 +17,9 @@ use crate::model::{Batch, Block, Decoder, Gradients, Projection};
 pub fn logprobs(decoder: &Decoder, batch: &Batch, temperature: f64) -> Result<Vec<f32>> {
     let (rows, mut b) = (Rows::new(decoder, &batch.positions), Buffers::default());
     embed(decoder, batch, &mut b.x)?;
-    let mut lse = vec![0.0; batch.tokens() * rows.heads.queries];
     let mut packed = PackedBlock::empty(decoder.precision());
     for block in &decoder.layers().blocks {
-        packed.fill(block)?;
-        packed.forward(&rows, &mut b, |qkv, out| {
-            attention::forward(qkv, &batch.families, &rows.heads, out, &mut lse);
-        });
+        pass(&mut packed, block, batch, &rows, &mut b)?;
     }
     Ok(Head::forward(decoder, batch, &b.x, temperature)?.logprobs)
 }
@@ -129,11 +125,10 @@ impl<'a> Trace<'a> {
         for block in &decoder.layers().blocks {
             blocks.push(if decoder.recomputes() {
                 let input = Kept::copy(&b.x, Precision::F32);
-                run(&mut packed, block, batch, &rows, &mut b, false)?;
+                pass(&mut packed, block, batch, &rows, &mut b)?;
                 Memory::Input(input)
             } else {
-                let kept = run(&mut packed, block, batch, &rows, &mut b, true)?;
-                kept.map(|kept| Memory::Whole(Box::new(kept))).ok_or_else(lost)?
+                Memory::Whole(Box::new(pass_keeping(&mut packed, block, batch, &rows, &mut b)?))
             });
         }
         let head = Head::forward(decoder, batch, &b.x, temperature)?;
@@ -157,7 +152,7 @@ impl<'a> Trace<'a> {
                 Memory::Whole(kept) => *kept,
                 Memory::Input(x) => {
                     x.restore(&mut buffers.x);
-                    run(&mut packed, block, &batch, &rows, &mut buffers, true)?.ok_or_else(lost)?
+                    pass_keeping(&mut packed, block, &batch, &rows, &mut buffers)?
                 }
             };
             let mut way = Way { batch: &batch, rows: &rows, index, gradients: &mut *gradients };
@@ -176,27 +171,26 @@ impl<'a> Trace<'a> {
     }
 }
 
-fn lost() -> candle_core::Error {
-    candle_core::Error::Msg("a block's activations were not kept".into())
+/// Carries the residual stream through a block.
+fn pass(packed: &mut PackedBlock, block: &Block, batch: &Batch, rows: &Rows<'_>, b: &mut Buffers) -> Result<()> {
+    packed.fill(block)?;
+    let mut lse = vec![0.0; batch.tokens() * rows.heads.queries];
+    packed.forward(rows, b, |qkv, out| attention::forward(qkv, &batch.families, &rows.heads, out, &mut lse));
+    Ok(())
 }
 
-fn run(
+/// [`pass`], with what the way back needs.
+fn pass_keeping(
     packed: &mut PackedBlock,
     block: &Block,
     batch: &Batch,
     rows: &Rows<'_>,
     b: &mut Buffers,
-    keep: bool,
-) -> Result<Option<Activations>> {
+) -> Result<Activations> {
     packed.fill(block)?;
-    if keep {
-        return Ok(Some(packed.forward_keeping(rows, b, |qkv, out, lse| {
-            attention::forward(qkv, &batch.families, &rows.heads, out, lse);
-        })));
-    }
-    let mut lse = vec![0.0; batch.tokens() * rows.heads.queries];
-    packed.forward(rows, b, |qkv, out| attention::forward(qkv, &batch.families, &rows.heads, out, &mut lse));
-    Ok(None)
+    Ok(packed.forward_keeping(rows, b, |qkv, out, lse| {
+        attention::forward(qkv, &batch.families, &rows.heads, out, lse);
+    }))
 }
 
 /// Buffers of the way back.

@@ -97,11 +97,15 @@ impl PackedProjection {
     pub fn width(&self) -> usize {
         self.weight.cols()
     }
+
+    /// Precision of the product's factors.
+    pub fn precision(&self) -> Precision {
+        self.weight.precision()
+    }
 }
 
 /// One block's weights.
 pub struct PackedBlock {
-    pub precision: Precision,
     pub input_norm: Vec<f32>,
     pub qkv: PackedProjection,
     pub o: PackedProjection,
@@ -115,7 +119,6 @@ impl PackedBlock {
     pub fn empty(precision: Precision) -> Self {
         let projection = || PackedProjection::empty(precision);
         Self {
-            precision,
             input_norm: Vec::new(),
             qkv: projection(),
             o: projection(),

@@ -77,7 +77,7 @@ impl Checkpoint {
         hasher.update(self.text.tokenizer_json().as_bytes()).update(self.text.config().to_string().as_bytes());
         for (name, tensor) in &self.parameters {
             hasher.update(name.as_bytes());
-            crate::ops::with_floats([&tensor.contiguous()?], |[data]| {
+            crate::ops::with_floats(&tensor.contiguous()?, |data| {
                 hasher.update(bytemuck::cast_slice(data));
                 Ok(())
             })?;

@@ -27,20 +27,13 @@ pub enum Kernels {
     Plain,
 }
 
-/// Runs `f` on the elements of contiguous f32 CPU tensors.
-pub(crate) fn with_floats<const N: usize, T>(
-    tensors: [&Tensor; N],
-    f: impl FnOnce([&[f32]; N]) -> Result<T>,
-) -> Result<T> {
-    let guards = tensors.map(|t| t.storage_and_layout());
-    let mut slices = [&[] as &[f32]; N];
-    for (slice, (storage, layout)) in slices.iter_mut().zip(&guards) {
-        match (&**storage, layout.contiguous_offsets()) {
-            (Storage::Cpu(CpuStorage::F32(data)), Some((from, to))) => *slice = &data[from..to],
-            _ => bail!("a CPU kernel wants contiguous f32 tensors on the CPU"),
-        }
+/// Runs `f` on the elements of a contiguous f32 CPU tensor.
+pub(crate) fn with_floats<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(data)), Some((from, to))) => f(&data[from..to]),
+        _ => bail!("a CPU kernel wants contiguous f32 tensors on the CPU"),
     }
-    f(slices)
 }
 
 /// Runs `f` on the elements of a contiguous f32 CPU tensor, to change them in place.

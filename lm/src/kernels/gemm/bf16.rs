@@ -86,63 +86,18 @@ fn flushed(bits: u32) -> f32 {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{MR, NR, Out, Pair};
+    use crate::kernels::gemm::tile::avx512_kernel;
     use std::arch::x86_64::*;
 
-    /// Elements of the right-hand panel between its loads and its prefetches.
-    const AHEAD: usize = 16 * NR;
-
-    /// # Safety
-    /// The machine has AVX-512-BF16; `a` and `b` are equally deep panels; [`super::accumulate`]'s rule for `out`.
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    pub unsafe fn dot(rows: usize, a: &[Pair], b: &[Pair], out: Out) {
-        // SAFETY: the caller's promise is passed on.
-        unsafe {
-            match rows {
-                0 => {}
-                1 => dot_rows::<1>(a, b, out),
-                2 => dot_rows::<2>(a, b, out),
-                3 => dot_rows::<3>(a, b, out),
-                4 => dot_rows::<4>(a, b, out),
-                5 | 6 => dot_rows::<6>(a, b, out),
-                7 | 8 => dot_rows::<8>(a, b, out),
-                _ => dot_rows::<MR>(a, b, out),
-            }
-        }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn dot_rows<const R: usize>(a: &[Pair], b: &[Pair], out: Out) {
-        let depth = a.len() / MR;
-        // SAFETY: `a` has `depth * MR` and `b` has `depth * NR` elements, `out` has R <= MR rows of `NR`; a vector
-        // of integers and one of bfloat16 pairs have the same size and no invalid values.
-        unsafe {
-            let mut c = [[_mm512_setzero_ps(); 2]; R];
-            if out.add {
-                for (i, row) in c.iter_mut().enumerate() {
-                    row[0] = _mm512_loadu_ps(out.start.add(i * out.stride));
-                    row[1] = _mm512_loadu_ps(out.start.add(i * out.stride + 16));
-                }
-            }
-            let (mut pa, mut pb) = (a.as_ptr().cast::<i32>(), b.as_ptr().cast::<i32>());
-            for _ in 0..depth {
-                _mm_prefetch::<_MM_HINT_T0>(pb.wrapping_add(AHEAD).cast());
-                _mm_prefetch::<_MM_HINT_T0>(pb.wrapping_add(AHEAD + 16).cast());
-                let b0: __m512bh = std::mem::transmute(_mm512_loadu_si512(pb.cast()));
-                let b1: __m512bh = std::mem::transmute(_mm512_loadu_si512(pb.add(16).cast()));
-                for (i, row) in c.iter_mut().enumerate() {
-                    let x: __m512bh = std::mem::transmute(_mm512_set1_epi32(*pa.add(i)));
-                    row[0] = _mm512_dpbf16_ps(row[0], x, b0);
-                    row[1] = _mm512_dpbf16_ps(row[1], x, b1);
-                }
-                pa = pa.add(MR);
-                pb = pb.add(NR);
-            }
-            for (i, row) in c.iter().enumerate() {
-                _mm512_storeu_ps(out.start.add(i * out.stride), row[0]);
-                _mm512_storeu_ps(out.start.add(i * out.stride + 16), row[1]);
-            }
-        }
-    }
+    // A vector of integers and one of bfloat16 pairs have the same size and no invalid values.
+    avx512_kernel!(
+        dot,
+        "avx512f,avx512bf16",
+        Pair,
+        |b| std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(b.cast())),
+        |a| std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32((*a).0 as i32)),
+        |x, b, sum| _mm512_dpbf16_ps(sum, x, b)
+    );
 }
 
 #[cfg(test)]

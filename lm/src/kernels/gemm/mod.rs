@@ -156,14 +156,6 @@ impl Packed {
             Panels::Bf16(_) => Precision::Bf16,
         }
     }
-
-    /// Bytes held.
-    pub fn bytes(&self) -> usize {
-        match &self.panels {
-            Panels::F32(data) => size_of_val(&data[..]),
-            Panels::Bf16(data) => size_of_val(&data[..]),
-        }
-    }
 }
 
 /// Panels are contiguous over all of the depth, so a block of depth is a sub-slice of its panel.

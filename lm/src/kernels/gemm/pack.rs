@@ -56,44 +56,47 @@ impl Element for half::bf16 {
         }
     }
     fn pair(row: &[Self], out: &mut [Pair]) {
-        let (pairs, last) = row.as_chunks::<2>();
-        for (out, [l, h]) in out.iter_mut().zip(pairs) {
-            *out = Pair(l.to_bits() as u32 | (h.to_bits() as u32) << 16);
-        }
-        if let ([x], Some(out)) = (last, out.last_mut()) {
-            *out = Pair(x.to_bits() as u32);
-        }
+        pairs(row, out);
     }
     fn zip_rows(low: &[Self], high: &[Self], out: &mut [Pair]) {
         zip_bf16(low, high, out);
     }
 }
 
+#[inline(always)]
+fn pairs<E: Element>(row: &[E], out: &mut [Pair]) {
+    let (whole, last) = row.as_chunks::<2>();
+    for (out, [l, h]) in out.iter_mut().zip(whole) {
+        *out = Pair(l.narrow() as u32 | (h.narrow() as u32) << 16);
+    }
+    if let ([x], Some(out)) = (last, out.last_mut()) {
+        *out = Pair(x.narrow() as u32);
+    }
+}
+
+#[inline(always)]
+fn zip<E: Element>(low: &[E], high: &[E], out: &mut [Pair]) {
+    for ((out, &l), &h) in out.iter_mut().zip(low).zip(high) {
+        *out = Pair(l.narrow() as u32 | (h.narrow() as u32) << 16);
+    }
+}
+
+// Rounding is worth wide vectors, so it is compiled for each instruction set.
 per_isa! {
     fn pair_f32(row: &[f32], out: &mut [Pair]) {
-        let (pairs, last) = row.as_chunks::<2>();
-        for (out, [l, h]) in out.iter_mut().zip(pairs) {
-            *out = Pair(round(*l) as u32 | (round(*h) as u32) << 16);
-        }
-        if let ([x], Some(out)) = (last, out.last_mut()) {
-            *out = Pair(round(*x) as u32);
-        }
+        pairs(row, out);
     }
 }
 
 per_isa! {
     fn zip_f32(low: &[f32], high: &[f32], out: &mut [Pair]) {
-        for ((out, &l), &h) in out.iter_mut().zip(low).zip(high) {
-            *out = Pair(round(l) as u32 | (round(h) as u32) << 16);
-        }
+        zip(low, high, out);
     }
 }
 
 per_isa! {
     fn zip_bf16(low: &[half::bf16], high: &[half::bf16], out: &mut [Pair]) {
-        for ((out, &l), &h) in out.iter_mut().zip(low).zip(high) {
-            *out = Pair(l.to_bits() as u32 | (h.to_bits() as u32) << 16);
-        }
+        zip(low, high, out);
     }
 }
 

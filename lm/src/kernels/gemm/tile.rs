@@ -75,65 +75,89 @@ unsafe fn portable(rows: usize, a: &[f32], b: &[f32], out: Out) {
     }
 }
 
+/// A kernel of 32 registers of 16 sums: the function `$name(rows, a, b, out)` over panels of `$lane`, given how to load a
+/// vector of the right-hand side, how to spread an element of the left-hand side over one, and the step that adds
+/// their products to a sum.
+#[cfg(target_arch = "x86_64")]
+macro_rules! avx512_kernel {
+    ($name:ident, $features:literal, $lane:ty, |$b:ident| $load:expr, |$a:ident| $spread:expr,
+     |$x:ident, $y:ident, $sum:ident| $step:expr) => {
+        /// # Safety
+        /// The machine has the features; `a` and `b` are equally deep panels; `tile::accumulate`'s rule for `out`.
+        #[target_feature(enable = $features)]
+        pub unsafe fn $name(rows: usize, a: &[$lane], b: &[$lane], out: Out) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe {
+                match rows {
+                    0 => {}
+                    1 => some_rows::<1>(a, b, out),
+                    2 => some_rows::<2>(a, b, out),
+                    3 => some_rows::<3>(a, b, out),
+                    4 => some_rows::<4>(a, b, out),
+                    5 | 6 => some_rows::<6>(a, b, out),
+                    7 | 8 => some_rows::<8>(a, b, out),
+                    _ => some_rows::<MR>(a, b, out),
+                }
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        unsafe fn some_rows<const R: usize>(a: &[$lane], b: &[$lane], out: Out) {
+            /// Elements of the right-hand panel between its loads and its prefetches.
+            const AHEAD: usize = 16 * NR;
+            let depth = a.len() / MR;
+            // SAFETY: `a` has `depth * MR` and `b` has `depth * NR` elements, `out` has R <= MR rows of `NR`.
+            unsafe {
+                let mut c = [[_mm512_setzero_ps(); 2]; R];
+                if out.add {
+                    for (i, row) in c.iter_mut().enumerate() {
+                        row[0] = _mm512_loadu_ps(out.start.add(i * out.stride));
+                        row[1] = _mm512_loadu_ps(out.start.add(i * out.stride + 16));
+                    }
+                }
+                let (mut pa, mut pb) = (a.as_ptr(), b.as_ptr());
+                for _ in 0..depth {
+                    _mm_prefetch::<_MM_HINT_T0>(pb.wrapping_add(AHEAD).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(pb.wrapping_add(AHEAD + 16).cast());
+                    let $b = pb;
+                    let first = $load;
+                    let $b = pb.add(16);
+                    let second = $load;
+                    for (i, row) in c.iter_mut().enumerate() {
+                        let $a = pa.add(i);
+                        let $x = $spread;
+                        let ($y, $sum) = (first, row[0]);
+                        row[0] = $step;
+                        let ($y, $sum) = (second, row[1]);
+                        row[1] = $step;
+                    }
+                    pa = pa.add(MR);
+                    pb = pb.add(NR);
+                }
+                for (i, row) in c.iter().enumerate() {
+                    _mm512_storeu_ps(out.start.add(i * out.stride), row[0]);
+                    _mm512_storeu_ps(out.start.add(i * out.stride + 16), row[1]);
+                }
+            }
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512_kernel;
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{MR, NR, Out};
     use std::arch::x86_64::*;
 
-    /// Elements of the right-hand panel between its loads and its prefetches.
-    const AHEAD: usize = 16 * NR;
-
-    /// # Safety
-    /// The machine has AVX-512F; `a` and `b` are equally deep panels; [`super::accumulate`]'s rule for `out`.
-    #[target_feature(enable = "avx512f")]
-    pub unsafe fn avx512(rows: usize, a: &[f32], b: &[f32], out: Out) {
-        // SAFETY: the caller's promise is passed on.
-        unsafe {
-            match rows {
-                0 => {}
-                1 => avx512_rows::<1>(a, b, out),
-                2 => avx512_rows::<2>(a, b, out),
-                3 => avx512_rows::<3>(a, b, out),
-                4 => avx512_rows::<4>(a, b, out),
-                5 | 6 => avx512_rows::<6>(a, b, out),
-                7 | 8 => avx512_rows::<8>(a, b, out),
-                _ => avx512_rows::<MR>(a, b, out),
-            }
-        }
-    }
-
-    #[target_feature(enable = "avx512f")]
-    unsafe fn avx512_rows<const R: usize>(a: &[f32], b: &[f32], out: Out) {
-        let depth = a.len() / MR;
-        // SAFETY: `a` has `depth * MR` and `b` has `depth * NR` elements, `out` has R <= MR rows of `NR`.
-        unsafe {
-            let mut c = [[_mm512_setzero_ps(); 2]; R];
-            if out.add {
-                for (i, row) in c.iter_mut().enumerate() {
-                    row[0] = _mm512_loadu_ps(out.start.add(i * out.stride));
-                    row[1] = _mm512_loadu_ps(out.start.add(i * out.stride + 16));
-                }
-            }
-            let (mut pa, mut pb) = (a.as_ptr(), b.as_ptr());
-            for _ in 0..depth {
-                _mm_prefetch::<_MM_HINT_T0>(pb.wrapping_add(AHEAD).cast());
-                _mm_prefetch::<_MM_HINT_T0>(pb.wrapping_add(AHEAD + 16).cast());
-                let b0 = _mm512_loadu_ps(pb);
-                let b1 = _mm512_loadu_ps(pb.add(16));
-                for (i, row) in c.iter_mut().enumerate() {
-                    let x = _mm512_set1_ps(*pa.add(i));
-                    row[0] = _mm512_fmadd_ps(x, b0, row[0]);
-                    row[1] = _mm512_fmadd_ps(x, b1, row[1]);
-                }
-                pa = pa.add(MR);
-                pb = pb.add(NR);
-            }
-            for (i, row) in c.iter().enumerate() {
-                _mm512_storeu_ps(out.start.add(i * out.stride), row[0]);
-                _mm512_storeu_ps(out.start.add(i * out.stride + 16), row[1]);
-            }
-        }
-    }
+    avx512_kernel!(
+        avx512,
+        "avx512f",
+        f32,
+        |b| _mm512_loadu_ps(b),
+        |a| _mm512_set1_ps(*a),
+        |x, b, sum| _mm512_fmadd_ps(x, b, sum)
+    );
 
     /// # Safety
     /// The machine has AVX2 and FMA; `a` and `b` are equally deep panels.
@@ -154,7 +178,7 @@ mod x86 {
     #[target_feature(enable = "avx2,fma")]
     unsafe fn avx2_rows<const R: usize>(first: usize, a: &[f32], b: &[f32], out: Out) {
         let depth = a.len() / MR;
-        // SAFETY: as in `avx512_rows`, for the rows `first .. first + R`.
+        // SAFETY: as in `avx512_kernel`, for the rows `first .. first + R`.
         unsafe {
             let start = out.start.add(first * out.stride);
             let mut c = [[_mm256_setzero_ps(); 4]; R];
