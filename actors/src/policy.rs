@@ -344,6 +344,7 @@ fn micro_step(
             ref_rejected: &column(pairs.iter().map(|p| sum(&p.ref_rejected)).collect())?,
             chosen_tokens: &half(&lengths, 0)?,
             rejected_tokens: &half(&lengths, 1)?,
+            score_gap: None,
         },
         &batch.loss,
     )?;

@@ -24,6 +24,19 @@ pub struct AdamWConfig {
     pub weight_decay: f64,
     /// What the moments are stored as.
     pub moments: MomentType,
+    /// Where `eps` is added.
+    pub rule: AdamRule,
+}
+
+/// Where Adam adds its `eps`; the two differ in the first steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum AdamRule {
+    /// `lr · m̂ / (√v̂ + eps)`, with both moments corrected (PyTorch).
+    #[default]
+    Corrected,
+    /// `lr · √(1 - β₂ᵗ) / (1 - β₁ᵗ) · m / (√v + eps)`: "epsilon hat" of Kingma & Ba 2015, §2 (TensorFlow 1, with which
+    /// the first RLHF papers were made). Its first steps are smaller.
+    EpsilonHat,
 }
 
 /// What moments are stored as.
@@ -39,7 +52,14 @@ pub enum MomentType {
 
 impl Default for AdamWConfig {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, moments: MomentType::Full }
+        Self {
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.0,
+            moments: MomentType::Full,
+            rule: AdamRule::Corrected,
+        }
     }
 }
 
@@ -128,7 +148,11 @@ impl AdamW {
             let Some(moments) = self.moments.get_mut(name) else { return Err(Error::StrayGradient(name.clone())) };
             let gradient = gradients[name].contiguous()?;
             let decay = if var.dims().len() > 1 { 1.0 - rate * weight_decay } else { 1.0 };
-            let update = Update { decay, rate: rate / correction(beta1), root: correction(beta2).sqrt(), eps };
+            let (rate, root) = (rate / correction(beta1), correction(beta2).sqrt());
+            let update = match self.config.rule {
+                AdamRule::Corrected => Update { decay, rate, root, eps },
+                AdamRule::EpsilonHat => Update { decay, rate: rate * root, root: 1.0, eps },
+            };
             if var.device().is_cpu() {
                 let blend = |beta, square| Blend { beta, square, scale, step: self.step };
                 moments.first.inplace_op2(&gradient, &blend(beta1, false))?;

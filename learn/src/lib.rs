@@ -4,16 +4,36 @@
 //! a loss and its statistics out.
 
 pub mod adamw;
+pub mod ema;
+pub mod evaluation;
+pub mod group;
+pub mod kl;
 pub mod masked;
 pub mod pairs;
+pub mod ppo;
 pub mod preference;
+pub mod reward;
+pub mod rso;
 pub mod schedule;
+pub mod sft;
 pub mod token;
 
-pub use adamw::{AdamW, AdamWConfig, MomentType, clip_scale, global_norm};
+pub use adamw::{AdamRule, AdamW, AdamWConfig, MomentType, clip_scale, global_norm};
+pub use kl::{AdaptiveKl, KlEstimator};
 pub use pairs::{Pair, TieRule, select_pairs};
 pub use preference::{PreferenceConfig, PreferenceKind, PreferenceLogprobs, PreferenceLoss, preference_loss};
 pub use schedule::{Schedule, ScheduleKind};
+pub use sft::NllReduction;
+
+/// How much the batch holds that a micro-batch is a part of: shares of a loss are divided by this, so that they add up
+/// to the loss of the whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Whole {
+    /// Sequences, or pairs of them.
+    pub sequences: usize,
+    /// Tokens that are learned from.
+    pub tokens: usize,
+}
 
 /// What can go wrong in an objective or the optimiser.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +44,10 @@ pub enum Error {
     NoGradient(String),
     #[error("there is a gradient for `{0}`, which is not a trained parameter")]
     StrayGradient(String),
+    #[error("ratings: {0}")]
+    Ratings(String),
+    #[error("the loss needs {0}")]
+    Missing(&'static str),
     #[error("the optimiser's moments do not fit: {0}")]
     Moments(String),
     #[error("{what}: {found} values, but {wanted} are needed")]

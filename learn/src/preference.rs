@@ -1,29 +1,76 @@
-//! Losses on pairs of completions: DPO and its relatives.
+//! Losses on pairs of completions: DPO and its relatives, RPO, and the ones that need no reference.
 //!
-//! Notation: `a = log π(y_w) - log π_ref(y_w)`, `b` likewise for `y_l`, sums over completion tokens with EOS;
-//! `h = β (a - b)`; `n_w`, `n_l` lengths in tokens.
+//! Notation: `l_w`, `l_l` are `log π` of the chosen and the rejected completion, summed over their tokens with EOS;
+//! `a = l_w - log π_ref(y_w)`, `b` likewise for `y_l`; `h = β (a - b)`; `n_w`, `n_l` are lengths in tokens.
 
 use candle_core::Tensor;
 
+use crate::sft::{NllReduction, nll};
 use crate::token::log_sigmoid;
-use crate::{Error, Result};
+use crate::{Error, Result, Whole};
 
 /// Which loss a pair is given.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum PreferenceKind {
     /// DPO (Rafailov et al. 2023, eq. 7): `-log σ(h)`; with label smoothing ε (cDPO, Mitchell 2023)
     /// `-(1-ε) log σ(h) - ε log σ(-h)`.
     Sigmoid,
-    /// Robust DPO (Chowdhury et al. 2024): `[-(1-ε) log σ(h) + ε log σ(-h)] / (1 - 2ε)`.
+    /// Robust DPO (Chowdhury et al. 2024, eq. 9): `[-(1-ε) log σ(h) + ε log σ(-h)] / (1 - 2ε)`.
     Robust,
-    /// Length-normalised DPO: `-log σ(β (a/n_w - b/n_l))`.
+    /// Length-normalised DPO (Lambert et al. 2024): `-log σ(β (a/n_w - b/n_l))`.
     SigmoidNorm,
-    /// Hinge (SLiC-norm, RSO; Liu et al. 2023): `relu(1 - h)`.
+    /// Hinge (SLiC-norm; Liu et al. 2023, RSO eq. 8): `relu(1 - h)`.
     Hinge,
     /// IPO on per-token averages (Azar et al. 2023, as its authors ran it): `(a/n_w - b/n_l - 1/(2β))²`.
     Ipo,
-    /// IPO on sums, as the paper writes it: `(a - b - 1/(2β))²`.
+    /// IPO on sums, as the paper writes it (eq. 17): `(a - b - 1/(2β))²`.
     IpoSum,
+    /// EXO on pairs (Ji et al. 2024, eq. 16): `σ(h)(log σ(h) - log(1-ε)) + σ(-h)(log σ(-h) - log ε)`.
+    Exo,
+    /// NCA on pairs (Chen et al. 2024, "Noise Contrastive Alignment"): `-log σ(βa) - ½ log σ(-βa) - ½ log σ(-βb)`.
+    Nca,
+    /// SPPO with hard labels (Wu et al. 2024, eq. 4.8): `(a - 1/(2β))² + (b + 1/(2β))²`.
+    SppoHard,
+    /// APO-zero (D'Oosterlinck et al. 2024): `1 - σ(βa) + σ(βb)`: up with the chosen, down with the rejected.
+    ApoZero,
+    /// APO-down (D'Oosterlinck et al. 2024): `σ(βa) + 1 - σ(h)`: down with both, less with the chosen.
+    ApoDown,
+    /// SimPO (Meng et al. 2024, eq. 6), without a reference: `-log σ(β(l_w/n_w - l_l/n_l) - γ)`.
+    SimPo { gamma: f64 },
+    /// SLiC's hinge as RSO writes it (eq. 9), without a reference: `relu(1 - β(l_w - l_l))`.
+    SlicHinge,
+    /// SLiC-HF's calibration (Zhao et al. 2023, eq. 3), without a reference: `relu(δ - l_w + l_l)`; its regulariser is
+    /// an [`SftTerm`] with [`NllReduction::SequenceSum`]. β is not used.
+    Slic { delta: f64 },
+    /// Reward-aware RPO (Nemotron-4, Adler et al. 2024, §3.3.3; Sun et al. 2025): how far `h` is from the reward gap
+    /// `Δ = η (r*_w - r*_l)` that a reward model sees.
+    RewardAware {
+        distance: RewardDistance,
+        /// Scale η of the rewards.
+        eta: f64,
+        /// `a` and `b` are divided by the lengths.
+        average: bool,
+    },
+}
+
+/// The distance of [`PreferenceKind::RewardAware`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RewardDistance {
+    /// `KL(Bern σ(Δ) ‖ Bern σ(h))`: Nemotron-4's; NeMo's `rpo_bwd_kl`. With `Δ = ∞` it is DPO.
+    BackwardKl,
+    /// `KL(Bern σ(h) ‖ Bern σ(Δ))`: NeMo's `rpo_fwd_kl`.
+    ForwardKl,
+    /// `(h - Δ)²`: NeMo's `rpo_sq`.
+    Squared,
+}
+
+/// A pull towards the chosen completions: `weight · NLL(y_w)`. With [`PreferenceKind::Sigmoid`] this is RPO: per-pair
+/// mean as in Pang et al. 2024 (eq. 2) and Liu et al. 2024 (eq. 9), or mean over the batch's tokens as in TRL.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SftTerm {
+    /// α; 0 or more.
+    pub weight: f64,
+    pub reduction: NllReduction,
 }
 
 /// A preference loss and its settings.
@@ -32,27 +79,54 @@ pub struct PreferenceConfig {
     pub kind: PreferenceKind,
     /// Strength of the pull to the reference (β; τ for IPO). Above 0.
     pub beta: f64,
-    /// Probability that a label is wrong (ε), from 0 to below 0.5; for `Sigmoid` and `Robust`.
+    /// Probability that a label is wrong (ε), from 0 to below 0.5; for `Sigmoid`, `Robust` and `SimPo`, and above 0 for
+    /// `Exo`.
     pub label_smoothing: f64,
+    /// What is added to the loss of pairs.
+    pub sft: Option<SftTerm>,
 }
 
 impl Default for PreferenceConfig {
     fn default() -> Self {
-        Self { kind: PreferenceKind::Sigmoid, beta: 0.1, label_smoothing: 0.0 }
+        Self { kind: PreferenceKind::Sigmoid, beta: 0.1, label_smoothing: 0.0, sft: None }
     }
 }
 
 impl PreferenceConfig {
     /// An error that names the setting that is out of its range.
     pub fn validate(&self) -> Result<()> {
+        let wrong = |name, value, range| Err(Error::OutOfRange { name, value, range });
+        let finite = |x: f64| x >= 0.0 && x.is_finite();
         if !(self.beta > 0.0 && self.beta.is_finite()) {
-            return Err(Error::OutOfRange { name: "beta", value: self.beta, range: "above 0" });
+            return wrong("beta", self.beta, "above 0");
         }
         if !(0.0..0.5).contains(&self.label_smoothing) {
-            let value = self.label_smoothing;
-            return Err(Error::OutOfRange { name: "label_smoothing", value, range: "from 0 to below 0.5" });
+            return wrong("label_smoothing", self.label_smoothing, "from 0 to below 0.5");
         }
-        Ok(())
+        match self.kind {
+            PreferenceKind::Exo if self.label_smoothing == 0.0 => {
+                return wrong("label_smoothing", 0.0, "above 0 for `exo`, whose loss takes its logarithm");
+            }
+            PreferenceKind::SimPo { gamma } if !gamma.is_finite() => return wrong("gamma", gamma, "a finite number"),
+            PreferenceKind::Slic { delta } if !finite(delta) => return wrong("delta", delta, "0 or more"),
+            PreferenceKind::RewardAware { eta, .. } if !finite(eta) => return wrong("eta", eta, "0 or more"),
+            _ => {}
+        }
+        match self.sft {
+            Some(SftTerm { weight, .. }) if !finite(weight) => wrong("sft_weight", weight, "0 or more"),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the loss compares the policy with a reference.
+    pub fn needs_reference(&self) -> bool {
+        use PreferenceKind::{SimPo, Slic, SlicHinge};
+        !matches!(self.kind, SimPo { .. } | SlicHinge | Slic { .. })
+    }
+
+    /// Whether the loss needs scores of both completions.
+    pub fn needs_scores(&self) -> bool {
+        matches!(self.kind, PreferenceKind::RewardAware { .. })
     }
 }
 
@@ -60,18 +134,21 @@ impl PreferenceConfig {
 pub struct PreferenceLogprobs<'a> {
     pub policy_chosen: &'a Tensor,
     pub policy_rejected: &'a Tensor,
+    /// Not read by losses without a reference.
     pub ref_chosen: &'a Tensor,
     pub ref_rejected: &'a Tensor,
     pub chosen_tokens: &'a Tensor,
     pub rejected_tokens: &'a Tensor,
+    /// Score of the chosen minus score of the rejected, for [`PreferenceKind::RewardAware`].
+    pub score_gap: Option<&'a Tensor>,
 }
 
 /// The loss of each pair `[pairs]` and what is worth watching.
 pub struct PreferenceLoss {
     pub losses: Tensor,
-    /// `β a`, detached.
+    /// `β a`, detached; `β l_w` without a reference.
     pub chosen_rewards: Tensor,
-    /// `β b`, detached.
+    /// `β b`, detached; `β l_l` without a reference.
     pub rejected_rewards: Tensor,
 }
 
@@ -82,23 +159,78 @@ impl PreferenceLoss {
     }
 }
 
-/// The loss of every pair; its mean is minimised.
+/// The loss of every pair; its mean is minimised. The [`SftTerm`] is apart: [`chosen_nll`].
 pub fn preference_loss(x: &PreferenceLogprobs<'_>, config: &PreferenceConfig) -> Result<PreferenceLoss> {
+    use PreferenceKind::*;
     config.validate()?;
     let (beta, eps) = (config.beta, config.label_smoothing);
-    let a = (x.policy_chosen - x.ref_chosen)?;
-    let b = (x.policy_rejected - x.ref_rejected)?;
-    let h = ((&a - &b)? * beta)?;
-    let per_token = || -> Result<Tensor> { Ok((a.div(x.chosen_tokens)? - b.div(x.rejected_tokens)?)?) };
-    let (win, lose) = (|h: &Tensor| log_sigmoid(h), |h: &Tensor| log_sigmoid(&h.neg()?));
-    let losses = match config.kind {
-        PreferenceKind::Sigmoid if eps == 0.0 => win(&h)?.neg()?,
-        PreferenceKind::Sigmoid => ((win(&h)? * (eps - 1.0))? - (lose(&h)? * eps)?)?,
-        PreferenceKind::Robust => (((win(&h)? * (eps - 1.0))? + (lose(&h)? * eps)?)? / (1.0 - 2.0 * eps))?,
-        PreferenceKind::SigmoidNorm => win(&(per_token()? * beta)?)?.neg()?,
-        PreferenceKind::Hinge => (1.0 - h)?.relu()?,
-        PreferenceKind::Ipo => (per_token()? - 1.0 / (2.0 * beta))?.sqr()?,
-        PreferenceKind::IpoSum => ((a.clone() - &b)? - 1.0 / (2.0 * beta))?.sqr()?,
+    let sums = if config.needs_reference() {
+        ((x.policy_chosen - x.ref_chosen)?, (x.policy_rejected - x.ref_rejected)?)
+    } else {
+        (x.policy_chosen.clone(), x.policy_rejected.clone())
     };
+    let average = matches!(config.kind, SigmoidNorm | Ipo | SimPo { .. } | RewardAware { average: true, .. });
+    let (a, b) = if average { (sums.0.div(x.chosen_tokens)?, sums.1.div(x.rejected_tokens)?) } else { sums.clone() };
+    let h = ((&a - &b)? * beta)?;
+    let sigmoid = |x: &Tensor| -> Result<Tensor> { Ok(log_sigmoid(x)?.exp()?) };
+    let smoothed = |h: &Tensor| -> Result<Tensor> {
+        let win = log_sigmoid(h)?;
+        if eps == 0.0 {
+            return Ok(win.neg()?);
+        }
+        Ok(((win * (eps - 1.0))? - (log_sigmoid(&h.neg()?)? * eps)?)?)
+    };
+    let losses = match config.kind {
+        Sigmoid | SigmoidNorm => smoothed(&h)?,
+        Robust => {
+            let (win, lose) = (log_sigmoid(&h)?, log_sigmoid(&h.neg()?)?);
+            (((win * (eps - 1.0))? + (lose * eps)?)? / (1.0 - 2.0 * eps))?
+        }
+        Hinge | SlicHinge => (1.0 - h)?.relu()?,
+        Ipo | IpoSum => ((&a - &b)? - 1.0 / (2.0 * beta))?.sqr()?,
+        Exo => {
+            let (win, lose) = (log_sigmoid(&h)?, log_sigmoid(&h.neg()?)?);
+            let part = |log: &Tensor, label: f64| -> Result<Tensor> { Ok((log.exp()? * (log - label.ln())?)?) };
+            (part(&win, 1.0 - eps)? + part(&lose, eps)?)?
+        }
+        Nca => {
+            let (up, down) = ((&a * beta)?, (&b * beta)?);
+            let push = (log_sigmoid(&up.neg()?)? + log_sigmoid(&down.neg()?)?)?;
+            (log_sigmoid(&up)?.neg()? - (push * 0.5)?)?
+        }
+        SppoHard => {
+            let target = 0.5 / beta;
+            ((&a - target)?.sqr()? + (&b + target)?.sqr()?)?
+        }
+        ApoZero => ((1.0 - sigmoid(&(&a * beta)?)?)? + sigmoid(&(&b * beta)?)?)?,
+        ApoDown => (sigmoid(&(&a * beta)?)? + (1.0 - sigmoid(&h)?)?)?,
+        SimPo { gamma } => smoothed(&(h - gamma)?)?,
+        Slic { delta } => (delta - (&a - &b)?)?.relu()?,
+        RewardAware { distance, eta, .. } => {
+            let gap = (x.score_gap.ok_or(Error::Missing("scores of both completions of a pair"))? * eta)?;
+            match distance {
+                RewardDistance::BackwardKl => bernoulli_kl(&gap, &h)?,
+                RewardDistance::ForwardKl => bernoulli_kl(&h, &gap)?,
+                RewardDistance::Squared => (h - gap)?.sqr()?,
+            }
+        }
+    };
+    // Implicit rewards are of sums, whatever the loss compares; without a reference they are what it compares.
+    let (a, b) = if config.needs_reference() { sums } else { (a, b) };
     Ok(PreferenceLoss { losses, chosen_rewards: (a.detach() * beta)?, rejected_rewards: (b.detach() * beta)? })
+}
+
+/// `KL(Bern σ(p) ‖ Bern σ(q))` of logits.
+fn bernoulli_kl(p: &Tensor, q: &Tensor) -> Result<Tensor> {
+    let part = |p: &Tensor, q: &Tensor| -> Result<Tensor> {
+        let log = log_sigmoid(p)?;
+        Ok((log.exp()? * (&log - log_sigmoid(q)?)?)?)
+    };
+    Ok((part(p, q)? + part(&p.neg()?, &q.neg()?)?)?)
+}
+
+/// A micro-batch's share of the [`SftTerm`], unweighted: the negative log-likelihood of the chosen completions, whose
+/// token log-probabilities are `[tokens]`. `whole` counts the batch's pairs and the tokens of their chosen halves.
+pub fn chosen_nll(logprobs: &Tensor, spans: &[usize], term: &SftTerm, whole: Whole) -> Result<Tensor> {
+    nll(logprobs, spans, term.reduction, whole)
 }

@@ -21,9 +21,12 @@ pub fn span_sums(values: &Tensor, spans: &[usize]) -> Result<Tensor> {
     Ok(Tensor::stack(&sums, 0)?)
 }
 
-/// Negative log-likelihood per token, `-Σ logp / tokens` (SFT; `tokens` is the global count under accumulation).
-pub fn nll(logprobs: &Tensor, tokens: usize) -> Result<Tensor> {
-    Ok((logprobs.sum_all()?.neg()? / tokens.max(1) as f64)?)
+/// Entropy `-Σ p log p` of each row of logits `[.., vocab]`, in nats.
+pub fn entropy(logits: &Tensor) -> Result<Tensor> {
+    let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
+    let (exp, lse) = (shifted.exp()?, shifted.exp()?.sum(D::Minus1)?);
+    let mean = (&exp * &shifted)?.sum(D::Minus1)?.div(&lse)?;
+    Ok((lse.log()? - mean)?)
 }
 
 /// `log σ(x)` whose value and gradient are right everywhere, at 0 and far out.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use rehearsal_actors::Placement;
-use rehearsal_learn::{AdamWConfig, MomentType, PreferenceConfig, PreferenceKind, ScheduleKind, TieRule};
+use rehearsal_learn::{AdamRule, AdamWConfig, MomentType, PreferenceConfig, PreferenceKind, ScheduleKind, TieRule};
 use rehearsal_lm::Precision;
 use rehearsal_lm::generate::Sampling;
 
@@ -203,6 +203,7 @@ fn loss(mut s: Section<'_>) -> LossConfig {
                 Range::within(0.0, 0.499),
                 "Probability that a verdict is wrong; for `sigmoid` and `robust`.",
             ),
+            sft: None,
         },
         ties: s.choice(
             "ties",
@@ -247,6 +248,11 @@ fn optimizer(mut s: Section<'_>) -> OptimizerConfig {
                 "moments",
                 &[("f32", MomentType::Full), ("bf16", MomentType::Bf16)],
                 "AdamW: what both moments are stored as. `bf16`, rounded at random, takes half the memory.",
+            ),
+            rule: s.choice(
+                "adam_rule",
+                &[("corrected", AdamRule::Corrected), ("epsilon_hat", AdamRule::EpsilonHat)],
+                "Where `eps` is added: to the corrected moment (PyTorch), or as TensorFlow 1 did it, with smaller first steps.",
             ),
         },
         learning_rate: s.number("learning_rate", 5e-7, Range::above(0.0), "Peak learning rate."),

@@ -316,6 +316,12 @@ impl Active {
     }
 }
 
+/// A completion up to its first end-of-sequence token, which belongs to it.
+pub fn until_eos<'a>(tokens: &'a [u32], eos: &[u32]) -> &'a [u32] {
+    let end = tokens.iter().position(|t| eos.contains(t)).map_or(tokens.len(), |at| at + 1);
+    &tokens[..end]
+}
+
 /// The text of a completion: without special tokens, and cut before the first stop text.
 pub fn completion_text(text: &Text, tokens: &[u32], stop: &[String]) -> Result<String> {
     let mut said = text.decode(tokens)?;

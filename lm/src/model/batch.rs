@@ -76,6 +76,11 @@ impl Batch {
         self.targets.len()
     }
 
+    /// Place of every packed token in its sequence.
+    pub fn positions(&self) -> &[u32] {
+        &self.positions
+    }
+
     /// Sequence `s` owns the log-probabilities `spans()[s]..spans()[s + 1]`.
     pub fn spans(&self) -> &[usize] {
         &self.spans

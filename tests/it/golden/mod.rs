@@ -2,10 +2,14 @@
 //!
 //! `REHEARSAL_GOLDEN` names another folder with the same files and other numbers.
 
+mod evaluation;
 mod models;
 mod objectives;
 mod optimiser;
+mod policy_gradient;
+mod preferences;
 mod reference;
+mod reward_models;
 mod sampling;
 
 use std::path::PathBuf;
@@ -35,6 +39,16 @@ impl Golden {
 
     pub fn param(&self, key: &str) -> f64 {
         self.value["params"][key].as_f64().unwrap_or_else(|| panic!("{}: no number `{key}`", self.name))
+    }
+
+    /// A parameter that may be null.
+    pub fn option(&self, key: &str) -> Option<f64> {
+        self.value["params"][key].as_f64()
+    }
+
+    /// Integers of an input.
+    pub fn integers(&self, key: &str) -> Vec<usize> {
+        numbers(&self.value["inputs"][key]).iter().map(|&x| x as usize).collect()
     }
 
     pub fn param_text(&self, key: &str) -> &str {
@@ -109,6 +123,49 @@ pub fn rows(value: &Value) -> Vec<Vec<u32>> {
 
 pub fn flat(t: &Tensor) -> Vec<f64> {
     t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// The kept elements of a padded tensor as one packed axis, with where each row lies on it.
+pub struct Packing {
+    index: Tensor,
+    pub spans: Vec<usize>,
+    kept: Vec<bool>,
+}
+
+impl Packing {
+    pub fn new(golden: &Golden, mask: &str) -> Self {
+        let mask = rows(&golden.value["inputs"][mask]);
+        let kept: Vec<bool> = mask.iter().flatten().map(|&m| m == 1).collect();
+        let index: Vec<u32> = (0..kept.len() as u32).filter(|&i| kept[i as usize]).collect();
+        let mut spans = vec![0];
+        for row in &mask {
+            spans.push(spans[spans.len() - 1] + row.iter().filter(|&&m| m == 1).count());
+        }
+        Self { index: Tensor::new(index, &Device::Cpu).unwrap(), spans, kept }
+    }
+
+    /// What a batch of these rows holds.
+    pub fn whole(&self) -> rehearsal_learn::Whole {
+        rehearsal_learn::Whole { sequences: self.spans.len() - 1, tokens: self.spans[self.spans.len() - 1] }
+    }
+
+    pub fn pack(&self, padded: &Tensor) -> Tensor {
+        padded.flatten_all().unwrap().index_select(&self.index, 0).unwrap()
+    }
+
+    /// The kept values of each row.
+    pub fn rows(&self, padded: &Tensor) -> Vec<Vec<f64>> {
+        let packed = flat(&self.pack(padded));
+        self.spans.windows(2).map(|w| packed[w[0]..w[1]].to_vec()).collect()
+    }
+
+    /// Compares packed values with a padded output, which is zero elsewhere.
+    pub fn check(&self, golden: &Golden, key: &str, packed: &[f64], single: bool) {
+        let mut next = packed.iter();
+        let padded: Vec<f64> =
+            self.kept.iter().map(|&kept| if kept { *next.next().expect("a value") } else { 0.0 }).collect();
+        golden.check_numbers(key, &padded, single);
+    }
 }
 
 /// The types every objective is checked in.

@@ -2,8 +2,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor, Var, safetensors};
 use rehearsal_learn::{
-    AdamW, AdamWConfig, PreferenceConfig, PreferenceKind, PreferenceLogprobs, clip_scale, global_norm, preference_loss,
-    token,
+    AdamW, AdamWConfig, NllReduction, PreferenceConfig, PreferenceKind, PreferenceLogprobs, Whole, clip_scale,
+    global_norm, preference_loss, sft, token,
 };
 use rehearsal_lm::generate::{Generator, Options, Request, Sampling};
 use rehearsal_lm::ops::Kernels;
@@ -60,7 +60,9 @@ fn golden_tiny_llama_forward_and_gradients() {
                     .map(|(x, _)| *x)
                     .collect();
                 golden.check_values(&format!("{side}_logprobs"), &flat(&logprobs), &want, dtype == DType::F32);
-                golden.check(&format!("{side}_nll"), &token::nll(&logprobs, batch.scored()).unwrap());
+                let whole = Whole { sequences: sequences.len(), tokens: batch.scored() };
+                let nll = sft::nll(&logprobs, batch.spans(), NllReduction::TokenMean, whole).unwrap();
+                golden.check(&format!("{side}_nll"), &nll);
                 if side == "right" {
                     let n = batch.scored();
                     let grad = Tensor::full(-1.0 / n as f64, n, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
@@ -164,7 +166,7 @@ fn dpo_step(golden: &Golden, dtype: DType, kernels: Kernels) {
     let half = |t: &Tensor, which: usize| t.narrow(0, which * pairs, pairs).unwrap();
     let tokens: Vec<f32> = batch.spans().windows(2).map(|w| (w[1] - w[0]) as f32).collect();
     let tokens = Tensor::new(tokens, &device).unwrap().to_dtype(dtype).unwrap();
-    let config = PreferenceConfig { kind: PreferenceKind::Sigmoid, beta: golden.param("beta"), label_smoothing: 0.0 };
+    let config = PreferenceConfig { kind: PreferenceKind::Sigmoid, beta: golden.param("beta"), ..Default::default() };
     let loss = preference_loss(
         &PreferenceLogprobs {
             policy_chosen: &half(&sums, 0),
@@ -173,6 +175,7 @@ fn dpo_step(golden: &Golden, dtype: DType, kernels: Kernels) {
             ref_rejected: &half(&ref_sums, 1),
             chosen_tokens: &half(&tokens, 0),
             rejected_tokens: &half(&tokens, 1),
+            score_gap: None,
         },
         &config,
     )

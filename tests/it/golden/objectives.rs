@@ -1,10 +1,10 @@
 use candle_core::{DType, Tensor, Var};
 use rehearsal_learn::pairs::penalise_missing_eos;
 use rehearsal_learn::{
-    PreferenceConfig, PreferenceKind, PreferenceLogprobs, TieRule, masked, preference_loss, select_pairs, token,
+    AdaptiveKl, KlEstimator, NllReduction, TieRule, Whole, ema, kl, masked, select_pairs, sft, token,
 };
 
-use super::{Golden, TYPES, flat};
+use super::{Golden, TYPES, flat, numbers, rows, tensor};
 
 #[test]
 fn golden_gather_logprobs() {
@@ -39,52 +39,129 @@ fn golden_masked_statistics() {
 }
 
 #[test]
-fn golden_preference_losses() {
-    let files = [
-        ("dpo_sigmoid", PreferenceKind::Sigmoid),
-        ("dpo_sigmoid_extreme", PreferenceKind::Sigmoid),
-        ("dpo_cdpo", PreferenceKind::Sigmoid),
-        ("dpo_robust", PreferenceKind::Robust),
-        ("dpo_sigmoid_norm", PreferenceKind::SigmoidNorm),
-        ("dpo_hinge", PreferenceKind::Hinge),
-        ("dpo_ipo", PreferenceKind::Ipo),
-        ("dpo_ipo_sum", PreferenceKind::IpoSum),
-    ];
-    for (name, kind) in files {
+fn golden_entropy() {
+    let golden = Golden::load("entropy");
+    for dtype in TYPES {
+        let logits = Var::from_tensor(&golden.input("logits", dtype)).unwrap();
+        let entropy = token::entropy(&logits).unwrap();
+        golden.check("entropy", &entropy);
+        let loss = (&entropy * golden.input("grad_out", dtype)).unwrap().sum_all().unwrap();
+        golden.check("grad_logits", loss.backward().unwrap().get(&logits).unwrap());
+    }
+}
+
+#[test]
+fn golden_sft_nll() {
+    for (name, reduction) in
+        [("sft_nll_token_mean", NllReduction::TokenMean), ("sft_nll_seq_mean", NllReduction::SequenceMean)]
+    {
         let golden = Golden::load(name);
-        let config =
-            PreferenceConfig { kind, beta: golden.param("beta"), label_smoothing: golden.param("label_smoothing") };
         for dtype in TYPES {
-            let input = |key: &str| golden.input(key, dtype);
-            let tokens = |key: &str| input(key).sum(1).unwrap();
-            let chosen = Var::from_tensor(&input("policy_chosen_logps")).unwrap();
-            let rejected = Var::from_tensor(&input("policy_rejected_logps")).unwrap();
-            let loss = preference_loss(
-                &PreferenceLogprobs {
-                    policy_chosen: &chosen,
-                    policy_rejected: &rejected,
-                    ref_chosen: &input("ref_chosen_logps"),
-                    ref_rejected: &input("ref_rejected_logps"),
-                    chosen_tokens: &tokens("chosen_mask"),
-                    rejected_tokens: &tokens("rejected_mask"),
-                },
-                &config,
-            )
-            .unwrap();
-            golden.check("losses", &loss.losses);
-            let mean = loss.losses.mean_all().unwrap();
-            golden.check("loss", &mean);
-            let grads = mean.backward().unwrap();
-            golden.check("grad_policy_chosen_logps", grads.get(&chosen).unwrap());
-            golden.check("grad_policy_rejected_logps", grads.get(&rejected).unwrap());
-            golden.check("chosen_rewards", &loss.chosen_rewards);
-            golden.check("rejected_rewards", &loss.rejected_rewards);
-            golden.check("margins", &loss.margins().unwrap());
-            let margins = flat(&loss.margins().unwrap());
-            let accuracy = margins.iter().filter(|&&m| m > 0.0).count() as f64 / margins.len() as f64;
-            golden.check_numbers("accuracy", &[accuracy], dtype == DType::F32);
+            let logits = Var::from_tensor(&golden.input("logits", dtype)).unwrap();
+            let (_, length, vocab) = logits.dims3().unwrap();
+            let labels = flat(&golden.input("labels", DType::F64));
+            // Logits at t predict the label at t + 1; -100 is not learned from.
+            let (mut places, mut targets, mut spans) = (Vec::new(), Vec::new(), vec![0]);
+            for (row, labels) in labels.chunks(length).enumerate() {
+                for (t, &label) in labels.iter().enumerate().skip(1).filter(|(_, l)| **l >= 0.0) {
+                    places.push((row * length + t - 1) as u32);
+                    targets.push(label as u32);
+                }
+                spans.push(places.len());
+            }
+            golden.check_numbers("num_tokens", &[places.len() as f64], false);
+            let whole = Whole { sequences: spans.len() - 1, tokens: places.len() };
+            let index = Tensor::new(places, logits.device()).unwrap();
+            let rows = logits.reshape(((), vocab)).unwrap().index_select(&index, 0).unwrap();
+            let logprobs = token::gather_logprobs(&rows, &Tensor::new(targets, logits.device()).unwrap(), 1.0).unwrap();
+            let loss = sft::nll(&logprobs, &spans, reduction, whole).unwrap();
+            golden.check("loss", &loss);
+            golden.check("grad_logits", loss.backward().unwrap().get(&logits).unwrap());
         }
     }
+}
+
+#[test]
+fn golden_kl() {
+    let golden = Golden::load("kl_estimators");
+    for dtype in TYPES {
+        let (mask, reference) = (golden.input("mask", dtype), golden.input("ref_logprobs", dtype));
+        for (name, estimator) in
+            [("k1", KlEstimator::K1), ("k2", KlEstimator::K2), ("k3", KlEstimator::K3), ("abs", KlEstimator::Abs)]
+        {
+            let logprobs = Var::from_tensor(&golden.input("logprobs", dtype)).unwrap();
+            let kl = estimator.tensor(&logprobs, &reference).unwrap();
+            golden.check(name, &kl);
+            let scalars: Vec<f64> =
+                flat(&logprobs).iter().zip(flat(&reference)).map(|(&p, r)| estimator.of(p, r)).collect();
+            golden.check_numbers(name, &scalars, dtype == DType::F32);
+            let mean = masked::mean(&kl, &mask).unwrap();
+            golden.check(&format!("masked_mean_{name}"), &mean);
+            golden.check(&format!("grad_masked_mean_{name}"), mean.backward().unwrap().get(&logprobs).unwrap());
+        }
+    }
+    let golden = Golden::load("kl_full");
+    for dtype in TYPES {
+        let logits = Var::from_tensor(&golden.input("logits", dtype)).unwrap();
+        let kl = kl::full(&logits, &golden.input("ref_logits", dtype)).unwrap();
+        golden.check("kl", &kl);
+        let mean = masked::mean(&kl, &golden.input("mask", dtype)).unwrap();
+        golden.check("masked_mean", &mean);
+        golden.check("grad_masked_mean", mean.backward().unwrap().get(&logits).unwrap());
+    }
+}
+
+#[test]
+fn golden_adaptive_kl() {
+    let golden = Golden::load("adaptive_kl");
+    let controller =
+        AdaptiveKl { target: golden.param("target"), horizon: golden.param("horizon"), clip: golden.param("clip") };
+    let mut coefficient = golden.param("init");
+    let after: Vec<f64> = flat(&golden.input("current_kl", DType::F64))
+        .into_iter()
+        .map(|kl| {
+            coefficient = controller.update(coefficient, kl, golden.param("n_steps") as usize);
+            coefficient
+        })
+        .collect();
+    golden.check_numbers("coef_after_update", &after, false);
+}
+
+#[test]
+fn golden_ema() {
+    let golden = Golden::load("ema");
+    for dtype in TYPES {
+        let mut average = golden.input("init", dtype);
+        let steps = golden.value["inputs"]["params"].as_array().unwrap();
+        let wanted = golden.value["outputs"]["ema_after_step"].as_array().unwrap();
+        assert_eq!(steps.len(), wanted.len());
+        for (step, want) in steps.iter().zip(wanted) {
+            average = ema::update(&average, &tensor(step, dtype), golden.param("decay")).unwrap();
+            golden.check_values("ema_after_step", &flat(&average), &numbers(want), dtype == DType::F32);
+        }
+    }
+}
+
+#[test]
+fn golden_position_ids_are_places_in_the_unpadded_sequence() {
+    let golden = Golden::load("position_ids");
+    let mask = rows(&golden.value["inputs"]["attention_mask"]);
+    let (mut exclusive, mut clamped) = (Vec::new(), Vec::new());
+    for row in &mask {
+        let tokens: Vec<u32> = vec![0; row.iter().filter(|&&m| m == 1).count() + 1];
+        let batch = rehearsal::lm::Batch::new([rehearsal::lm::Sequence { prompt: &[], completion: &tokens }]);
+        let places: Vec<f64> = batch.positions().iter().map(|&p| f64::from(p)).collect();
+        let (mut seen, mut place) = (0.0, places.iter());
+        for &m in row {
+            // What padding is given differs between the peers and is never read.
+            exclusive.push(if m == 1 { *place.next().unwrap() } else { seen });
+            clamped.push(if m == 1 { seen } else { 0.0 });
+            seen += f64::from(m);
+        }
+        assert_eq!(place.count(), 0);
+    }
+    golden.check_numbers("exclusive_cumsum", &exclusive, false);
+    golden.check_numbers("clamped", &clamped, false);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor, Var};
-use rehearsal_learn::{AdamW, AdamWConfig, Schedule, ScheduleKind, clip_scale, global_norm};
+use rehearsal_learn::{AdamRule, AdamW, AdamWConfig, Schedule, ScheduleKind, clip_scale, global_norm};
 use serde_json::Value;
 
 use super::{Golden, TYPES, flat, numbers, tensor};
@@ -49,6 +49,31 @@ fn golden_adamw() {
                     golden.check_values(kind, &flat(got), &flat(&want), single);
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn golden_adam_with_epsilon_hat() {
+    let golden = Golden::load("adam_tf_style");
+    let params = &golden.value["params"];
+    let config = AdamWConfig {
+        beta1: params["betas"][0].as_f64().unwrap(),
+        beta2: params["betas"][1].as_f64().unwrap(),
+        eps: golden.param("eps"),
+        rule: AdamRule::EpsilonHat,
+        ..Default::default()
+    };
+    for dtype in TYPES {
+        let start = Var::from_tensor(&golden.input("param", dtype)).unwrap();
+        let variables = BTreeMap::from([("0".to_string(), start)]);
+        let mut optimiser = AdamW::new(&variables, config).unwrap();
+        let gradients = golden.value["inputs"]["grads"].as_array().unwrap();
+        for (step, rate) in params["lrs"].as_array().unwrap().iter().enumerate() {
+            let gradient = BTreeMap::from([("0".to_string(), tensor(&gradients[step], dtype))]);
+            optimiser.step(&variables, &gradient, rate.as_f64().unwrap(), 1.0).unwrap();
+            let want = numbers(&golden.value["outputs"]["param_after_step"][step]);
+            golden.check_values("param_after_step", &flat(&variables["0"]), &want, dtype == DType::F32);
         }
     }
 }

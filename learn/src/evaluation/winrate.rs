@@ -1,0 +1,116 @@
+//! Win rates: MT-bench's rule for two orders (Zheng et al. 2023), bootstrap intervals, and the length-controlled rate
+//! in the manner of AlpacaEval 2 (Dubois et al. 2024).
+
+use std::cmp::Ordering;
+
+/// A model wins when both orders say so; anything else is a tie. Verdicts are 1, 0 or -1 from the model's view.
+pub fn agree(first: i8, second: i8) -> i8 {
+    if first == second { first } else { 0 }
+}
+
+/// Shares of wins, ties and losses.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct WinRate {
+    pub win: f64,
+    pub tie: f64,
+    pub loss: f64,
+}
+
+impl WinRate {
+    /// From verdicts of 1, 0 and -1.
+    pub fn of(verdicts: &[i8]) -> Self {
+        let share = |which: Ordering| {
+            verdicts.iter().filter(|v| v.cmp(&&0) == which).count() as f64 / verdicts.len().max(1) as f64
+        };
+        Self { win: share(Ordering::Greater), tie: share(Ordering::Equal), loss: share(Ordering::Less) }
+    }
+
+    /// Wins plus a share of the ties, usually half.
+    pub fn rate(&self, tie_weight: f64) -> f64 {
+        self.win + tie_weight * self.tie
+    }
+}
+
+/// Percentile bootstrap interval of a mean: resamples the values `resamples` times. `uniform(n)` is the n-th random
+/// number in [0, 1).
+pub fn bootstrap(values: &[f64], confidence: f64, resamples: usize, uniform: impl Fn(u64) -> f64) -> (f64, f64) {
+    let n = values.len();
+    if n == 0 || resamples == 0 {
+        return (0.0, 0.0);
+    }
+    let mean = |resample: usize| {
+        let pick = |i: usize| values[((uniform((resample * n + i) as u64) * n as f64) as usize).min(n - 1)];
+        (0..n).map(pick).sum::<f64>() / n as f64
+    };
+    let mut means: Vec<f64> = (0..resamples).map(mean).collect();
+    means.sort_by(f64::total_cmp);
+    let at = |quantile: f64| means[((quantile * resamples as f64) as usize).min(resamples - 1)];
+    (at(0.5 - confidence / 2.0), at(0.5 + confidence / 2.0))
+}
+
+/// A win rate at equal lengths.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LengthControlled {
+    /// Coefficient of `tanh(length difference / its standard deviation)`.
+    pub coefficient: f64,
+    pub intercept: f64,
+    /// Unbiased.
+    pub deviation: f64,
+    /// `σ(intercept)`: what is left when the difference is 0.
+    pub rate: f64,
+}
+
+/// Logistic regression of preferences (0 to 1) on the length difference and an intercept, by Newton's method. `ridge`
+/// penalises both. `None` without at least two different lengths.
+pub fn length_controlled(preferences: &[f64], differences: &[f64], ridge: f64) -> Option<LengthControlled> {
+    let deviation = crate::group::deviation(differences);
+    if preferences.len() != differences.len() || deviation == 0.0 {
+        return None;
+    }
+    let x: Vec<f64> = differences.iter().map(|d| (d / deviation).tanh()).collect();
+    let (mut slope, mut intercept) = (0.0f64, 0.0f64);
+    for _ in 0..200 {
+        // Gradient and Hessian of the negative log-likelihood.
+        let (mut g, mut h) = ([ridge * slope, ridge * intercept], [ridge, 0.0, ridge]);
+        for (x, y) in x.iter().zip(preferences) {
+            let p = 1.0 / (1.0 + (-(slope * x + intercept)).exp());
+            let w = p * (1.0 - p);
+            g[0] += (p - y) * x;
+            g[1] += p - y;
+            h[0] += w * x * x;
+            h[1] += w * x;
+            h[2] += w;
+        }
+        let determinant = h[0] * h[2] - h[1] * h[1];
+        if determinant <= f64::MIN_POSITIVE {
+            break; // preferences that the lengths separate have no finite optimum
+        }
+        let step = [(h[2] * g[0] - h[1] * g[1]) / determinant, (h[0] * g[1] - h[1] * g[0]) / determinant];
+        slope -= step[0];
+        intercept -= step[1];
+        if step[0].abs().max(step[1].abs()) < 1e-13 {
+            break;
+        }
+    }
+    let rate = 1.0 / (1.0 + (-intercept).exp());
+    Some(LengthControlled { coefficient: slope, intercept, deviation, rate })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn intervals_hold_the_mean() {
+        let values: Vec<f64> = (0..100).map(|i| f64::from(i % 2)).collect();
+        let random = |n: u64| ((n.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 11) as f64) / (1u64 << 53) as f64;
+        let (low, high) = bootstrap(&values, 0.95, 1000, random);
+        assert!(low < 0.5 && 0.5 < high && high - low < 0.25, "{low} {high}");
+        assert_eq!(bootstrap(&[1.0; 5], 0.95, 100, random), (1.0, 1.0));
+    }
+
+    #[test]
+    fn equal_lengths_have_no_controlled_rate() {
+        assert!(length_controlled(&[0.2, 0.8], &[3.0, 3.0], 0.0).is_none());
+    }
+}
