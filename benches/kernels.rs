@@ -163,7 +163,7 @@ fn language_model_head(c: &mut Criterion) {
                 black_box(head::backward(&saved, view, targets, &mut dw, precision));
             },
             &[var(&[128, 576], 1), var(&[49_152, 576], 2)],
-            |x| ops::head_logprobs(&x[0], &x[1], &tokens, 1.0),
+            |x| ops::logprobs(&ops::linear(&x[0], &x[1])?, &tokens, 1.0),
         );
     }
 }

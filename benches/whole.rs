@@ -78,7 +78,7 @@ impl Work {
 
 fn train(decoder: &Decoder, batch: &Batch) {
     let forward = decoder.forward(batch, 1.0).expect("a forward pass");
-    let grad = forward.logprobs().ones_like().expect("a gradient");
+    let grad = forward.output().ones_like().expect("a gradient");
     let mut gradients = Gradients::default();
     forward.backward(&grad, &mut gradients).expect("a backward pass");
 }

@@ -327,7 +327,7 @@ fn micro_step(
     // A pair's completions stand side by side, so that they share their prompt.
     let packed = Batch::new(pairs.iter().flat_map(|p| [p.chosen.sequence(), p.rejected.sequence()]));
     let forward = decoder.forward(&packed, batch.temperature)?;
-    let logprobs = Var::from_tensor(&forward.logprobs())?;
+    let logprobs = Var::from_tensor(&forward.output())?;
     let device = logprobs.device().clone();
     let per_sequence = token::span_sums(&logprobs, packed.spans())?;
     let half = |t: &Tensor, which: usize| t.reshape((pairs.len(), 2))?.narrow(1, which, 1)?.squeeze(1);

@@ -21,6 +21,8 @@ pub enum Error {
     ExtraTensor { name: String, path: PathBuf, model_type: String },
     #[error("tensor `{name}` in {path} has shape {found:?}; config.json asks for {wanted:?}")]
     Misshapen { name: String, path: PathBuf, found: Vec<usize>, wanted: Vec<usize> },
+    #[error("{0}")]
+    Head(&'static str),
     #[error("parameter `{0}` got no gradient; it is not part of the computation, so it cannot be trained")]
     NoGradient(String),
     #[error("tokenizer: {0}")]

@@ -17,5 +17,5 @@ pub mod text;
 pub use error::{Error, Result};
 pub use kernels::gemm::Precision;
 pub use load::{Checkpoint, Files};
-pub use model::{Architecture, Batch, Decoder, Forward, Gradients, Parameters, Sequence};
+pub use model::{Architecture, Batch, Decoder, Forward, Gradients, HeadKind, Parameters, Sequence};
 pub use text::{ChatTemplate, Message, Text};

@@ -103,7 +103,7 @@ fn train(decoder: &Decoder, text: &Text, steps: u64, report: &mut dyn FnMut(u64,
         }
         let batch = Batch::new(sequences.iter().map(|(prompt, completion)| Sequence { prompt, completion }));
         let forward = decoder.forward(&batch, 1.0)?;
-        let logprobs = Var::from_tensor(&forward.logprobs())?;
+        let logprobs = Var::from_tensor(&forward.output())?;
         let whole = Whole { sequences: sequences.len(), tokens: batch.scored() };
         let loss = sft::nll(&logprobs, batch.spans(), NllReduction::TokenMean, whole)?;
         let grad = loss.backward()?.remove(&logprobs).ok_or("the loss has no gradient")?;

@@ -22,7 +22,7 @@ impl<'a> Rows<'a> {
     /// Rows of a decoder at positions.
     pub fn new(decoder: &'a Decoder, positions: &'a [u32]) -> Self {
         let arch = decoder.architecture();
-        Self { heads: arch.attention(), eps: arch.norm_eps as f32, angles: decoder.angles(), positions }
+        Self { heads: arch.attention(0), eps: arch.norm_eps as f32, angles: decoder.angles(), positions }
     }
 }
 

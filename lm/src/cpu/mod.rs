@@ -4,11 +4,12 @@
 //! that are used again. The plain-candle graph ([`crate::model`]) computes the same and is the oracle.
 
 mod block;
+mod head;
 mod train;
 mod weights;
 
 pub use block::{Buffers, Rows};
-pub use train::{Trace, logprobs, lookup};
+pub use train::{Trace, lookup, output};
 pub use weights::PackedWeights;
 
 use crate::kernels::gemm::{Element, View};
@@ -18,7 +19,8 @@ use crate::ops::Kernels;
 /// Whether a decoder runs here.
 pub fn serves(decoder: &Decoder) -> bool {
     use candle_core::DType::{BF16, F32};
-    decoder.kernels() == Kernels::Fused && decoder.device().is_cpu() && matches!(decoder.dtype(), F32 | BF16)
+    let (kernels, device) = (decoder.kernels() == Kernels::Fused, decoder.device().is_cpu());
+    kernels && device && matches!(decoder.dtype(), F32 | BF16) && decoder.architecture().is_plain()
 }
 
 /// Rows of a matrix as f32.

@@ -36,7 +36,7 @@ type Named = BTreeMap<String, Vec<f32>>;
 
 fn step(decoder: &Decoder, batch: &Batch) -> (Vec<f32>, Named) {
     let forward = decoder.forward(batch, 0.9).unwrap();
-    let logprobs: Vec<f32> = forward.logprobs().to_vec1().unwrap();
+    let logprobs: Vec<f32> = forward.output().to_vec1().unwrap();
     let mut gradients = Gradients::default();
     forward.backward(&(forward_weights(logprobs.len())), &mut gradients).unwrap();
     let flat = |t: candle_core::Tensor| t.flatten_all().unwrap().to_vec1().unwrap();

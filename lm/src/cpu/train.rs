@@ -5,23 +5,23 @@ use half::bf16;
 
 use super::block::{Activations, Buffers, Kept, Rows};
 use super::gather;
-use super::weights::{PackedBlock, pack_into, vector, with_views};
+use super::head::Head;
+use super::weights::{PackedBlock, gate, pack_into, vector, with_views};
 use crate::kernels::attention::{self, Saved};
 use crate::kernels::gemm::{Packed, Precision, View, gemm};
-use crate::kernels::head::{self, Targets};
 use crate::kernels::rope::rotate;
 use crate::kernels::{norm, swiglu};
 use crate::model::{Batch, Block, Decoder, Gradients, Projection};
 
-/// Log-probabilities of a batch's targets, nothing kept.
-pub fn logprobs(decoder: &Decoder, batch: &Batch, temperature: f64) -> Result<Vec<f32>> {
+/// Log-probabilities of a batch's targets, or scores of its rows, nothing kept.
+pub fn output(decoder: &Decoder, batch: &Batch, temperature: f64) -> Result<Vec<f32>> {
     let (rows, mut b) = (Rows::new(decoder, &batch.positions), Buffers::default());
     embed(decoder, batch, &mut b.x)?;
     let mut packed = PackedBlock::empty(decoder.precision());
     for block in &decoder.layers().blocks {
         pass(&mut packed, block, batch, &rows, &mut b)?;
     }
-    Ok(Head::forward(decoder, batch, &b.x, temperature)?.logprobs)
+    Ok(Head::forward(decoder, batch, &b.x, temperature)?.output)
 }
 
 fn embed(decoder: &Decoder, batch: &Batch, x: &mut Vec<f32>) -> Result<()> {
@@ -40,61 +40,6 @@ pub fn lookup(table: &Tensor, rows: impl ExactSizeIterator<Item = usize>, out: &
             gather(t[0], rows, out);
             Ok(())
         })
-    }
-}
-
-/// The final norm and head, on the rows that are scored.
-struct Head {
-    /// The scored rows of the residual stream, before and after the norm.
-    x: Vec<f32>,
-    hidden: Vec<f32>,
-    logprobs: Vec<f32>,
-    lse: Vec<f32>,
-    temperature: f32,
-}
-
-impl Head {
-    fn forward(decoder: &Decoder, batch: &Batch, stream: &[f32], temperature: f64) -> Result<Self> {
-        let arch = decoder.architecture();
-        let mut x = Vec::new();
-        let stream = View::new(stream, batch.tokens(), arch.hidden);
-        gather(stream, batch.rows.iter().map(|&r| r as usize), &mut x);
-        let mut hidden = vec![0.0; x.len()];
-        norm::rms_norm(&x, &vector(&decoder.layers().norm)?, arch.norm_eps as f32, &mut hidden);
-        let (weight, temperature) = (&decoder.layers().head, temperature as f32);
-        let targets = Targets { tokens: &batch.targets, temperature };
-        let precision = decoder.precision();
-        let (logprobs, lse) = match weight.dtype() {
-            DType::BF16 => with_views::<bf16, _>(&[weight], |w| Ok(head::logprobs(&hidden, w[0], targets, precision)))?,
-            _ => with_views::<f32, _>(&[weight], |w| Ok(head::logprobs(&hidden, w[0], targets, precision)))?,
-        };
-        Ok(Self { x, hidden, logprobs, lse, temperature })
-    }
-
-    /// The gradient of the residual stream.
-    fn backward(&self, decoder: &Decoder, batch: &Batch, grad: &[f32], gradients: &mut Gradients) -> Result<Vec<f32>> {
-        let (arch, layers) = (decoder.architecture(), decoder.layers());
-        let targets = Targets { tokens: &batch.targets, temperature: self.temperature };
-        let name = if arch.tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
-        let precision = decoder.precision();
-        let d_hidden = gradients.with(name, &layers.head, |sum| {
-            let saved = head::Saved { hidden: &self.hidden, lse: &self.lse, grad };
-            with_views::<f32, _>(&[&layers.head], |w| Ok(head::backward(&saved, w[0], targets, sum, precision)))
-        })?;
-        let mut dx = vec![0.0; self.x.len()];
-        gradients.with("model.norm.weight", &layers.norm, |dw| {
-            let weight = vector(&layers.norm)?;
-            norm::rms_norm_backward(&self.x, &weight, arch.norm_eps as f32, &d_hidden, &mut dx, dw);
-            Ok(())
-        })?;
-        let mut stream = vec![0.0; batch.tokens() * arch.hidden];
-        for (&row, dx) in batch.rows.iter().zip(dx.chunks_exact(arch.hidden)) {
-            let at = row as usize * arch.hidden;
-            for (sum, x) in stream[at..at + arch.hidden].iter_mut().zip(dx) {
-                *sum += x;
-            }
-        }
-        Ok(stream)
     }
 }
 
@@ -135,12 +80,12 @@ impl<'a> Trace<'a> {
         Ok(Self { decoder, batch: batch.clone(), blocks, head, buffers: b, packed })
     }
 
-    /// Log-probabilities of the batch's targets.
-    pub fn logprobs(&self) -> &[f32] {
-        &self.head.logprobs
+    /// Log-probabilities of the batch's targets, or scores of its rows.
+    pub fn output(&self) -> &[f32] {
+        &self.head.output
     }
 
-    /// Adds the gradient of an objective, given its gradient with respect to the log-probabilities.
+    /// Adds the gradient of an objective, given its gradient with respect to the output.
     pub fn backward(self, grad: &[f32], gradients: &mut Gradients) -> Result<()> {
         let Self { decoder, batch, blocks, head, mut buffers, mut packed } = self;
         let rows = Rows::new(decoder, &batch.positions);
@@ -248,11 +193,12 @@ impl Way<'_> {
 
         // Gate and up projections and their norm.
         middle.restore(&mut s.x);
-        let post_norm = self.normalise(&s.x, &block.post_norm, &mut s.normed)?;
-        let parts = [("mlp.gate_proj", &block.gate), ("mlp.up_proj", &block.up)];
+        let post_norm = self.normalise(&s.x, &block.post_norm.weight, &mut s.normed)?;
+        let gate = gate(block)?;
+        let parts = [("mlp.gate_proj", gate), ("mlp.up_proj", &block.up)];
         self.weights(&parts, &s.gate_up, &s.normed, &mut s.input)?;
-        inputs(&[&block.gate, &block.up], &s.gate_up, &mut s.grad, &mut s.down)?;
-        self.norm("post_attention_layernorm", &block.post_norm, &post_norm, &s.x, &s.grad, upstream)?;
+        inputs(&[gate, &block.up], &s.gate_up, &mut s.grad, &mut s.down)?;
+        self.norm("post_attention_layernorm", &block.post_norm.weight, &post_norm, &s.x, &s.grad, upstream)?;
 
         // Output projection, attention and rotation.
         attended.restore(&mut s.x);
@@ -267,11 +213,11 @@ impl Way<'_> {
 
         // Query, key and value projections and their norm.
         x.restore(&mut s.x);
-        let input_norm = self.normalise(&s.x, &block.input_norm, &mut s.normed)?;
+        let input_norm = self.normalise(&s.x, &block.input_norm.weight, &mut s.normed)?;
         let parts = [("self_attn.q_proj", &block.q), ("self_attn.k_proj", &block.k), ("self_attn.v_proj", &block.v)];
         self.weights(&parts, &s.wide, &s.normed, &mut s.input)?;
         inputs(&[&block.q, &block.k, &block.v], &s.wide, &mut s.grad, &mut s.down)?;
-        self.norm("input_layernorm", &block.input_norm, &input_norm, &s.x, &s.grad, upstream)
+        self.norm("input_layernorm", &block.input_norm.weight, &input_norm, &s.x, &s.grad, upstream)
     }
 
     fn normalise(&self, x: &[f32], weight: &Tensor, out: &mut Vec<f32>) -> Result<Vec<f32>> {

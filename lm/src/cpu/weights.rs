@@ -130,13 +130,18 @@ impl PackedBlock {
 
     /// Packs a block's weights as they are now, in place of what was there.
     pub fn fill(&mut self, b: &Block) -> Result<()> {
-        self.input_norm = vector(&b.input_norm)?;
-        self.post_norm = vector(&b.post_norm)?;
+        self.input_norm = vector(&b.input_norm.weight)?;
+        self.post_norm = vector(&b.post_norm.weight)?;
         self.qkv.fill(&[&b.q, &b.k, &b.v])?;
         self.o.fill(&[&b.o])?;
-        self.gate_up.fill(&[&b.gate, &b.up])?;
+        self.gate_up.fill(&[gate(b)?, &b.up])?;
         self.down.fill(&[&b.down])
     }
+}
+
+/// The gate of a block that has one, as those that are [served](super::serves) do.
+pub fn gate(block: &Block) -> Result<&Projection> {
+    block.gate.as_ref().ok_or_else(|| candle_core::Error::Msg("the MLP has no gate".into()))
 }
 
 /// All weights of a decoder, for generation.
@@ -157,6 +162,6 @@ impl PackedWeights {
         let mut head = Packed::empty(precision);
         pack_into(&mut head, &[&layers.head], true)?;
         let blocks = layers.blocks.iter().map(block).collect::<Result<_>>()?;
-        Ok(Self { blocks, norm: vector(&layers.norm)?, head })
+        Ok(Self { blocks, norm: vector(&layers.norm.weight)?, head })
     }
 }

@@ -24,7 +24,7 @@ pub struct Cache {
 impl Cache {
     /// Room for `slots` sequences of `len` tokens.
     pub fn new(architecture: &Architecture, slots: usize, len: usize) -> Self {
-        let heads = architecture.attention();
+        let heads = architecture.attention(0);
         let capacity = len.next_multiple_of(KEY_BLOCK);
         let floats = architecture.layers * slots * heads.keys * heads.dim * capacity;
         Self { keys: vec![0.0; floats], values: vec![0.0; floats], heads, slots, capacity }

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, IndexOp, Tensor};
 use super::cache::Row;
 use crate::error::Result;
 use crate::model::Decoder;
-use crate::ops::{self, Positions, attend_tail};
+use crate::ops::{self, attend_tail};
 
 /// Keys and values of each slot, by layer.
 pub struct PlainCache {
@@ -30,49 +30,45 @@ impl PlainCache {
 
 /// Runs rows (those of a slot in order and side by side) and returns the logits of those that want them.
 pub fn forward(decoder: &Decoder, cache: &mut PlainCache, rows: &[Row]) -> Result<Vec<f32>> {
-    let arch = decoder.architecture();
-    let (layers, heads) = (decoder.layers(), arch.attention());
+    let layers = decoder.layers();
     let ids: Vec<u32> = rows.iter().map(|r| r.token).collect();
-    let positions = Positions::new(decoder.angles().clone(), rows.iter().map(|r| r.position as u32).collect());
+    let positions: Vec<u32> = rows.iter().map(|r| r.position as u32).collect();
     let groups: Vec<&[Row]> = rows.chunk_by(|a, b| a.slot == b.slot).collect();
-    let mut x = layers.embed.index_select(&Tensor::new(ids, decoder.device())?, 0)?;
+    let mut x = layers.embed(decoder.architecture(), &ids, &positions)?;
     for (layer, block) in layers.blocks.iter().enumerate() {
-        let h = ops::rms_norm(&x, &block.input_norm, arch.norm_eps)?;
-        let q = ops::rope(&block.q.forward(&h)?, heads.dim, &positions)?;
-        let k = ops::rope(&block.k.forward(&h)?, heads.dim, &positions)?;
-        let v = block.v.forward(&h)?;
-        let mut attended = Vec::with_capacity(groups.len());
-        let mut at = 0;
-        for group in &groups {
-            let part = |t: &Tensor| t.narrow(0, at, group.len());
-            let entry = &mut cache.slots[group[0].slot][layer];
-            let (keys, values) = match entry.take().filter(|_| group[0].position > 0) {
-                // A reused slot may hold more than this sequence has seen.
-                Some((k0, v0)) => {
-                    let seen = group[0].position;
-                    (
-                        Tensor::cat(&[&k0.narrow(0, 0, seen)?, &part(&k)?], 0)?,
-                        Tensor::cat(&[&v0.narrow(0, 0, seen)?, &part(&v)?], 0)?,
-                    )
-                }
-                None => (part(&k)?, part(&v)?),
-            };
-            attended.push(attend_tail(&part(&q)?, &keys, &values, &heads)?);
-            *entry = Some((keys, values));
-            at += group.len();
-        }
-        let attended = Tensor::cat(&attended, 0)?;
-        x = (x + block.o.forward(&attended)?)?;
-        let h = ops::rms_norm(&x, &block.post_norm, arch.norm_eps)?;
-        let mlp = ops::swiglu(&block.gate.forward(&h)?, &block.up.forward(&h)?)?;
-        x = (x + block.down.forward(&mlp)?)?;
+        let heads = decoder.architecture().attention(layer);
+        x = block.forward(&x, &decoder.layer(layer, &positions), |q, k, v| {
+            let mut attended = Vec::with_capacity(groups.len());
+            let mut at = 0;
+            for group in &groups {
+                let part = |t: &Tensor| t.narrow(0, at, group.len());
+                let entry = &mut cache.slots[group[0].slot][layer];
+                let (keys, values) = match entry.take().filter(|_| group[0].position > 0) {
+                    // A reused slot may hold more than this sequence has seen.
+                    Some((k0, v0)) => {
+                        let seen = group[0].position;
+                        (
+                            Tensor::cat(&[&k0.narrow(0, 0, seen)?, &part(k)?], 0)?,
+                            Tensor::cat(&[&v0.narrow(0, 0, seen)?, &part(v)?], 0)?,
+                        )
+                    }
+                    None => (part(k)?, part(v)?),
+                };
+                attended.push(attend_tail(&part(q)?, &keys, &values, &heads)?);
+                *entry = Some((keys, values));
+                at += group.len();
+            }
+            Tensor::cat(&attended, 0)
+        })?;
     }
     let wanted: Vec<u32> = rows.iter().enumerate().filter(|(_, r)| r.wants_logits).map(|(i, _)| i as u32).collect();
     if wanted.is_empty() {
         return Ok(Vec::new());
     }
     let x = x.i(&Tensor::new(wanted, decoder.device())?)?;
-    let h = ops::rms_norm(&x, &layers.norm, arch.norm_eps)?;
-    let logits = ops::linear(&h, &layers.head)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+    let logits = decoder
+        .bent(ops::linear(&layers.norm.forward(&x)?, &layers.head)?)?
+        .to_dtype(DType::F32)?
+        .to_device(&Device::Cpu)?;
     Ok(logits.flatten_all()?.to_vec1()?)
 }

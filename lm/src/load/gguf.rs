@@ -10,7 +10,7 @@ use candle_core::{Device, Tensor};
 use super::gguf_tokenizer::tokenizer;
 use super::{Checkpoint, check};
 use crate::error::{Error, Result};
-use crate::model::{Architecture, Parameters, Rope, Scaling};
+use crate::model::{Architecture, Parameters, Position, Rope, Scaling};
 use crate::text::Text;
 
 /// Metadata of a GGUF file, with errors that name the key.
@@ -133,15 +133,18 @@ fn architecture(metadata: &Metadata<'_>) -> Result<Architecture> {
         norm_eps: metadata
             .number(&key("attention.layer_norm_rms_epsilon"))
             .map_or(1e-5, |eps| format!("{eps:.6e}").parse().unwrap_or(eps)),
-        rope: Rope { theta: metadata.number(&key("rope.freq_base")).unwrap_or(10_000.0), scaling },
+        position: Position::Rotary {
+            rope: Rope { theta: metadata.number(&key("rope.freq_base")).unwrap_or(10_000.0), scaling },
+            sliding: None,
+        },
         context,
         tied: !metadata.content.tensor_infos.contains_key("output.weight"),
-        attention_bias: metadata.content.tensor_infos.contains_key("blk.0.attn_q.bias"),
-        mlp_bias: false,
-        window: None,
+        qkv_bias: metadata.content.tensor_infos.contains_key("blk.0.attn_q.bias"),
+        output_bias: metadata.content.tensor_infos.contains_key("blk.0.attn_output.bias"),
         bos: metadata.token("bos"),
         eos: metadata.token("eos").into_iter().chain(metadata.token("eot")).collect(),
         pad: metadata.token("padding"),
+        ..Architecture::default()
     })
 }
 

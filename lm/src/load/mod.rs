@@ -7,12 +7,16 @@ mod save;
 
 use std::path::Path;
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::model::{Architecture, Decoder, Parameters};
+use crate::model::{Architecture, Decoder, HeadKind, Parameters, with_head};
+use crate::random::Stream;
 use crate::text::Text;
+
+/// Stream of random numbers of new score heads.
+const SCORE_STREAM: u64 = (1 << 63) + (1 << 62);
 
 /// A model as its files describe it: weights on the CPU in f32, tokenizer and chat template.
 pub struct Checkpoint {
@@ -59,6 +63,26 @@ impl Checkpoint {
         Decoder::trainable(self.architecture.clone(), self.placed(device, dtype)?)
     }
 
+    /// The same trunk with a score head in the place of its own: drawn by `seed` from a normal distribution of standard
+    /// deviation `1/√(width + 1)` (N+ implementation details), or kept if it has one.
+    pub fn with_score_head(mut self, seed: u64) -> Result<Self> {
+        if self.architecture.head == HeadKind::Score {
+            return Ok(self);
+        }
+        let width = self.architecture.hidden;
+        let (stream, std) = (Stream::new(seed, SCORE_STREAM), 1.0 / ((width + 1) as f64).sqrt());
+        let score: Vec<f32> = (0..width as u64).map(|i| (std * stream.normal(i)) as f32).collect();
+        self.parameters.remove("lm_head.weight");
+        self.parameters.insert("score.weight".into(), Tensor::from_vec(score, (1, width), &Device::Cpu)?);
+        self.config = with_head(&self.config, HeadKind::Score);
+        if let (Some(map), Some(pad)) = (self.config.as_object_mut(), self.architecture.pad) {
+            // transformers reads the score at the last token that is no padding, so the config must name it.
+            map.insert("pad_token_id".into(), pad.into());
+        }
+        self.architecture = self.architecture.with_head(HeadKind::Score);
+        Ok(self)
+    }
+
     /// The same checkpoint with its weights rounded to another type.
     pub fn with_dtype(mut self, dtype: DType) -> Result<Self> {
         for tensor in self.parameters.values_mut() {
@@ -92,7 +116,11 @@ impl Checkpoint {
 }
 
 /// Checks that `parameters` are exactly what the architecture needs.
-fn check(architecture: &Architecture, mut parameters: Parameters, path: &Path) -> Result<Parameters> {
+fn check(architecture: &Architecture, parameters: Parameters, path: &Path) -> Result<Parameters> {
+    // The first GPT-2 files have the trunk without its prefix.
+    let bare = architecture.model_type == "gpt2" && !parameters.keys().any(|n| n.starts_with("transformer."));
+    let whole = |name: String| if bare && name != "score.weight" { format!("transformer.{name}") } else { name };
+    let mut parameters: Parameters = parameters.into_iter().map(|(name, t)| (whole(name), t)).collect();
     let mut checked = Parameters::new();
     for (name, wanted) in architecture.parameters() {
         let Some(tensor) = parameters.remove(&name) else {
@@ -104,8 +132,10 @@ fn check(architecture: &Architecture, mut parameters: Parameters, path: &Path) -
         checked.insert(name, tensor);
     }
     // Derived tables that old exports carry, and a head that repeats the embedding, hold nothing of their own.
-    let harmless =
-        |name: &str| name.ends_with("rotary_emb.inv_freq") || (architecture.tied && name == "lm_head.weight");
+    let harmless = |name: &str| {
+        let derived = ["rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"].iter().any(|end| name.ends_with(end));
+        derived || (architecture.tied && name.ends_with("lm_head.weight"))
+    };
     match parameters.into_keys().find(|name| !harmless(name)) {
         Some(name) => Err(Error::ExtraTensor { name, path: path.into(), model_type: architecture.model_type.clone() }),
         None => Ok(checked),

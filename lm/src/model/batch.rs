@@ -59,6 +59,51 @@ impl Batch {
         batch
     }
 
+    /// Packs sequences of which the rows of their last tokens are read, each once: for scores of whole sequences. A
+    /// sequence without tokens is an error of the caller's; it is left out.
+    pub fn ends<'a>(sequences: impl IntoIterator<Item = Sequence<'a>>) -> Self {
+        let mut batch = Batch { spans: vec![0], ..Self::default() };
+        let mut families: Vec<Family> = Vec::new();
+        let mut shared: Option<&[u32]> = None;
+        for Sequence { prompt, completion } in
+            sequences.into_iter().filter(|s| !(s.prompt.is_empty() && s.completion.is_empty()))
+        {
+            if shared.is_none_or(|shared| shared.is_empty() || shared != prompt) {
+                let rows = batch.push(prompt, 0);
+                families.push(Family { prompt: rows, completions: Vec::new() });
+                shared = Some(prompt);
+            }
+            let Some(family) = families.last_mut() else { continue };
+            let rows = batch.push(completion, prompt.len());
+            let last = if rows.is_empty() { family.prompt.end } else { rows.end } - 1;
+            batch.rows.push(last as u32);
+            batch.spans.push(batch.rows.len());
+            family.completions.push(rows);
+        }
+        batch.families = Arc::new(families);
+        batch
+    }
+
+    /// Packs sequences of which the tokens that are marked are learned from, the first of a sequence never: for
+    /// conversations in which only some turns count. The lengths of tokens and marks agree.
+    pub fn marked<'a>(sequences: impl IntoIterator<Item = (&'a [u32], &'a [bool])>) -> Self {
+        let mut batch = Batch { spans: vec![0], ..Self::default() };
+        let mut families: Vec<Family> = Vec::new();
+        for (tokens, marks) in sequences {
+            // What follows the last marked token is seen by nothing that counts.
+            let end = marks.iter().rposition(|&m| m).unwrap_or(0);
+            let rows = batch.push(&tokens[..end.min(tokens.len())], 0);
+            for i in (1..=end).filter(|&i| marks[i]) {
+                batch.rows.push((rows.start + i - 1) as u32);
+                batch.targets.push(tokens[i]);
+            }
+            families.push(Family::alone(rows));
+            batch.spans.push(batch.targets.len());
+        }
+        batch.families = Arc::new(families);
+        batch
+    }
+
     fn push(&mut self, tokens: &[u32], position: usize) -> std::ops::Range<usize> {
         let start = self.ids.len();
         self.ids.extend_from_slice(tokens);
@@ -74,6 +119,11 @@ impl Batch {
     /// Log-probabilities asked for.
     pub fn scored(&self) -> usize {
         self.targets.len()
+    }
+
+    /// Rows that are read.
+    pub fn rows(&self) -> usize {
+        self.rows.len()
     }
 
     /// Place of every packed token in its sequence.

@@ -28,13 +28,13 @@ impl Architecture {
 
     /// Bytes of the keys and values of `sequences` of at most `tokens` tokens.
     pub fn cache_bytes(&self, sequences: u64, tokens: u64) -> u64 {
-        let per_token = 2 * self.layers as u64 * self.attention().key_width() as u64 * F32;
+        let per_token = 2 * self.layers as u64 * self.attention(0).key_width() as u64 * F32;
         sequences * tokens.next_multiple_of(KEY_BLOCK as u64) * per_token
     }
 
     /// Bytes that a forward and backward pass over `tokens` tokens holds at its peak, weights and gradients apart.
     pub fn activation_bytes(&self, tokens: u64, precision: Precision, gradient_checkpointing: bool) -> u64 {
-        let heads = self.attention();
+        let heads = self.attention(0);
         let (hidden, qkv, q, mlp) =
             (self.hidden as u64, heads.width() as u64, heads.query_width() as u64, self.mlp as u64);
         let block = (2 * hidden + qkv + q + 2 * mlp) * width(precision) + heads.queries as u64 * F32;

@@ -1,13 +1,18 @@
-//! One decoder for the Llama family: parameters by their Hugging Face names, and the forward pass over packed
-//! sequences. [`Forward`] is the way back.
+//! One decoder for Llama, Mistral, Qwen, Gemma and GPT-2: parameters by their Hugging Face names, and the forward pass
+//! over packed sequences. [`Forward`] is the way back.
 
 mod architecture;
 mod batch;
+mod config;
+mod layers;
 mod memory;
+mod names;
 mod trace;
 
-pub use architecture::{Architecture, Rope, Scaling};
+pub use architecture::{Activation, Architecture, HeadKind, NormKind, Position, Rope, Scaling};
 pub use batch::{Batch, Sequence};
+pub(crate) use config::with_head;
+pub(crate) use layers::{Block, Layers, Projection};
 pub use trace::{Forward, Gradients};
 
 use std::collections::BTreeMap;
@@ -20,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::kernels::gemm::Precision;
 use crate::kernels::rope::Angles;
 use crate::ops::{self, AttentionShape, Kernels, Positions};
+use layers::LayerContext;
 
 /// Named parameters.
 pub type Parameters = BTreeMap<String, Tensor>;
@@ -34,8 +40,12 @@ pub struct Decoder {
     frozen: Layers,
     /// The same storage as variables, if the model is trainable.
     trained: Option<Layers>,
+    /// The weights by name, without history.
+    parameters: Arc<Parameters>,
     variables: Arc<BTreeMap<String, Var>>,
     angles: Arc<Angles>,
+    /// Those of the layers that slide, where they have their own.
+    sliding_angles: Option<Arc<Angles>>,
     kernels: Kernels,
     precision: Precision,
     recompute: bool,
@@ -58,16 +68,23 @@ impl Decoder {
     }
 
     fn build(architecture: Architecture, tensors: Parameters, variables: BTreeMap<String, Var>) -> Result<Self> {
-        let detached = tensors.iter().map(|(name, t)| (name.clone(), t.detach())).collect();
+        let detached: Parameters = tensors.iter().map(|(name, t)| (name.clone(), t.detach())).collect();
         let frozen = Layers::new(&architecture, &detached)?;
         let trained = if variables.is_empty() { None } else { Some(Layers::new(&architecture, &tensors)?) };
         let precision = if frozen.embed.dtype() == DType::BF16 { Precision::Bf16 } else { Precision::F32 };
-        let frequencies = architecture.rope.inverse_frequencies(architecture.head_dim);
+        let table =
+            |rope: &Rope| Arc::new(Angles::new(&rope.inverse_frequencies(architecture.head_dim), architecture.context));
+        let (angles, sliding_angles) = match &architecture.position {
+            Position::Rotary { rope, sliding } => (table(rope), sliding.as_ref().map(table)),
+            Position::Learned => (Arc::new(Angles::new(&[], 0)), None),
+        };
         Ok(Self {
-            angles: Arc::new(Angles::new(&frequencies, architecture.context)),
+            angles,
+            sliding_angles,
             architecture: Arc::new(architecture),
             frozen,
             trained,
+            parameters: Arc::new(detached),
             variables: Arc::new(variables),
             kernels: Kernels::Fused,
             precision,
@@ -112,7 +129,7 @@ impl Decoder {
 
     /// The weights by name, without history; they share storage with the model.
     pub fn parameters(&self) -> Parameters {
-        self.frozen.named(&self.architecture)
+        (*self.parameters).clone()
     }
 
     /// The trainable variables by name; empty for a frozen model.
@@ -143,195 +160,112 @@ impl Decoder {
 
     /// Log-probabilities `[batch.scored()]` of the batch's targets at a temperature, without a graph.
     pub fn logprobs(&self, batch: &Batch, temperature: f64) -> Result<Tensor> {
+        self.wants(HeadKind::Language)?;
+        self.output(batch, temperature)
+    }
+
+    /// Scores `[batch.rows()]` of a model with a score head, without a graph.
+    pub fn values(&self, batch: &Batch) -> Result<Tensor> {
+        self.wants(HeadKind::Score)?;
+        self.output(batch, 1.0)
+    }
+
+    fn output(&self, batch: &Batch, temperature: f64) -> Result<Tensor> {
         self.check(batch)?;
         if cpu::serves(self) {
-            return Ok(Tensor::new(cpu::logprobs(self, batch, temperature)?, self.device())?);
+            return Ok(Tensor::new(cpu::output(self, batch, temperature)?, self.device())?);
         }
-        let x = self.hidden(&self.context(batch)?)?;
+        let x = self.hidden(batch)?;
         self.head(&self.frozen, &x, batch, temperature)
     }
 
     /// The last block's output, without a graph.
-    fn hidden(&self, context: &Context) -> Result<Tensor> {
-        let mut x = self.frozen.embed.index_select(&context.ids, 0)?;
-        for block in &self.frozen.blocks {
-            x = block.forward(&x, context)?;
+    fn hidden(&self, batch: &Batch) -> Result<Tensor> {
+        let mut x = self.embedded(&self.frozen, batch)?;
+        let attention = self.attention(batch);
+        for (layer, block) in self.frozen.blocks.iter().enumerate() {
+            x = block.forward(&x, &self.layer(layer, batch.positions()), |q, k, v| {
+                ops::attention(q, k, v, &attention(layer))
+            })?;
         }
         Ok(x)
     }
 
     /// Logits `[tokens, vocabulary]` after each token of one sequence: all of them at once, for short ones.
     pub fn logits(&self, ids: &[u32]) -> Result<Tensor> {
+        self.wants(HeadKind::Language)?;
         let Some((last, rest)) = ids.split_last() else { return Err(Error::EmptyPrompt { id: 0 }) };
         // A batch leaves out a sequence's last token; repeated, it makes room for the one that is wanted.
         let batch = Batch::new([Sequence { prompt: rest, completion: &[*last, *last] }]);
         self.check(&batch)?;
-        let x = self.hidden(&self.context(&batch)?)?;
-        let hidden = ops::rms_norm(&x, &self.frozen.norm, self.architecture.norm_eps)?;
-        Ok(ops::linear(&hidden, &self.frozen.head)?)
+        let hidden = self.frozen.norm.forward(&self.hidden(&batch)?)?;
+        self.bent(ops::linear(&hidden, &self.frozen.head)?)
+    }
+
+    /// Logits with their softcap.
+    pub(crate) fn bent(&self, logits: Tensor) -> Result<Tensor> {
+        Ok(ops::softcap(logits, self.architecture.final_softcap)?)
     }
 
     fn head(&self, layers: &Layers, x: &Tensor, batch: &Batch, temperature: f64) -> Result<Tensor> {
         let rows = Tensor::new(batch.rows.as_slice(), x.device())?;
         // Normalising only the rows that are asked for: a row's norm does not depend on the others.
-        let rows = x.index_select(&rows, 0)?;
-        let hidden = ops::rms_norm(&rows, &layers.norm, self.architecture.norm_eps)?;
-        Ok(ops::head_logprobs(&hidden, &layers.head, &batch.targets, temperature)?)
+        let hidden = layers.norm.forward(&x.index_select(&rows, 0)?)?;
+        let logits = ops::linear(&hidden, &layers.head)?;
+        Ok(match self.architecture.head {
+            HeadKind::Score => logits.squeeze(1)?,
+            HeadKind::Language => ops::logprobs(&self.bent(logits)?, &batch.targets, temperature)?,
+        })
+    }
+
+    fn wants(&self, head: HeadKind) -> Result<()> {
+        match (self.architecture.head, head) {
+            (HeadKind::Score, HeadKind::Language) => {
+                Err(Error::Head("a language model is needed, and this one gives scores (it has a `score` head)"))
+            }
+            (HeadKind::Language, HeadKind::Score) => Err(Error::Head(
+                "a model that gives scores is needed (`...ForSequenceClassification` with one label), and this one is a language model",
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// That the batch fits the vocabulary and the context.
     fn check(&self, batch: &Batch) -> Result<()> {
-        let vocab = self.architecture.vocab;
+        let (vocab, context) = (self.architecture.vocab, self.architecture.context);
         if let Some(&token) = batch.ids.iter().chain(&batch.targets).find(|&&t| t as usize >= vocab) {
             return Err(Error::ForeignToken { token, vocab });
         }
-        if let Some(&last) = batch.positions.iter().max().filter(|&&p| p as usize >= self.angles.positions()) {
-            let context = self.angles.positions();
-            return Err(Error::Config(format!("a sequence of {} tokens exceeds the context of {context}", last + 1)));
-        }
-        Ok(())
-    }
-
-    fn context(&self, batch: &Batch) -> Result<Context> {
-        Ok(Context {
-            ids: Tensor::new(batch.ids.as_slice(), self.device())?,
-            positions: Positions::new(self.angles.clone(), batch.positions.clone()),
-            attention: AttentionShape { heads: self.architecture.attention(), families: batch.families.clone() },
-            eps: self.architecture.norm_eps,
-        })
-    }
-}
-
-/// What every layer of one forward pass shares.
-struct Context {
-    pub ids: Tensor,
-    pub positions: Positions,
-    pub attention: AttentionShape,
-    pub eps: f64,
-}
-
-/// All weights, in the order of the forward pass.
-#[derive(Clone)]
-pub(crate) struct Layers {
-    pub embed: Tensor,
-    pub blocks: Vec<Block>,
-    pub norm: Tensor,
-    pub head: Tensor,
-}
-
-/// One transformer block.
-#[derive(Clone)]
-pub(crate) struct Block {
-    pub input_norm: Tensor,
-    pub q: Projection,
-    pub k: Projection,
-    pub v: Projection,
-    pub o: Projection,
-    pub post_norm: Tensor,
-    pub gate: Projection,
-    pub up: Projection,
-    pub down: Projection,
-}
-
-/// A linear layer.
-#[derive(Clone)]
-pub(crate) struct Projection {
-    pub weight: Tensor,
-    pub bias: Option<Tensor>,
-}
-
-impl Projection {
-    pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let y = ops::linear(x, &self.weight)?;
-        match &self.bias {
-            Some(bias) => y.broadcast_add(bias),
-            None => Ok(y),
-        }
-    }
-}
-
-impl Block {
-    /// Names of the projections, in the order of [`Block::projections`].
-    const PROJECTIONS: [&str; 7] = [
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    ];
-
-    fn projections(&self) -> [&Projection; 7] {
-        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
-    }
-
-    fn forward(&self, x: &Tensor, cx: &Context) -> candle_core::Result<Tensor> {
-        let dim = cx.attention.heads.dim;
-        let h = ops::rms_norm(x, &self.input_norm, cx.eps)?;
-        let q = ops::rope(&self.q.forward(&h)?, dim, &cx.positions)?;
-        let k = ops::rope(&self.k.forward(&h)?, dim, &cx.positions)?;
-        let v = self.v.forward(&h)?;
-        let attended = ops::attention(&q, &k, &v, &cx.attention)?;
-        let x = (x + self.o.forward(&attended)?)?;
-        let h = ops::rms_norm(&x, &self.post_norm, cx.eps)?;
-        let mlp = ops::swiglu(&self.gate.forward(&h)?, &self.up.forward(&h)?)?;
-        x + self.down.forward(&mlp)?
-    }
-}
-
-impl Layers {
-    fn new(architecture: &Architecture, parameters: &Parameters) -> Result<Self> {
-        let get = |name: &str| {
-            parameters.get(name).cloned().ok_or_else(|| Error::Config(format!("parameter `{name}` is missing")))
-        };
-        let block = |i: usize| -> Result<Block> {
-            let projection = |part: &str| -> Result<Projection> {
-                let name = format!("model.layers.{i}.{part}");
-                Ok(Projection {
-                    weight: get(&format!("{name}.weight"))?,
-                    bias: parameters.get(&format!("{name}.bias")).cloned(),
-                })
-            };
-            let [q, k, v, o, gate, up, down] = Block::PROJECTIONS.map(projection);
-            Ok(Block {
-                input_norm: get(&format!("model.layers.{i}.input_layernorm.weight"))?,
-                q: q?,
-                k: k?,
-                v: v?,
-                o: o?,
-                post_norm: get(&format!("model.layers.{i}.post_attention_layernorm.weight"))?,
-                gate: gate?,
-                up: up?,
-                down: down?,
-            })
-        };
-        let embed = get("model.embed_tokens.weight")?;
-        Ok(Self {
-            blocks: (0..architecture.layers).map(block).collect::<Result<_>>()?,
-            norm: get("model.norm.weight")?,
-            head: if architecture.tied { embed.clone() } else { get("lm_head.weight")? },
-            embed,
-        })
-    }
-
-    fn named(&self, architecture: &Architecture) -> Parameters {
-        let mut all = Parameters::new();
-        all.insert("model.embed_tokens.weight".into(), self.embed.clone());
-        for (i, block) in self.blocks.iter().enumerate() {
-            for (part, projection) in Block::PROJECTIONS.iter().zip(block.projections()) {
-                all.insert(format!("model.layers.{i}.{part}.weight"), projection.weight.clone());
-                if let Some(bias) = &projection.bias {
-                    all.insert(format!("model.layers.{i}.{part}.bias"), bias.clone());
-                }
+        match batch.positions().iter().max() {
+            Some(&last) if last as usize >= context => {
+                Err(Error::Config(format!("a sequence of {} tokens exceeds the context of {context}", last + 1)))
             }
-            all.insert(format!("model.layers.{i}.input_layernorm.weight"), block.input_norm.clone());
-            all.insert(format!("model.layers.{i}.post_attention_layernorm.weight"), block.post_norm.clone());
+            _ => Ok(()),
         }
-        all.insert("model.norm.weight".into(), self.norm.clone());
-        if !architecture.tied {
-            all.insert("lm_head.weight".into(), self.head.clone());
+    }
+
+    /// Embeddings of the batch's tokens.
+    fn embedded(&self, layers: &Layers, batch: &Batch) -> Result<Tensor> {
+        layers.embed(&self.architecture, &batch.ids, batch.positions())
+    }
+
+    /// What a layer of a pass over rows at `positions` works with.
+    pub(crate) fn layer(&self, layer: usize, positions: &[u32]) -> LayerContext {
+        let arch = &self.architecture;
+        let angles = match &self.sliding_angles {
+            Some(angles) if arch.slides(layer) => angles,
+            _ => &self.angles,
+        };
+        let rotary = matches!(arch.position, Position::Rotary { .. });
+        LayerContext {
+            head_dim: arch.head_dim,
+            positions: rotary.then(|| Positions::new(angles.clone(), positions.to_vec())),
         }
-        all
+    }
+
+    /// The attention of each layer over a batch.
+    fn attention(&self, batch: &Batch) -> impl Fn(usize) -> AttentionShape {
+        let families = batch.families.clone();
+        move |layer| AttentionShape { heads: self.architecture.attention(layer), families: families.clone() }
     }
 }

@@ -9,10 +9,10 @@ use std::collections::BTreeMap;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 
-use super::{Batch, Decoder, Layers};
+use super::{Batch, Decoder, HeadKind, Layers};
 use crate::cpu;
 use crate::error::{Error, Result};
-use crate::ops::with_floats_mut;
+use crate::ops::{self, with_floats_mut};
 
 /// Gradients by parameter name, summed over micro-batches.
 #[derive(Default)]
@@ -54,7 +54,7 @@ impl Gradients {
 pub struct Forward<'a>(Trace<'a>);
 
 enum Trace<'a> {
-    Cpu { trace: Box<cpu::Trace<'a>>, logprobs: Tensor },
+    Cpu { trace: Box<cpu::Trace<'a>>, output: Tensor },
     Graph(Graph<'a>),
 }
 
@@ -63,13 +63,24 @@ impl Decoder {
     ///
     /// The model must be [trainable](Decoder::trainable).
     pub fn forward(&self, batch: &Batch, temperature: f64) -> Result<Forward<'_>> {
+        self.wants(HeadKind::Language)?;
+        self.traced(batch, temperature)
+    }
+
+    /// Scores of the batch's rows, with what [`Forward::backward`] needs, for a trainable model with a score head.
+    pub fn forward_values(&self, batch: &Batch) -> Result<Forward<'_>> {
+        self.wants(HeadKind::Score)?;
+        self.traced(batch, 1.0)
+    }
+
+    fn traced(&self, batch: &Batch, temperature: f64) -> Result<Forward<'_>> {
         let layers =
             self.trained.as_ref().ok_or_else(|| Error::Config("the model is frozen; load it as trainable".into()))?;
         self.check(batch)?;
         Ok(Forward(if cpu::serves(self) && self.dtype() == DType::F32 {
             let trace = cpu::Trace::forward(self, batch, temperature)?;
-            let logprobs = Tensor::new(trace.logprobs(), self.device())?;
-            Trace::Cpu { trace: Box::new(trace), logprobs }
+            let output = Tensor::new(trace.output(), self.device())?;
+            Trace::Cpu { trace: Box::new(trace), output }
         } else {
             Trace::Graph(Graph::forward(self, layers, batch, temperature)?)
         }))
@@ -77,16 +88,16 @@ impl Decoder {
 }
 
 impl Forward<'_> {
-    /// Log-probabilities `[batch.scored()]`, without history: an objective makes a [`Var`] of them and
-    /// hands its gradient to [`Forward::backward`].
-    pub fn logprobs(&self) -> Tensor {
+    /// Log-probabilities `[batch.scored()]`, or scores `[batch.rows()]`, without history: an objective makes a [`Var`]
+    /// of them and hands its gradient to [`Forward::backward`].
+    pub fn output(&self) -> Tensor {
         match &self.0 {
-            Trace::Cpu { logprobs, .. } => logprobs.clone(),
-            Trace::Graph(graph) => graph.logprobs.detach(),
+            Trace::Cpu { output, .. } => output.clone(),
+            Trace::Graph(graph) => graph.output.detach(),
         }
     }
 
-    /// Adds the gradient of an objective to `gradients`, given its gradient with respect to the log-probabilities.
+    /// Adds the gradient of an objective to `gradients`, given its gradient with respect to the output.
     pub fn backward(self, grad: &Tensor, gradients: &mut Gradients) -> Result<()> {
         match self.0 {
             Trace::Cpu { trace, .. } => Ok(trace.backward(&grad.to_dtype(DType::F32)?.to_vec1::<f32>()?, gradients)?),
@@ -95,52 +106,59 @@ impl Forward<'_> {
     }
 }
 
-/// Graphs of candle's, one a block.
+/// Graphs of candle's: one for the embedding, one a block, one for the head.
 struct Graph<'a> {
     decoder: &'a Decoder,
-    ids: Tensor,
+    embedded: Tensor,
     /// Input and output of every block.
     segments: Vec<(Var, Tensor)>,
     head_input: Var,
-    logprobs: Tensor,
+    output: Tensor,
 }
 
 impl<'a> Graph<'a> {
     fn forward(decoder: &'a Decoder, layers: &Layers, batch: &Batch, temperature: f64) -> Result<Self> {
-        let context = decoder.context(batch)?;
-        let mut x = layers.embed.detach().index_select(&context.ids, 0)?;
+        let embedded = decoder.embedded(layers, batch)?;
+        let attention = decoder.attention(batch);
+        let mut x = embedded.detach();
         let mut segments = Vec::with_capacity(layers.blocks.len());
-        for block in &layers.blocks {
+        for (layer, block) in layers.blocks.iter().enumerate() {
             let input = Var::from_tensor(&x)?;
-            let output = block.forward(&input, &context)?;
+            let output = block.forward(&input, &decoder.layer(layer, batch.positions()), |q, k, v| {
+                ops::attention(q, k, v, &attention(layer))
+            })?;
             x = output.detach();
             segments.push((input, output));
         }
         let head_input = Var::from_tensor(&x)?;
-        let logprobs = decoder.head(layers, &head_input, batch, temperature)?;
-        Ok(Self { decoder, ids: context.ids, segments, head_input, logprobs })
+        let output = decoder.head(layers, &head_input, batch, temperature)?;
+        Ok(Self { decoder, embedded, segments, head_input, output })
     }
 
     fn backward(self, grad: &Tensor, gradients: &mut Gradients) -> Result<()> {
         let decoder = self.decoder;
-        let mut collect = |mut grads: GradStore, input: &Var| -> Result<Tensor> {
-            let upstream = grads.remove(input).ok_or_else(|| Error::NoGradient("(activations)".into()))?;
-            // In the order of names, so that nothing depends on the order of a hash map.
+        // In the order of names, so that nothing depends on the order of a hash map.
+        let mut collect = |grads: &mut GradStore| -> Result<()> {
             for (name, variable) in decoder.variables.iter() {
                 if let Some(gradient) = grads.remove(variable) {
                     gradients.add(name, gradient)?;
                 }
             }
-            Ok(upstream)
+            Ok(())
         };
-        let mut upstream = collect(seeded(&self.logprobs, grad)?, &self.head_input)?;
-        drop((self.logprobs, self.head_input));
+        let input_of = |grads: &mut GradStore, input: &Var| {
+            grads.remove(input).ok_or_else(|| Error::NoGradient("(activations)".into()))
+        };
+        let mut grads = seeded(&self.output, grad)?;
+        let mut upstream = input_of(&mut grads, &self.head_input)?;
+        collect(&mut grads)?;
+        drop((self.output, self.head_input));
         for (input, output) in self.segments.into_iter().rev() {
-            upstream = collect(seeded(&output, &upstream)?, &input)?;
+            let mut grads = seeded(&output, &upstream)?;
+            upstream = input_of(&mut grads, &input)?;
+            collect(&mut grads)?;
         }
-        let embed = &self.decoder.variables["model.embed_tokens.weight"];
-        let scattered = embed.as_detached_tensor().zeros_like()?.index_add(&self.ids, &upstream, 0)?;
-        gradients.add("model.embed_tokens.weight", scattered)
+        collect(&mut seeded(&self.embedded, &upstream)?)
     }
 }
 

@@ -9,11 +9,11 @@ mod rope;
 mod swiglu;
 
 pub use attention::{AttentionShape, attend_tail, attention};
-pub use head::head_logprobs;
+pub use head::{logprobs, softcap};
 pub use linear::linear;
-pub use norm::rms_norm;
+pub use norm::{layer_norm, rms_norm};
 pub use rope::{Positions, rope};
-pub use swiglu::swiglu;
+pub use swiglu::{geglu, swiglu};
 
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Tensor, bail};
 

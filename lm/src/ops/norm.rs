@@ -9,6 +9,14 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     wide.broadcast_div(&scale)?.to_dtype(x.dtype())?.broadcast_mul(weight)
 }
 
+/// LayerNorm over the last dimension: `(x - mean) / sqrt(var + eps) * weight + bias`, with its statistics in f32.
+pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    let wide = if x.dtype() == DType::F64 { x.clone() } else { x.to_dtype(DType::F32)? };
+    let centred = wide.broadcast_sub(&wide.mean_keepdim(D::Minus1)?)?;
+    let scale = (centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
+    centred.broadcast_div(&scale)?.to_dtype(x.dtype())?.broadcast_mul(weight)?.broadcast_add(bias)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,6 +7,11 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.silu()? * up
 }
 
+/// `gelu(gate) * up`, with GELU's tanh approximation.
+pub fn geglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    gate.gelu()? * up
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,6 +11,7 @@ mod preferences;
 mod reference;
 mod reward_models;
 mod sampling;
+mod steps;
 
 use std::path::PathBuf;
 
