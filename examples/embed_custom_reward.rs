@@ -71,7 +71,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     while let Ok(event) = events.recv().await {
         match event {
             Event::Step(step) => {
-                println!("step {:2}  reward {:.3}  kl {:.4}", step.step, step.reward, step.kl);
+                let stat = |name| step.stat(name).unwrap_or_default();
+                println!("step {:2}  reward {:.3}  kl {:.4}", step.step, stat("reward"), stat("kl"));
                 if step.step == 10 {
                     stop.cancel();
                 }

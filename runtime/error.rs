@@ -23,6 +23,8 @@ pub enum Error {
         "the job in {directory} was started with other settings, and a resumed job must do what it would have done:\n{differences}"
     )]
     Changed { directory: PathBuf, differences: String },
+    #[error("{error}; the batch is in {path}")]
+    Offending { path: PathBuf, error: Box<Error> },
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },
     #[error("metrics cannot be served on {address}: {reason}")]

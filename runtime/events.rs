@@ -1,22 +1,24 @@
 //! What a job tells those who watch it.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::data::Dropped;
 use crate::state::Evaluation;
 
 /// Something happened.
 #[derive(Debug, Clone)]
 pub enum Event {
     /// The roles are up and the job begins or goes on.
-    Started { step: u64, steps: u64, parameters: u64, prompts: usize, skipped: u64 },
+    Started { step: u64, steps: u64, parameters: u64, rows: usize, dropped: Dropped },
     /// A completion is there.
     Rollout { step: u64, done: usize, of: usize },
     /// A step is done.
     Step(Box<StepSummary>),
-    /// The held-out prompts were answered.
+    /// The held-out prompts were answered, or the held-out rows read.
     Evaluated(Box<Evaluation>),
     /// A checkpoint is durable.
     Checkpoint { step: u64, bytes: u64, took: Duration },
@@ -41,39 +43,30 @@ pub struct Outcome {
     pub evaluations: Vec<Evaluation>,
 }
 
-/// One step in numbers. KL, reward and entropy are of the policy before the step's update.
+/// One step in numbers. What is measured on rollouts (reward, KL, entropy) is of the policy before the step's update.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct StepSummary {
     pub step: u64,
-    pub reward: f64,
-    pub reward_std: f64,
-    pub reward_min: f64,
-    pub reward_max: f64,
-    /// Mean over completions of the summed log-ratio to the reference (k1).
-    pub kl: f64,
-    /// Mean over tokens of the negative log-probability: an estimate of the entropy.
-    pub entropy: f64,
-    pub pairs: usize,
-    pub ties: usize,
-    /// Mean score difference of the pairs.
-    pub score_margin: f64,
-    pub completion_tokens: f64,
-    /// Share of completions cut off by their length.
-    pub truncated: f64,
+    /// Updates the trained model has seen.
+    pub version: u64,
     pub loss: f64,
-    pub accuracy: f64,
-    pub margin: f64,
-    pub chosen_reward: f64,
-    pub rejected_reward: f64,
-    pub chosen_logprob: f64,
-    pub rejected_logprob: f64,
-    pub grad_norm: f64,
+    /// Global norm of the gradients before clipping.
+    pub gradient_norm: f64,
     pub learning_rate: f64,
-    pub mismatch_kl: f64,
-    pub policy_version: u64,
-    pub seconds: Seconds,
     pub generated_tokens: usize,
+    /// Tokens that went through forward and backward.
     pub trained_tokens: usize,
+    /// What else the algorithm has to say, under the names of its metrics (`docs/metrics.md`).
+    #[serde(flatten)]
+    pub stats: BTreeMap<&'static str, f64>,
+    pub seconds: Seconds,
+}
+
+impl StepSummary {
+    /// A number by the name of its metric.
+    pub fn stat(&self, name: &str) -> Option<f64> {
+        self.stats.get(name).copied()
+    }
 }
 
 /// Where the time of a step went.
@@ -82,6 +75,7 @@ pub struct Seconds {
     pub generate: f64,
     pub reference: f64,
     pub reward: f64,
+    pub critic: f64,
     pub forward: f64,
     pub backward: f64,
     pub optimizer: f64,

@@ -4,21 +4,25 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
+use candle_core::DType;
 use metrics::Recorder;
-use rehearsal_actors::{Devices, Director, DirectorEvent, Reward};
+use rehearsal_actors::{
+    ArchivistHandle, Devices, Director, DirectorEvent, Marked, Reward, RewardModel, RewardModels, keep_normalisation,
+};
 use rehearsal_lm::Checkpoint;
 use rehearsal_store::Store;
 use tokio::sync::{broadcast, mpsc};
 use tokio_util::sync::CancellationToken;
 
+use crate::config::methods::{Advantages, Algorithm};
 use crate::config::{Config, ModelSource};
+use crate::data::{self, Data, Dropped, Prompts};
 use crate::error::{At, Error, Result};
 use crate::events::{Event, Outcome};
 use crate::loops;
 use crate::memory::MemoryBudget;
 use crate::metrics::Meters;
-use crate::prompts::Prompts;
-use crate::rules::Rules;
+use crate::rules::{Rules, WholeReward};
 use crate::run::{Roles, Run};
 use crate::state::JobState;
 use crate::{embedded, exporter};
@@ -27,6 +31,8 @@ use crate::{embedded, exporter};
 const EVENTS_KEPT: usize = 4096;
 /// The configuration's copy in the job's directory.
 pub const CONFIG_FILE: &str = "job.toml";
+/// The trained model, in the job's directory, once the job is done.
+pub const MODEL_FOLDER: &str = "model";
 const FINGERPRINT: &str = "fingerprint";
 
 /// Puts a job together.
@@ -58,13 +64,17 @@ impl JobBuilder {
 
     /// The job, not yet started.
     pub fn build(self) -> Result<Job> {
-        let reward = match self.reward {
-            Some(reward) => reward,
-            None if self.config.reward.rules.is_empty() => return Err(Error::NoReward),
-            None => Arc::new(Rules::new(&self.config.reward).map_err(Error::Rules)?),
+        let config = &self.config.reward;
+        let rules = match self.reward {
+            Some(reward) => Some(reward),
+            None if config.rules.is_empty() => None,
+            None => Some(Arc::new(Rules::new(config).map_err(Error::Rules)?) as Arc<dyn Reward>),
         };
+        if rules.is_none() && config.models.models.is_empty() && !self.config.job.algorithm.is_offline() {
+            return Err(Error::NoReward);
+        }
         let events = broadcast::channel(EVENTS_KEPT).0;
-        Ok(Job { config: self.config, source: self.source, reward, recorder: self.recorder, events })
+        Ok(Job { config: self.config, source: self.source, reward: rules, recorder: self.recorder, events })
     }
 }
 
@@ -72,7 +82,8 @@ impl JobBuilder {
 pub struct Job {
     config: Config,
     source: Option<String>,
-    reward: Arc<dyn Reward>,
+    /// The host's, or the configuration's rules; trained reward models come on top.
+    reward: Option<Arc<dyn Reward>>,
     recorder: Option<Arc<dyn Recorder + Send + Sync>>,
     events: broadcast::Sender<Event>,
 }
@@ -81,6 +92,11 @@ impl Job {
     /// Begins to put a job together.
     pub fn builder(config: Config) -> JobBuilder {
         JobBuilder { config, source: None, reward: None, recorder: None }
+    }
+
+    /// Where everything the job makes is kept.
+    pub fn directory(&self) -> &Path {
+        &self.config.job.directory
     }
 
     /// What happens, as it happens, from the moment of this call.
@@ -136,12 +152,14 @@ impl Job {
         repairs: Vec<rehearsal_store::Repair>,
         cancel: CancellationToken,
     ) -> Result<Outcome> {
-        let Job { config, reward, recorder, events, .. } = self;
+        let Job { mut config, reward, recorder, events, .. } = self;
         let tell = |event| drop(events.send(event));
         for repair in repairs {
             tell(Event::Repaired { message: repair.0 });
         }
-        let Inputs { policy, reference, prompts, .. } = inputs;
+        if let Some(steps) = inputs.steps {
+            config.job.steps = steps;
+        }
         let prometheus = match (&recorder, config.metrics.listen) {
             (None, Some(address)) => Some((exporter::recorder(), address)),
             _ => None,
@@ -177,30 +195,21 @@ impl Job {
             })
         };
         let devices = Devices::new(config.placement.threads)?;
-        let roles = Roles {
-            archivist: director.archivist(store, full_disk).await?,
-            policy: director.policy(policy.clone(), config.policy(), devices.clone()).await?,
-            reference: director
-                .reference(
-                    reference,
-                    config.placement.reference,
-                    config.optimizer.micro_batch_tokens,
-                    config.model.dtype,
-                    devices,
-                )
-                .await?,
-            reward: director.reward(reward).await?,
-            buffer: director
-                .buffer(config.rollout.completions_per_prompt, config.limits.rollouts_max, config.limits.staleness_max)
-                .await?,
-            director,
+        let archivist = director.archivist(store, full_disk).await?;
+        let roles = roles(&config, &inputs, reward, director, archivist, devices).await?;
+        let Inputs { policy, prompts, data, pretraining, dropped, .. } = inputs;
+        let budget = match config.job.algorithm {
+            Algorithm::OnlineDpo => MemoryBudget::predict(&config, &policy.architecture, prompts.mean_tokens()),
+            _ => None,
         };
-        let budget = MemoryBudget::predict(&config, &policy.architecture, prompts.mean_tokens());
         let mut run = Run {
             config,
             roles,
             state: JobState::default(),
             prompts,
+            data,
+            pretraining,
+            dropped,
             model: policy,
             meters,
             events,
@@ -227,12 +236,12 @@ impl Run {
             step: self.state.step,
             steps: self.config.job.steps,
             parameters: self.model.parameters.values().map(|t| t.elem_count() as u64).sum(),
-            prompts: self.prompts.train.len(),
-            skipped: self.prompts.bad_lines + self.prompts.too_long,
+            rows: self.data.as_ref().map_or(self.prompts.train.len(), Data::len),
+            dropped: self.dropped.clone(),
         });
         let stopped = loop {
             let restarts = self.roles.director.restarts();
-            match loops::online_dpo(self).await {
+            match loops::run(self).await {
                 Ok(()) => break false,
                 Err(e) if e.is_cancelled() => {
                     self.checkpoint().await?;
@@ -242,6 +251,9 @@ impl Run {
                 Err(e) => return Err(e),
             }
         };
+        if !stopped {
+            self.export().await?;
+        }
         Ok(Outcome {
             directory: self.config.job.directory.clone(),
             step: self.state.step,
@@ -249,6 +261,26 @@ impl Run {
             stopped,
             evaluations: self.state.evaluations.clone(),
         })
+    }
+
+    /// Writes the trained model beside the store, as a Hugging Face directory; all of it, or what was there before.
+    async fn export(&mut self) -> Result<()> {
+        let (temporary, last) =
+            (self.config.job.directory.join("model.tmp"), self.config.job.directory.join(MODEL_FOLDER));
+        match (&self.roles.policy, &self.roles.critic) {
+            (Some(policy), _) => policy.export(temporary.clone(), DType::F32).await?,
+            (None, Some(critic)) => {
+                critic.export(temporary.clone(), DType::F32).await?;
+                if let Some(normalisation) = loops::finish_reward_model(self).await? {
+                    keep_normalisation(&temporary, &normalisation).at(&temporary)?;
+                }
+            }
+            (None, None) => return Ok(()),
+        }
+        if last.exists() {
+            fs::remove_dir_all(&last).at(&last)?;
+        }
+        fs::rename(&temporary, &last).at(&last)
     }
 
     /// Waits until the dead are dealt with and goes back to the last checkpoint, however often a role dies meanwhile.
@@ -270,12 +302,74 @@ async fn open(directory: std::path::PathBuf) -> Result<(Store, Vec<rehearsal_sto
     Ok(blocking(move || Store::open(&directory)).await?)
 }
 
+/// Starts the roles that an algorithm needs.
+async fn roles(
+    config: &Config,
+    inputs: &Inputs,
+    reward: Option<Arc<dyn Reward>>,
+    director: Director,
+    archivist: ArchivistHandle,
+    devices: Devices,
+) -> Result<Roles> {
+    let algorithm = config.job.algorithm;
+    let trained = |placement| config.trained(placement);
+    let mut roles =
+        Roles { director, archivist, policy: None, reference: None, reward: None, critic: None, buffer: None };
+    let director = &roles.director;
+    if algorithm == Algorithm::RewardModel {
+        let model = inputs.critic.clone().unwrap_or_else(|| inputs.policy.clone());
+        roles.critic = Some(director.critic(model, trained(config.placement.policy), devices).await?);
+        return Ok(roles);
+    }
+    roles.policy =
+        Some(director.policy(inputs.policy.clone(), trained(config.placement.policy), devices.clone()).await?);
+    if algorithm != Algorithm::Sft {
+        let (model, placement) = (inputs.reference.clone(), config.placement.reference);
+        let budget = config.optimizer.micro_batch_tokens;
+        roles.reference =
+            Some(director.reference(model, placement, budget, config.model.dtype, devices.clone()).await?);
+    }
+    if !algorithm.is_offline() {
+        let models = reward_models(config, inputs, &devices)?;
+        let reward = Arc::new(WholeReward { rules: reward, models, weight: config.reward.models.weight });
+        let limits = &config.limits;
+        roles.reward = Some(director.reward(reward).await?);
+        let group = config.rollout.completions_per_prompt;
+        roles.buffer = Some(director.buffer(group, limits.rollouts_max, limits.staleness_max).await?);
+    }
+    if let Some(critic) = &inputs.critic {
+        roles.critic = Some(director.critic(critic.clone(), trained(config.placement.critic), devices).await?);
+    }
+    Ok(roles)
+}
+
+fn reward_models(config: &Config, inputs: &Inputs, devices: &Devices) -> Result<Option<RewardModels>> {
+    let settings = &config.reward.models;
+    let tokenizer = inputs.policy.text.tokenizer_json();
+    let one = |checkpoint: &Arc<Checkpoint>| {
+        let budget = config.optimizer.micro_batch_tokens;
+        let (placement, dtype) = (config.placement.reward, config.model.dtype);
+        RewardModel::new("reward model", checkpoint, tokenizer, placement, dtype, budget, devices)
+    };
+    let members = inputs.reward_models.iter().map(one).collect::<std::result::Result<Vec<_>, _>>()?;
+    Ok((!members.is_empty()).then_some(RewardModels { members, ensemble: settings.ensemble, clip: settings.clip }))
+}
+
 /// What a job reads before it begins.
 struct Inputs {
+    /// The model that is trained; of a reward model, its trunk.
     policy: Arc<Checkpoint>,
     /// The same copy when it is the same model.
     reference: Arc<Checkpoint>,
+    /// With a score head.
+    critic: Option<Arc<Checkpoint>>,
+    reward_models: Vec<Arc<Checkpoint>>,
     prompts: Prompts,
+    data: Option<Data>,
+    pretraining: Vec<Marked>,
+    dropped: Dropped,
+    /// Steps of the job, where it counts epochs.
+    steps: Option<u64>,
     /// What a resumed job must have in common with the one before it.
     fingerprint: Vec<(String, String)>,
 }
@@ -283,34 +377,86 @@ struct Inputs {
 impl Inputs {
     async fn load(config: &Config) -> Result<Self> {
         let config = config.clone();
-        blocking(move || {
-            let (policy, reference) = (&config.model.policy, &config.model.reference);
-            let first = load_model(policy)?;
-            let second = if reference == policy { None } else { Some(load_model(reference)?) };
-            let of_reference = second.as_ref().unwrap_or(&first);
-            let (a, b) = (first.architecture.vocab, of_reference.architecture.vocab);
-            if a != b {
-                let message = format!(
-                    "the reference has a vocabulary of {b}, the policy of {a}; they must share their tokenizer"
-                );
-                return Err(rehearsal_lm::Error::Config(message).into());
+        blocking(move || Self::read(&config)).await
+    }
+
+    fn read(config: &Config) -> Result<Self> {
+        let algorithm = config.job.algorithm;
+        let mut models = Models::default();
+        let mut fingerprint = config.fingerprint();
+        let policy = models.load(&config.model.policy)?;
+        let reference = models.load(&config.model.reference)?;
+        let reward_models = config.reward.models.models.iter().map(|m| models.load(m)).collect::<Result<Vec<_>>>()?;
+        let (a, b) = (policy.architecture.vocab, reference.architecture.vocab);
+        if a != b {
+            let message =
+                format!("the reference has a vocabulary of {b}, the policy of {a}; they must share their tokenizer");
+            return Err(rehearsal_lm::Error::Config(message).into());
+        }
+        fingerprint.push(("model.policy, its weights".into(), policy.fingerprint()?));
+        fingerprint.push(("model.reference, its weights".into(), reference.fingerprint()?));
+        let scored = |model: Checkpoint| Ok::<_, Error>(Arc::new(model.with_score_head(config.job.seed)?));
+        let critic = match algorithm {
+            Algorithm::RewardModel => Some(scored(load_model(&config.model.policy)?)?),
+            Algorithm::Ppo if config.ppo.advantages == Advantages::Gae => {
+                let source = config.critic.model.as_ref().or(config.reward.models.models.first());
+                Some(scored(load_model(source.unwrap_or(&config.model.policy))?)?)
             }
-            let room = first.architecture.context.saturating_sub(config.rollout.max_new_tokens);
-            let prompts = Prompts::load(&config, &first.text, room)?;
-            let mut fingerprint = config.fingerprint();
-            fingerprint.push(("model.policy, its weights".into(), first.fingerprint()?));
-            fingerprint.push(("model.reference, its weights".into(), of_reference.fingerprint()?));
+            _ => None,
+        };
+        for (name, model) in
+            critic.iter().map(|c| ("critic", c)).chain(reward_models.iter().map(|m| ("reward model", m)))
+        {
+            fingerprint.push((format!("{name}, its weights"), model.fingerprint()?));
+        }
+        let (data, mut dropped) = Data::load(config, &policy.text, &policy.architecture)?;
+        let mut prompts = Prompts::default();
+        if let Some(data) = &data {
+            fingerprint.push(("the data".into(), data.fingerprint()));
+        } else {
+            let room = policy.architecture.context.saturating_sub(config.rollout.max_new_tokens);
+            prompts = Prompts::load(config, &policy.text, room)?;
             fingerprint.push(("the prompts".into(), prompts.fingerprint()));
-            // Held as the reference computes; the trained copy is f32 in any case.
-            let dtype = config.model.dtype.dtype();
-            let first = Arc::new(first.with_dtype(dtype)?);
-            let second = match second {
-                Some(second) => Arc::new(second.with_dtype(dtype)?),
-                None => first.clone(),
-            };
-            Ok(Self { policy: first, reference: second, prompts, fingerprint })
-        })
-        .await
+            dropped.absorb(&prompts);
+        }
+        let text = match algorithm {
+            Algorithm::Ppo => config.ppo.pretraining.as_ref(),
+            Algorithm::RewardModel => config.reward_model.demonstrations.as_ref(),
+            _ => None,
+        };
+        let pretraining = match text {
+            Some(file) => data::demonstrations(config, file, &policy.text, &policy.architecture)?,
+            None => Vec::new(),
+        };
+        let rows = data.as_ref().map_or(0, Data::len) as f64;
+        let steps = (config.data.epochs > 0.0 && algorithm.is_offline())
+            .then(|| ((config.data.epochs * rows / config.data.batch_size as f64).ceil() as u64).max(1));
+        // Held as it is computed with where it is frozen; the trained copy is f32 in any case.
+        let dtype = config.model.dtype.dtype();
+        let rounded = |model: Arc<Checkpoint>| Ok::<_, Error>(Arc::new(model.rounded(dtype)?));
+        let same = Arc::ptr_eq(&policy, &reference);
+        let policy = if dtype == DType::F32 { policy } else { rounded(policy)? };
+        let reference = match (same, dtype) {
+            (true, _) => policy.clone(),
+            (false, DType::F32) => reference,
+            (false, _) => rounded(reference)?,
+        };
+        Ok(Self { policy, reference, critic, reward_models, prompts, data, pretraining, dropped, steps, fingerprint })
+    }
+}
+
+/// Models that several roles start from are read once.
+#[derive(Default)]
+struct Models(Vec<(ModelSource, Arc<Checkpoint>)>);
+
+impl Models {
+    fn load(&mut self, source: &ModelSource) -> Result<Arc<Checkpoint>> {
+        if let Some((_, model)) = self.0.iter().find(|(s, _)| s == source) {
+            return Ok(model.clone());
+        }
+        let model = Arc::new(load_model(source)?);
+        self.0.push((source.clone(), model.clone()));
+        Ok(model)
     }
 }
 

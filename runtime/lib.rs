@@ -16,8 +16,10 @@
 //! # }
 //! ```
 
+mod chain;
 pub mod cli;
 pub mod config;
+mod data;
 pub mod embedded;
 mod error;
 mod events;
@@ -26,13 +28,14 @@ mod job;
 mod loops;
 mod memory;
 pub mod metrics;
-mod prompts;
 mod rollouts;
 pub mod rules;
 mod run;
 mod state;
 
+pub use chain::Chain;
 pub use config::Config;
+pub use data::{Dropped, DroppedRows};
 pub use error::{Error, Result};
 pub use events::{Event, Outcome, Seconds, StepSummary};
 pub use job::{CONFIG_FILE, Job, JobBuilder};

@@ -25,8 +25,9 @@ pub struct Metric {
     pub help: &'static str,
 }
 
-const ROLES: (&str, &[&str]) = ("role", &["policy", "reference", "reward", "buffer", "archivist"]);
-const PHASES: (&str, &[&str]) = ("phase", &["generate", "reference", "reward", "forward", "backward", "optimizer"]);
+const ROLES: (&str, &[&str]) = ("role", &["policy", "reference", "reward", "critic", "buffer", "archivist"]);
+const PHASES: (&str, &[&str]) =
+    ("phase", &["generate", "reference", "reward", "critic", "forward", "backward", "optimizer"]);
 const RATES: (&str, &[&str]) = ("phase", &["generate", "train"]);
 const QUANTILES: (&str, &[&str]) = ("stat", &["mean", "min", "max", "std"]);
 
@@ -54,9 +55,29 @@ table! {
     Gauge "kl" "nats" None, "Mean over completions of Σ_t [log π(y_t) - log π_ref(y_t)] (k1), y sampled from π.";
     Gauge "entropy" "nats" None, "Mean over sampled tokens of -log π(y_t).";
     Gauge "mismatch_kl" "nats" None, "Mean over tokens of exp(d) - 1 - d, d = trainer's minus sampler's log-probability: rounding noise when both agree.";
-    Gauge "loss" "nats" None, "Mean preference loss of the step's pairs.";
-    Gauge "preference_accuracy" "ratio" None, "Share of pairs whose implicit reward prefers the chosen completion.";
-    Gauge "margin" "nats" None, "β[(log π - log π_ref)(chosen) - (log π - log π_ref)(rejected)], mean over pairs.";
+    Gauge "loss" "nats" None, "Loss of the step, as its objective defines it; for PPO, of its last minibatch.";
+    Gauge "nll" "nats" None, "Mean over learned tokens of -log π(token): of demonstrations, or of PPO's pretraining mix.";
+    Gauge "preference_accuracy" "ratio" None, "Share of pairs that the implicit reward (DPO) or the reward model orders as the label does.";
+    Gauge "margin" "nats or score" None, "Mean over pairs of β[(log π - log π_ref)(chosen) - (log π - log π_ref)(rejected)]; of a reward model, score difference.";
+    Gauge "chosen_reward" "nats" None, "β(log π - log π_ref)(chosen), mean over pairs.";
+    Gauge "rejected_reward" "nats" None, "β(log π - log π_ref)(rejected), mean over pairs.";
+    Gauge "reward_model_score" "score" None, "Mean score that a reward model in training gives.";
+    Gauge "clip_fraction" "ratio" None, "Share of tokens whose clipped policy loss is the larger one.";
+    Gauge "approx_kl" "nats" None, "Mean over tokens of (log π - log π_old)² / 2 within a step.";
+    Gauge "policy_kl" "nats" None, "Mean over tokens of log π_old - log π within a step.";
+    Gauge "ratio" "ratio" None, "Mean over tokens of π / π_old.";
+    Gauge "kl_coef" "ratio" None, "Coefficient of the KL penalty.";
+    Gauge "advantage" "score" None, "Mean over tokens of the advantages before they are whitened.";
+    Gauge "value" "score" None, "Mean over tokens of the critic's values.";
+    Gauge "return" "score" None, "Mean over tokens of the returns.";
+    Gauge "value_loss" "score²" None, "½ mean over tokens of the critic's squared error, clipped; last minibatch.";
+    Gauge "value_clip_fraction" "ratio" None, "Share of tokens whose clipped value error is the larger one.";
+    Gauge "explained_variance" "ratio" None, "1 - var(return - value) / var(return), before the update; at most 1.";
+    Gauge "objective" "score" None, "mean(score) - β Σ_t KL_t, what PPO maximises (InstructGPT, eq. 2, without its pretraining term).";
+    Gauge "minibatches" "updates" None, "Optimiser updates of the step; fewer than configured when the step's epochs end early.";
+    Gauge "pairs" "pairs" None, "Pairs of the step.";
+    Gauge "ties" "prompts" None, "Prompts of the step that made no pair.";
+    Gauge "truncated" "ratio" None, "Share of the step's completions that were cut off by their length.";
     Gauge "score_margin" "score" None, "Score of the chosen minus score of the rejected, mean over pairs.";
     Gauge "chosen_logprob" "nats" None, "log π(chosen), summed over tokens, mean over pairs.";
     Gauge "rejected_logprob" "nats" None, "log π(rejected), summed over tokens, mean over pairs.";
@@ -65,6 +86,11 @@ table! {
     Gauge "completion_tokens" "tokens" None, "Mean length of the step's completions.";
     Gauge "held_out_reward" "score" None, "Mean score on the held-out prompts, at the last evaluation.";
     Gauge "held_out_kl" "nats" None, "KL to the reference on the held-out prompts, at the last evaluation.";
+    Gauge "held_out_tokens" "tokens" None, "Mean length of the answers to the held-out prompts, at the last evaluation.";
+    Gauge "held_out_loss" "nats" None, "Loss on the held-out rows, at the last evaluation: NLL of a token, or of a pair.";
+    Gauge "held_out_accuracy" "ratio" None, "Share of held-out pairs ordered as labelled, at the last evaluation.";
+    Gauge "held_out_margin" "nats or score" None, "`margin` on the held-out pairs, at the last evaluation.";
+    Gauge "dropped_rows" "rows" None, "Rows of the data that were left out; `status.json` says why.";
     Gauge "tokens_per_second" "tokens/s" Some(RATES), "Tokens of the phase divided by its time, in the last step.";
     Gauge "phase_seconds" "seconds" Some(PHASES), "Time of each phase in the last step.";
     Histogram "step_seconds" "seconds" None, "Wall-clock time of a step.";
@@ -152,12 +178,17 @@ impl Meters {
     }
 
     pub(crate) fn step(&self, s: &StepSummary) {
-        for (stat, value) in [("mean", s.reward), ("min", s.reward_min), ("max", s.reward_max), ("std", s.reward_std)] {
-            self.set("reward", stat, value);
+        for (name, value) in &s.stats {
+            match *name {
+                "reward" => self.set("reward", "mean", *value),
+                "reward_min" => self.set("reward", "min", *value),
+                "reward_max" => self.set("reward", "max", *value),
+                "reward_std" => self.set("reward", "std", *value),
+                name => self.set(name, "", *value),
+            }
         }
-        self.set("kl", "", s.kl);
-        self.set("entropy", "", s.entropy);
-        self.set("completion_tokens", "", s.completion_tokens);
+        self.set("loss", "", s.loss);
+        self.set("gradient_norm", "", s.gradient_norm);
         self.set("learning_rate", "", s.learning_rate);
         self.set("step_seconds", "", s.seconds.total);
         let t = &s.seconds;
@@ -165,6 +196,7 @@ impl Meters {
             ("generate", t.generate),
             ("reference", t.reference),
             ("reward", t.reward),
+            ("critic", t.critic),
             ("forward", t.forward),
             ("backward", t.backward),
             ("optimizer", t.optimizer),
@@ -174,25 +206,12 @@ impl Meters {
         let rate = |tokens: usize, seconds: f64| if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 };
         self.set("tokens_per_second", "generate", rate(s.generated_tokens, t.generate));
         self.set("tokens_per_second", "train", rate(s.trained_tokens, t.forward + t.backward));
-        if s.pairs > 0 {
-            for (name, value) in [
-                ("mismatch_kl", s.mismatch_kl),
-                ("loss", s.loss),
-                ("preference_accuracy", s.accuracy),
-                ("margin", s.margin),
-                ("score_margin", s.score_margin),
-                ("chosen_logprob", s.chosen_logprob),
-                ("rejected_logprob", s.rejected_logprob),
-                ("gradient_norm", s.grad_norm),
-            ] {
-                self.set(name, "", value);
-            }
-        }
     }
 
     pub(crate) fn evaluation(&self, e: &Evaluation) {
-        self.set("held_out_reward", "", e.reward);
-        self.set("held_out_kl", "", e.kl);
+        for (name, value) in &e.stats {
+            self.set(&format!("held_out_{name}"), "", *value);
+        }
     }
 }
 

@@ -11,9 +11,9 @@ use rehearsal_lm::generate::{Completion, Finish, Request, completion_text};
 use rehearsal_store::{Rollout, Verdict};
 use tokio::sync::mpsc;
 
+use crate::data::PromptRow;
 use crate::error::Result;
 use crate::events::{Event, Seconds};
-use crate::prompts::PromptRow;
 use crate::run::Run;
 
 /// Rollout ids from here upward belong to evaluations, which draw the same numbers each time.
@@ -45,7 +45,7 @@ impl Run {
         let start = Instant::now();
         let unknown: Vec<&Answered> = answered.iter().filter(|a| !known.contains_key(&(a.index as u32))).collect();
         let samples = unknown.iter().map(|a| sample(&prompts[a.index / k], a)).collect();
-        let judged = self.roles.reward.score(samples).await?;
+        let judged = self.roles.reward()?.score(samples).await?;
         let verdicts: Vec<Verdict> = (unknown.iter().zip(&judged))
             .map(|(a, j)| Verdict { step, index: a.index as u32, score: j.score, reason: j.reason.clone() })
             .collect();
@@ -61,9 +61,9 @@ impl Run {
             let Some(judged) = known.get(&index).cloned().or_else(|| fresh.remove(&index)) else { continue };
             let Answered { completion, text, .. } = answered;
             let scored = ScoredCompletion { place, policy_version, completion, text, judged, ref_logprobs };
-            self.roles.buffer.insert(prompt as u32, scored).await?;
+            self.roles.buffer()?.insert(prompt as u32, scored).await?;
         }
-        let (groups, stale) = self.roles.buffer.take(policy_version).await?;
+        let (groups, stale) = self.roles.buffer()?.take(policy_version).await?;
         self.state.counters.stale += stale as u64;
         Ok(groups)
     }
@@ -72,7 +72,8 @@ impl Run {
     pub async fn evaluation_answers(&mut self, prompts: &[PromptRow]) -> Result<Vec<(ScoredCompletion, usize)>> {
         let mut seconds = Seconds::default();
         let answered = self.answers(prompts, 1, EVALUATION_IDS, None, &mut seconds).await?;
-        let judged = self.roles.reward.score(answered.iter().map(|a| sample(&prompts[a.index], a)).collect()).await?;
+        let judged =
+            self.roles.reward()?.score(answered.iter().map(|a| sample(&prompts[a.index], a)).collect()).await?;
         let ref_logprobs = self.reference_logprobs(prompts, 1, &answered, &mut seconds).await?;
         let all = answered.into_iter().zip(judged).zip(ref_logprobs);
         Ok(all
@@ -103,7 +104,7 @@ impl Run {
         let requests: Vec<Request> = (0..total).filter(|i| !done.contains_key(i)).map(request).collect();
         if !requests.is_empty() {
             let (sender, mut receiver) = mpsc::unbounded_channel();
-            let (policy, options, cancel) = (self.roles.policy.clone(), self.generation(), self.cancel.clone());
+            let (policy, options, cancel) = (self.roles.policy()?.clone(), self.generation(), self.cancel.clone());
             let generating = tokio::spawn(async move { policy.generate(requests, options, sender, cancel).await });
             while let Some(first) = receiver.recv().await {
                 let mut batch = vec![first];
@@ -146,7 +147,7 @@ impl Run {
             })
             .collect();
         let temperature = self.config.rollout.sampling.logprob_temperature();
-        let logprobs = self.roles.reference.logprobs(tokens, temperature).await?;
+        let logprobs = self.roles.reference()?.logprobs(tokens, temperature).await?;
         seconds.reference += start.elapsed().as_secs_f64();
         Ok(logprobs)
     }
@@ -157,6 +158,7 @@ fn sample(prompt: &PromptRow, answered: &Answered) -> Sample {
         prompt: prompt.text.clone(),
         completion: answered.text.clone(),
         tokens: answered.completion.tokens.len(),
+        ids: Tokens { prompt: prompt.tokens.clone(), completion: answered.completion.tokens.clone().into() },
         finish: answered.completion.finish,
         answer: prompt.answer.clone(),
         row: prompt.row,

@@ -1,7 +1,9 @@
 //! Rewards named in the configuration: rules a program can check.
 
+use std::sync::Arc;
+
 use regex::Regex;
-use rehearsal_actors::{Judged, Reward, RewardError, Sample};
+use rehearsal_actors::{Judged, Reward, RewardError, RewardModels, Sample};
 use rehearsal_lm::generate::Finish;
 
 use crate::config::RewardConfig;
@@ -56,6 +58,45 @@ fn last_number(text: &str) -> Option<f64> {
         .next_back()
 }
 
+/// All that a job's reward is made of: rules or the host's reward, and trained models.
+pub(crate) struct WholeReward {
+    pub rules: Option<Arc<dyn Reward>>,
+    pub models: Option<RewardModels>,
+    /// Weight of the models' score.
+    pub weight: f64,
+}
+
+impl Reward for WholeReward {
+    fn name(&self) -> &str {
+        match (&self.rules, &self.models) {
+            (Some(rules), _) => rules.name(),
+            (None, Some(models)) => models.name(),
+            (None, None) => "reward",
+        }
+    }
+
+    fn score(&self, samples: &[Sample]) -> Result<Vec<Judged>, RewardError> {
+        let Some(models) = &self.models else {
+            return self.rules.as_ref().map_or(Ok(Vec::new()), |rules| rules.score(samples));
+        };
+        let mut judged = models.score(samples)?;
+        judged.iter_mut().for_each(|j| j.score *= self.weight);
+        if let Some(rules) = &self.rules {
+            let more = rules.score(samples)?;
+            if more.len() != judged.len() {
+                let (name, found, wanted) = (rules.name().to_string(), more.len(), judged.len());
+                return Err(RewardError::Count { name, found, wanted });
+            }
+            for (judged, rules) in judged.iter_mut().zip(more) {
+                judged.reason =
+                    format!("model {:.4}; {} {:.4} {}", judged.score, self.name(), rules.score, rules.reason);
+                judged.score += rules.score;
+            }
+        }
+        Ok(judged)
+    }
+}
+
 /// The weighted sum of rules.
 pub struct Rules {
     rules: Vec<(String, f64, Rule)>,
@@ -107,10 +148,12 @@ impl Reward for Rules {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::methods::RewardModelsConfig;
+    use rehearsal_actors::Tokens;
 
     fn score(rule: Rule, completion: &str, finish: Finish, answer: Option<&str>) -> Result<f64, String> {
         let (prompt, completion, answer) = (String::new(), completion.to_string(), answer.map(String::from));
-        rule.score(&Sample { prompt, completion, tokens: 0, finish, answer, row: 0 })
+        rule.score(&Sample { prompt, completion, tokens: 0, ids: Tokens::default(), finish, answer, row: 0 })
     }
 
     #[test]
@@ -142,6 +185,7 @@ mod tests {
     #[test]
     fn rules_are_weighed_and_give_their_reasons() {
         let config = RewardConfig {
+            models: RewardModelsConfig::default(),
             rules: vec!["matches".into(), "distinct_words".into()],
             weights: vec![2.0, 0.5],
             words_min: 1,
@@ -150,8 +194,17 @@ mod tests {
         };
         let rules = Rules::new(&config).unwrap();
         let (prompt, completion) = (String::new(), "Please do do it".to_string());
-        let judged =
-            rules.judge(&Sample { prompt, completion, tokens: 0, finish: Finish::Eos, answer: None, row: 0 }).unwrap();
+        let judged = rules
+            .judge(&Sample {
+                prompt,
+                completion,
+                tokens: 0,
+                ids: Tokens::default(),
+                finish: Finish::Eos,
+                answer: None,
+                row: 0,
+            })
+            .unwrap();
         assert_eq!(judged.score, 3.5);
         assert_eq!(judged.reason, "matches 1.000, distinct_words 3.000");
     }

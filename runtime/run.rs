@@ -1,5 +1,6 @@
 //! A job under way: its roles, its state, and the small things every loop does with them.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -7,7 +8,8 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use rehearsal_actors::{
-    ArchivistHandle, BufferHandle, Director, JobCheckpoint, PolicyHandle, ReferenceHandle, RewardHandle, RoleStats,
+    ArchivistHandle, BufferHandle, CriticHandle, Director, JobCheckpoint, Marked, Objective, PolicyHandle,
+    ReferenceHandle, RewardHandle, RoleStats, StepReport, UpdateBatch,
 };
 use rehearsal_lm::Checkpoint;
 use rehearsal_lm::generate::Options;
@@ -16,21 +18,50 @@ use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::config::methods::Algorithm;
+use crate::data::{Data, Dropped, Prompts};
 use crate::error::{At, Error, Result};
 use crate::events::{Event, StepSummary};
 use crate::memory::{self, MemoryBudget};
 use crate::metrics::Meters;
-use crate::prompts::Prompts;
 use crate::state::{Evaluation, JobState};
 
-/// The roles of a job.
+/// The roles of a job; an algorithm has those it needs.
 pub(crate) struct Roles {
     pub director: Director,
-    pub policy: PolicyHandle,
-    pub reference: ReferenceHandle,
-    pub reward: RewardHandle,
-    pub buffer: BufferHandle,
     pub archivist: ArchivistHandle,
+    pub policy: Option<PolicyHandle>,
+    pub reference: Option<ReferenceHandle>,
+    pub reward: Option<RewardHandle>,
+    pub critic: Option<CriticHandle>,
+    pub buffer: Option<BufferHandle>,
+}
+
+/// A role that the algorithm needs and was started with.
+fn needed<'a, T>(role: &'a Option<T>, name: &str) -> Result<&'a T> {
+    role.as_ref().ok_or_else(|| Error::State(format!("the algorithm has no {name}")))
+}
+
+impl Roles {
+    pub fn policy(&self) -> Result<&PolicyHandle> {
+        needed(&self.policy, "policy")
+    }
+
+    pub fn reference(&self) -> Result<&ReferenceHandle> {
+        needed(&self.reference, "reference")
+    }
+
+    pub fn reward(&self) -> Result<&RewardHandle> {
+        needed(&self.reward, "reward")
+    }
+
+    pub fn critic(&self) -> Result<&CriticHandle> {
+        needed(&self.critic, "critic")
+    }
+
+    pub fn buffer(&self) -> Result<&BufferHandle> {
+        needed(&self.buffer, "buffer")
+    }
 }
 
 /// What a loop works with.
@@ -39,6 +70,10 @@ pub(crate) struct Run {
     pub roles: Roles,
     pub state: JobState,
     pub prompts: Prompts,
+    pub data: Option<Data>,
+    /// PPO's pretraining text.
+    pub pretraining: Vec<Marked>,
+    pub dropped: Dropped,
     pub model: Arc<Checkpoint>,
     pub meters: Arc<Meters>,
     pub events: broadcast::Sender<Event>,
@@ -87,9 +122,16 @@ impl Run {
             return Ok(());
         }
         let start = Instant::now();
+        let mut models = BTreeMap::new();
+        if let Some(policy) = &self.roles.policy {
+            models.insert("policy".to_string(), policy.snapshot().await?);
+        }
+        if let Some(critic) = &self.roles.critic {
+            models.insert("critic".to_string(), critic.snapshot().await?);
+        }
         let checkpoint = JobCheckpoint {
             step: self.state.step,
-            policy: self.roles.policy.snapshot().await?,
+            models,
             state: self.state.encode()?,
             keep: self.config.checkpoint.keep,
         };
@@ -110,11 +152,22 @@ impl Run {
         for repair in repairs {
             self.tell(Event::Repaired { message: repair.0 });
         }
-        self.roles.buffer.clear().await?;
+        if let Some(buffer) = &self.roles.buffer {
+            buffer.clear().await?;
+        }
         match restored {
-            Some(restored) => {
+            Some(mut restored) => {
                 self.state = JobState::decode(&restored.state)?;
-                self.roles.policy.restore(restored.policy).await?;
+                let mut take = |role: &str| {
+                    let missing = || Error::State(format!("the checkpoint has no {role}"));
+                    restored.models.remove(role).ok_or_else(missing)
+                };
+                if let Some(policy) = &self.roles.policy {
+                    policy.restore(take("policy")?).await?;
+                }
+                if let Some(critic) = &self.roles.critic {
+                    critic.restore(take("critic")?).await?;
+                }
                 self.saved = Some(self.state.step);
             }
             None => {
@@ -125,6 +178,30 @@ impl Run {
         self.cut_history()?;
         self.publish();
         self.write_status()
+    }
+
+    /// One update of the policy (or of the model that is trained in its place). A loss that is no number ends the job:
+    /// what it came of is written out, and the last good checkpoint stays.
+    pub async fn learn(&self, objective: Objective, learning_rate: f64) -> Result<StepReport> {
+        let temperature = match self.config.job.algorithm {
+            Algorithm::Sft | Algorithm::RewardModel | Algorithm::Dpo => 1.0,
+            _ => self.config.rollout.sampling.logprob_temperature(),
+        };
+        let batch = UpdateBatch { objective, learning_rate, temperature };
+        let cancel = self.cancel.clone();
+        let objective = batch.objective.clone();
+        let result = match &self.roles.policy {
+            Some(policy) => policy.step(batch, cancel).await,
+            None => self.roles.critic()?.step(batch, cancel).await,
+        };
+        match result {
+            Err(error @ rehearsal_actors::Error::NotFinite { .. }) => {
+                let path = self.config.job.directory.join(format!("offending-batch-{}.txt", self.state.step));
+                fs::write(&path, format!("{error}\nlearning rate {learning_rate}\n{objective:#?}\n")).at(&path)?;
+                Err(Error::Offending { path, error: Box::new(error.into()) })
+            }
+            other => Ok(other?),
+        }
     }
 
     /// Ends a step: state, metrics, history, event, status.
@@ -155,13 +232,18 @@ impl Run {
         self.meters.set("job_steps", "", self.config.job.steps as f64);
         let r = &self.roles;
         let of = |stats: &RoleStats| stats.busy().as_secs_f64();
-        for (role, busy, depth) in [
-            ("policy", of(r.policy.stats()), r.policy.depth()),
-            ("reference", of(r.reference.stats()), r.reference.depth()),
-            ("reward", of(r.reward.stats()), r.reward.depth()),
-            ("buffer", of(r.buffer.stats()), r.buffer.depth()),
-            ("archivist", of(r.archivist.stats()), r.archivist.depth()),
-        ] {
+        let roles = [
+            ("policy", r.policy.as_ref().map(|h| (of(h.stats()), h.depth()))),
+            ("reference", r.reference.as_ref().map(|h| (of(h.stats()), h.depth()))),
+            ("reward", r.reward.as_ref().map(|h| (of(h.stats()), h.depth()))),
+            ("critic", r.critic.as_ref().map(|h| (of(h.stats()), h.depth()))),
+            ("buffer", r.buffer.as_ref().map(|h| (of(h.stats()), h.depth()))),
+            ("archivist", Some((of(r.archivist.stats()), r.archivist.depth()))),
+        ];
+        self.meters.set("dropped_rows", "", self.dropped.total() as f64);
+        for (role, busy, depth) in
+            roles.into_iter().filter_map(|(role, of)| of.map(|(busy, depth)| (role, busy, depth)))
+        {
             self.meters.set("role_busy_seconds", role, busy);
             self.meters.set("mailbox_depth", role, depth as f64);
         }
@@ -193,11 +275,16 @@ impl Run {
 
     /// What `rehearsal status` shows of a job that another process works on.
     fn write_status(&self) -> Result<()> {
-        let evaluation = |e: &Evaluation| json!({"step": e.step, "reward": e.reward, "kl": e.kl, "tokens": e.tokens});
+        let evaluation = |e: &Evaluation| {
+            let mut row = json!(e.stats);
+            row["step"] = json!(e.step);
+            row
+        };
         let status = json!({
             "process": std::process::id(), "step": self.state.step, "steps": self.config.job.steps,
             "checkpoint": self.saved, "time_ms": now_ms(), "last": self.last, "counters": self.state.counters,
             "evaluations": self.state.evaluations.iter().map(evaluation).collect::<Vec<_>>(),
+            "algorithm": self.config.job.algorithm.name(), "dropped": self.dropped,
             "memory": {"predicted": self.budget, "measured_peak": memory::measured_peak()},
         });
         replace(&self.config.job.directory.join("status.json"), &status.to_string())

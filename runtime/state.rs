@@ -1,21 +1,25 @@
 //! What a job knows besides its weights: saved in every checkpoint, restored by every resume.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
 /// First byte of an encoded state.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 
 /// The state of a job between two steps.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct JobState {
     /// Steps done.
     pub step: u64,
-    /// Prompts drawn.
+    /// Prompts or rows drawn.
     pub cursor: u64,
     pub counters: Counters,
     pub evaluations: Vec<Evaluation>,
+    /// Coefficient of PPO's KL penalty, once it has adapted.
+    pub kl_coef: Option<f64>,
 }
 
 /// Counts since the job began, as exported.
@@ -32,17 +36,30 @@ pub struct Counters {
     pub stale: u64,
 }
 
-/// How the policy answered the held-out prompts.
+/// How the model did on what is kept apart: held-out prompts it answered, or held-out rows it read.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     pub step: u64,
-    /// Mean score.
-    pub reward: f64,
-    /// Mean over answers of the summed log-ratio to the reference (k1).
-    pub kl: f64,
-    /// Mean length in tokens.
-    pub tokens: f64,
+    /// Numbers by name: `reward`, `kl`, `tokens` of answers; `loss`, `accuracy`, `margin` of rows.
+    pub stats: BTreeMap<String, f64>,
     pub samples: Vec<Answer>,
+}
+
+impl Evaluation {
+    /// A number by name.
+    pub fn stat(&self, name: &str) -> Option<f64> {
+        self.stats.get(name).copied()
+    }
+
+    /// Mean score of the answers; 0 where there are none.
+    pub fn reward(&self) -> f64 {
+        self.stat("reward").unwrap_or_default()
+    }
+
+    /// Mean over answers of the summed log-ratio to the reference (k1); 0 where there are none.
+    pub fn kl(&self) -> f64 {
+        self.stat("kl").unwrap_or_default()
+    }
 }
 
 /// One answer to look at.

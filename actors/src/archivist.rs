@@ -11,7 +11,7 @@ use rehearsal_store::{
 };
 
 use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message, role_status};
-use crate::{Error, PolicySnapshot, Result};
+use crate::{Error, ModelSnapshot, Result};
 
 /// How long to wait for room on a full disk before trying again.
 const FULL_DISK_RETRY: Duration = Duration::from_secs(2);
@@ -21,7 +21,8 @@ const FULL_DISK_RETRY: Duration = Duration::from_secs(2);
 pub struct JobCheckpoint {
     /// Steps done.
     pub step: u64,
-    pub policy: PolicySnapshot,
+    /// Trained models by role.
+    pub models: BTreeMap<String, ModelSnapshot>,
     /// The job's own state, as bytes.
     pub state: Vec<u8>,
     /// Checkpoints to keep.
@@ -31,7 +32,7 @@ pub struct JobCheckpoint {
 /// A checkpoint read back.
 pub struct Restored {
     pub step: u64,
-    pub policy: PolicySnapshot,
+    pub models: BTreeMap<String, ModelSnapshot>,
     pub state: Vec<u8>,
 }
 
@@ -76,9 +77,11 @@ impl Archivist {
     fn checkpoint(&mut self, checkpoint: &JobCheckpoint) -> Result<SavedCheckpoint> {
         let mut names = Vec::new();
         let mut tensors = Vec::new();
-        for (name, tensor) in &checkpoint.policy.tensors {
-            names.push(name.clone());
-            tensors.push(tensor.to_device(&Device::Cpu)?.contiguous()?);
+        for (role, model) in &checkpoint.models {
+            for (name, tensor) in &model.tensors {
+                names.push(format!("{role}.{name}"));
+                tensors.push(tensor.to_device(&Device::Cpu)?.contiguous()?);
+            }
         }
         let guards: Vec<_> = tensors.iter().map(Tensor::storage_and_layout).collect();
         let mut views = Vec::with_capacity(names.len());
@@ -99,12 +102,8 @@ impl Archivist {
             };
             views.push(TensorBytes { name, dtype, shape: tensor.dims().to_vec(), data });
         }
-        let state = Header {
-            version: checkpoint.policy.version,
-            optimizer_steps: checkpoint.policy.optimizer_steps,
-            state: &checkpoint.state,
-        };
-        let saved = self.store.save_checkpoint(checkpoint.step, &views, &state.to_bytes(), checkpoint.keep)?;
+        let state = header(&checkpoint.models, &checkpoint.state);
+        let saved = self.store.save_checkpoint(checkpoint.step, &views, &state, checkpoint.keep)?;
         self.store.forget_rollouts_before(checkpoint.step)?;
         Ok(saved)
     }
@@ -112,14 +111,18 @@ impl Archivist {
     fn restore(&self) -> Result<(Option<Restored>, Vec<Repair>)> {
         let (latest, repairs) = self.store.latest_checkpoint()?;
         let Some(latest) = latest else { return Ok((None, repairs)) };
-        let header = Header::from_bytes(&latest.state).ok_or_else(|| StoreError::Corrupt {
+        let (mut models, state) = read_header(&latest.state).ok_or_else(|| StoreError::Corrupt {
             what: format!("checkpoint of step {}", latest.step),
             reason: "its state is too short".into(),
         })?;
-        let tensors =
-            latest.tensors.into_iter().map(|t| Ok((t.name.clone(), tensor(t)?))).collect::<Result<BTreeMap<_, _>>>()?;
-        let policy = PolicySnapshot { version: header.version, optimizer_steps: header.optimizer_steps, tensors };
-        Ok((Some(Restored { step: latest.step, policy, state: header.state.to_vec() }), repairs))
+        for t in latest.tensors {
+            let found = t.name.split_once('.').and_then(|(role, name)| Some((models.get_mut(role)?, name.to_string())));
+            let Some((model, name)) = found else {
+                return Err(Error::Unsaved(format!("`{}` belongs to no model of the checkpoint", t.name)));
+            };
+            model.tensors.insert(name, tensor(t)?);
+        }
+        Ok((Some(Restored { step: latest.step, models, state }), repairs))
     }
 
     fn replay(&self, step: u64) -> Result<Replay> {
@@ -140,23 +143,37 @@ impl Archivist {
     }
 }
 
-/// Two counters in front of the job's own state.
-struct Header<'a> {
-    version: u64,
-    optimizer_steps: u64,
-    state: &'a [u8],
+/// What a checkpoint holds besides tensors: each model's name and counters, then the job's own state.
+fn header(models: &BTreeMap<String, ModelSnapshot>, state: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![models.len() as u8];
+    for (role, model) in models {
+        bytes.push(role.len() as u8);
+        bytes.extend_from_slice(role.as_bytes());
+        bytes.extend_from_slice(&model.version.to_be_bytes());
+        bytes.extend_from_slice(&model.optimizer_steps.to_be_bytes());
+    }
+    bytes.extend_from_slice(state);
+    bytes
 }
 
-impl<'a> Header<'a> {
-    fn to_bytes(&self) -> Vec<u8> {
-        [&self.version.to_be_bytes(), &self.optimizer_steps.to_be_bytes(), self.state].concat()
+/// Models without their tensors, and the job's own state.
+fn read_header(bytes: &[u8]) -> Option<(BTreeMap<String, ModelSnapshot>, Vec<u8>)> {
+    let (&count, mut rest) = bytes.split_first()?;
+    let mut models = BTreeMap::new();
+    for _ in 0..count {
+        let (&length, after) = rest.split_first()?;
+        let (role, after) = after.split_at_checked(usize::from(length))?;
+        let (version, after) = after.split_first_chunk()?;
+        let (steps, after) = after.split_first_chunk()?;
+        let model = ModelSnapshot {
+            version: u64::from_be_bytes(*version),
+            optimizer_steps: u64::from_be_bytes(*steps),
+            tensors: BTreeMap::new(),
+        };
+        models.insert(String::from_utf8(role.to_vec()).ok()?, model);
+        rest = after;
     }
-
-    fn from_bytes(bytes: &'a [u8]) -> Option<Self> {
-        let (version, rest) = bytes.split_first_chunk()?;
-        let (steps, state) = rest.split_first_chunk()?;
-        Some(Self { version: u64::from_be_bytes(*version), optimizer_steps: u64::from_be_bytes(*steps), state })
-    }
+    Some((models, rest.to_vec()))
 }
 
 fn tensor(t: OwnedTensor) -> Result<Tensor> {

@@ -8,15 +8,16 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
-use rehearsal_lm::Checkpoint;
+use rehearsal_lm::{Checkpoint, HeadKind};
 use rehearsal_store::Store;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::archivist::OnFullDisk;
 use crate::role::{Build, Link, Machine, local_message};
+use crate::trained::{Trained, check_head};
 use crate::{
-    ArchivistHandle, BufferHandle, Devices, Error, Placement, PolicyConfig, PolicyHandle, ReferenceHandle, Result,
-    Reward, RewardHandle,
+    ArchivistHandle, BufferHandle, CriticHandle, Devices, Error, Placement, PolicyHandle, ReferenceHandle, Result,
+    Reward, RewardHandle, TrainedConfig,
 };
 
 /// Messages a role may have waiting; a sender waits beyond that.
@@ -85,12 +86,26 @@ impl Director {
     pub async fn policy(
         &self,
         checkpoint: Arc<Checkpoint>,
-        config: PolicyConfig,
+        config: TrainedConfig,
         devices: Devices,
     ) -> Result<PolicyHandle> {
+        check_head(&checkpoint, HeadKind::Language, "policy")?;
         let link = Link::new("policy", MAILBOX, self.deadline);
-        self.spawn(&link, PolicyHandle::build(checkpoint, config, devices), "policy").await?;
+        self.spawn(&link, Trained::build(checkpoint, config, devices), "policy").await?;
         Ok(PolicyHandle { link })
+    }
+
+    /// Starts the critic, or a reward model in training.
+    pub async fn critic(
+        &self,
+        checkpoint: Arc<Checkpoint>,
+        config: TrainedConfig,
+        devices: Devices,
+    ) -> Result<CriticHandle> {
+        check_head(&checkpoint, HeadKind::Score, "critic")?;
+        let link = Link::new("critic", MAILBOX, self.deadline);
+        self.spawn(&link, Trained::build(checkpoint, config, devices), "critic").await?;
+        Ok(CriticHandle { link })
     }
 
     /// Starts the reference.

@@ -1,4 +1,4 @@
-//! The roles of a job as actors behind typed handles: policy, reference, reward, buffer, archivist, director.
+//! The roles of a job as actors behind typed handles: policy, reference, reward, critic, buffer, archivist, director.
 //!
 //! This crate alone knows ractor. Behind every handle is a synchronous state machine on a thread of its own, which
 //! owns the device's state; the actor in front of it only carries messages. A refused request is a reply; only a
@@ -9,27 +9,37 @@ mod buffer;
 mod device;
 mod director;
 mod error;
-mod policy;
+mod models;
+mod objective;
+mod passes;
 mod reference;
 mod reward;
+mod reward_model;
 mod role;
 #[cfg(test)]
 mod tests;
+mod trained;
 
 pub use archivist::{ArchivistHandle, JobCheckpoint, Replay, Restored};
 pub use buffer::{BufferHandle, Group, ScoredCompletion};
 pub use device::{Devices, Placement};
 pub use director::{Director, DirectorEvent, RoleStatus};
 pub use error::{Error, Result};
-pub use policy::{PairTokens, PolicyConfig, PolicyHandle, PolicySnapshot, StepReport, StepTimes, UpdateBatch};
+pub use models::{CriticHandle, PolicyHandle};
+pub use objective::{
+    Demonstrations, Marked, Objective, PairTokens, Pairs, Ranking, Rankings, RolloutTokens, Rollouts, Stats, StepTimes,
+    ValueTokens, Values,
+};
 pub use reference::ReferenceHandle;
 pub use reward::{Judged, Reward, RewardError, RewardFn, RewardHandle, Sample};
+pub use reward_model::{RewardModel, RewardModels, keep_normalisation};
 pub use role::RoleStats;
+pub use trained::{ModelSnapshot, StepReport, TrainedConfig, UpdateBatch};
 
 use std::sync::Arc;
 
 /// Tokens of a prompt and a completion; cloning shares them.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Tokens {
     pub prompt: Arc<Vec<u32>>,
     pub completion: Arc<Vec<u32>>,

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use rehearsal_lm::generate::Finish;
 
-use crate::Result;
 use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message, role_status};
+use crate::{Result, Tokens};
 
 /// A completion to be judged.
 #[derive(Debug, Clone)]
@@ -16,6 +16,8 @@ pub struct Sample {
     pub completion: String,
     /// Length in tokens.
     pub tokens: usize,
+    /// Prompt and completion as the policy's tokens.
+    pub ids: Tokens,
     /// Why the completion ended.
     pub finish: Finish,
     /// A text column of the prompt's row, such as a reference answer.
@@ -149,7 +151,8 @@ mod tests {
     use super::*;
 
     fn sample(row: u64) -> Sample {
-        Sample { prompt: "p".into(), completion: "c".into(), tokens: 1, finish: Finish::Eos, answer: None, row }
+        let ids = Tokens { prompt: Arc::default(), completion: Arc::default() };
+        Sample { prompt: "p".into(), completion: "c".into(), tokens: 1, ids, finish: Finish::Eos, answer: None, row }
     }
 
     fn scorer(f: impl Fn(&Sample) -> std::result::Result<f64, String> + Send + Sync + 'static) -> Scorer {

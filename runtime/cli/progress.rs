@@ -1,5 +1,6 @@
 //! Progress: bars on a terminal, plain lines elsewhere.
 
+use std::fmt::Write;
 use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -7,7 +8,7 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinHandle;
 
-use crate::events::Event;
+use crate::events::{Event, StepSummary};
 
 /// Shows events until the job ends.
 pub struct Progress(JoinHandle<()>);
@@ -44,17 +45,17 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
         None => println!("{text}"),
     };
     match event {
-        Event::Started { step, steps, parameters, prompts, skipped } => {
+        Event::Started { step, steps, parameters, rows, dropped } => {
             if let Some(bar) = bar {
                 bar.set_length(*steps);
                 bar.set_position(*step);
                 bar.reset_eta();
             }
-            let skipped = if *skipped > 0 { format!(" ({skipped} left out)") } else { String::new() };
-            line(format!(
-                "{:.2} M parameters, {prompts} prompts{skipped}, from step {step} to {steps}",
-                *parameters as f64 / 1e6
-            ));
+            line(format!("{:.2} M parameters, {rows} rows, from step {step} to {steps}", *parameters as f64 / 1e6));
+            for (reason, d) in &dropped.0 {
+                let first = if d.first.is_empty() { String::new() } else { format!(", {} first", d.first) };
+                line(format!("{} rows left out: each {reason}{first}", d.rows));
+            }
         }
         Event::Rollout { done, of, .. } => {
             if let Some(bar) = bar {
@@ -62,10 +63,7 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
             }
         }
         Event::Step(s) => {
-            let text = format!(
-                "reward {:7.3}  kl {:7.3}  loss {:6.4}  margin {:7.4}  pairs {}+{} ties  {:5.2} s",
-                s.reward, s.kl, s.loss, s.margin, s.pairs, s.ties, s.seconds.total
-            );
+            let text = summary(s);
             match bar {
                 Some(bar) => {
                     bar.set_position(s.step);
@@ -75,7 +73,8 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
             }
         }
         Event::Evaluated(e) => {
-            line(format!("held-out at step {}: reward {:.3}, kl {:.3}, {:.1} tokens", e.step, e.reward, e.kl, e.tokens))
+            let numbers: Vec<String> = e.stats.iter().map(|(name, value)| format!("{name} {value:.3}")).collect();
+            line(format!("held-out at step {}: {}", e.step, numbers.join(", ")));
         }
         Event::Checkpoint { step, bytes, took } => {
             line(format!("checkpoint of step {step}: {:.1} MB in {:.2} s", *bytes as f64 / 1e6, took.as_secs_f64()));
@@ -87,4 +86,25 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
         Event::Repaired { message } => line(format!("repaired: {message}")),
         Event::Finished(_) => {}
     }
+}
+
+/// One line of a step: what its algorithm is judged by.
+fn summary(s: &StepSummary) -> String {
+    let mut text = String::new();
+    let shown = [
+        ("reward", "reward", 7, 3),
+        ("kl", "kl", 7, 3),
+        ("preference_accuracy", "accuracy", 5, 3),
+        ("margin", "margin", 7, 4),
+        ("explained_variance", "explained", 6, 3),
+        ("clip_fraction", "clipped", 5, 3),
+    ];
+    let _ = write!(text, "loss {:7.4}", s.loss);
+    for (name, label, width, digits) in shown {
+        if let Some(value) = s.stat(name) {
+            let _ = write!(text, "  {label} {value:width$.digits$}");
+        }
+    }
+    let _ = write!(text, "  {:5.2} s", s.seconds.total);
+    text
 }

@@ -7,42 +7,33 @@ use tokio_util::sync::CancellationToken;
 
 use super::progress::Progress;
 use super::{FAILED, STOPPED};
-use crate::config::folder_of;
-use crate::error::{At, Error, Result};
-use crate::job::{CONFIG_FILE, Job};
-use crate::{Config, Outcome};
+use crate::error::{Error, Result};
+use crate::{Chain, Config, Outcome};
 
 pub fn run(file: &Path) -> Result<ExitCode> {
-    let config = Config::load(file)?;
-    let source = std::fs::read_to_string(file).at(file)?;
-    // The copy lies elsewhere: its relative paths must lead to the same places.
-    let source = format!("# base = {}\n{source}", folder_of(file).display());
-    work(Job::builder(config).source(source).build()?, false)
+    work(Chain::load(file)?, false)
 }
 
 pub fn resume(directory: &Path, file: Option<&Path>) -> Result<ExitCode> {
-    work(Job::builder(saved_config(directory, file)?).build()?, true)
+    let chain = match file {
+        Some(file) => Chain::load(file)?,
+        None => Chain::saved(directory)?,
+    };
+    work(chain, true)
 }
 
-/// The configuration a job was started with, or another file in its place.
-pub fn saved_config(directory: &Path, file: Option<&Path>) -> Result<Config> {
-    if let Some(file) = file {
-        return Ok(Config::load(file)?);
+/// The configuration a job was started with.
+pub fn saved_config(directory: &Path) -> Result<Config> {
+    match Chain::saved(directory)?.stages() {
+        [config] => Ok(config.clone()),
+        stages => {
+            let folders: Vec<String> = stages.iter().map(|c| c.job.directory.display().to_string()).collect();
+            Err(Error::State(format!("{} holds several stages; name one: {}", directory.display(), folders.join(", "))))
+        }
     }
-    let copy = directory.join(CONFIG_FILE);
-    if !copy.exists() {
-        return Err(Error::NothingToResume(directory.into()));
-    }
-    let source = std::fs::read_to_string(&copy).at(&copy)?;
-    let base = source.lines().next().and_then(|l| l.strip_prefix("# base = ")).unwrap_or(".").to_string();
-    let mut config =
-        Config::from_toml(&source, Path::new(&base)).map_err(|e| crate::config::ConfigError { file: copy, ..e })?;
-    // The directory may have been moved since.
-    config.job.directory = directory.into();
-    Ok(config)
 }
 
-fn work(job: Job, resume: bool) -> Result<ExitCode> {
+fn work(chain: Chain, resume: bool) -> Result<ExitCode> {
     let runtime = tokio::runtime::Runtime::new().map_err(|e| Error::State(e.to_string()))?;
     let cancel = CancellationToken::new();
     let on_signal = cancel.clone();
@@ -56,10 +47,20 @@ fn work(job: Job, resume: bool) -> Result<ExitCode> {
     if let Err(e) = handled {
         tracing::warn!("signals are not handled: {e}");
     }
+    let several = chain.stages().len() > 1;
     let outcome = runtime.block_on(async {
-        let progress = Progress::start(job.events());
-        let outcome = if resume { job.resume(cancel).await } else { job.run(cancel).await };
-        progress.end().await;
+        let mut shown: Vec<Progress> = Vec::new();
+        let outcome = chain
+            .run(resume, cancel, &mut |job| {
+                if several {
+                    println!("\nstage {}", job.directory().display());
+                }
+                shown.push(Progress::start(job.events()));
+            })
+            .await;
+        for progress in shown {
+            progress.end().await;
+        }
         outcome
     })?;
     report(&outcome);
@@ -81,15 +82,15 @@ fn report(outcome: &Outcome) {
         return;
     }
     if let [first, .., last] = outcome.evaluations.as_slice() {
-        println!("\nheld-out prompts    before    after");
-        println!("  reward          {:8.3} {:8.3}", first.reward, last.reward);
-        println!("  KL to reference {:8.3} {:8.3}", first.kl, last.kl);
-        println!("  tokens          {:8.1} {:8.1}", first.tokens, last.tokens);
+        println!("\n{:18} {:>9} {:>9}", "held out", "before", "after");
+        for (name, before) in &first.stats {
+            println!("  {name:16} {before:9.3} {:9.3}", last.stat(name).unwrap_or(f64::NAN));
+        }
         for (before, after) in first.samples.iter().zip(&last.samples) {
             println!("\n  {}", before.prompt.replace('\n', " "));
             println!("    before ({:6.3}): {}", before.score, before.completion.replace('\n', " "));
             println!("    after  ({:6.3}): {}", after.score, after.completion.replace('\n', " "));
         }
     }
-    println!("\n{} steps done; the model: rehearsal export {directory} --model OUT", outcome.step);
+    println!("\n{} steps done; the model is in {directory}/model", outcome.step);
 }

@@ -8,6 +8,7 @@ use rehearsal_store::{OwnedTensor, Store};
 
 use super::run::saved_config;
 use crate::config::ModelSource;
+use crate::config::methods::Algorithm;
 use crate::error::{Error, Result};
 use crate::job::load_model;
 
@@ -26,18 +27,26 @@ pub fn model(name: &str) -> Result<Checkpoint> {
     load_model(&if name == "embedded" { ModelSource::Embedded } else { ModelSource::Path(path.into()) })
 }
 
-/// A job's policy: its start when there is no checkpoint yet.
+/// A job's trained model (averaged, where its weights are): its start when there is no checkpoint yet.
 pub fn policy(directory: &Path, store: &Store) -> Result<Checkpoint> {
-    let mut checkpoint = load_model(&saved_config(directory, None)?.model.policy)?;
+    let config = saved_config(directory)?;
+    let mut checkpoint = load_model(&config.model.policy)?;
+    // A reward model's job trains a critic.
+    let role = if config.job.algorithm == Algorithm::RewardModel { "critic" } else { "policy" };
+    if role == "critic" {
+        checkpoint = checkpoint.with_score_head(config.job.seed)?;
+    }
     let (latest, damaged) = store.latest_checkpoint()?;
     for note in damaged {
         tracing::warn!("{}", note.0);
     }
     if let Some(latest) = latest {
+        let averaged = latest.tensors.iter().any(|t| t.name.starts_with(&format!("{role}.average.")));
+        let prefix = format!("{role}.{}.", if averaged { "average" } else { "weights" });
         let tensors: Parameters = latest
             .tensors
             .into_iter()
-            .filter_map(|t| Some((t.name.strip_prefix("policy.")?.to_string(), t)))
+            .filter_map(|t| Some((t.name.strip_prefix(&prefix)?.to_string(), t)))
             .map(|(name, t)| Ok((name, tensor(&t)?)))
             .collect::<Result<_>>()?;
         checkpoint.parameters = tensors;

@@ -14,12 +14,31 @@ pub fn status(directory: &Path) -> Result<ExitCode> {
     let status = std::fs::read(directory.join("status.json")).ok();
     let status: Option<Value> = status.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     if let Some(status) = &status {
-        println!("step {} of {}, newest checkpoint {}", status["step"], status["steps"], status["checkpoint"]);
+        println!(
+            "{}: step {} of {}, newest checkpoint {}",
+            status["algorithm"].as_str().unwrap_or("job"),
+            status["step"],
+            status["steps"],
+            status["checkpoint"]
+        );
         let last = &status["last"];
-        for key in ["reward", "kl", "loss", "accuracy", "completion_tokens", "mismatch_kl"] {
-            println!("  {key:18} {}", last[key]);
+        let keys = [
+            "loss",
+            "reward",
+            "kl",
+            "preference_accuracy",
+            "margin",
+            "completion_tokens",
+            "explained_variance",
+            "mismatch_kl",
+        ];
+        for key in keys.iter().filter(|key| !last[**key].is_null()) {
+            println!("  {key:19} {}", last[*key]);
         }
-        println!("  {:18} {}", "seconds per step", last["seconds"]["total"]);
+        for (reason, dropped) in status["dropped"].as_object().into_iter().flatten() {
+            println!("  {} rows left out: each {reason} (first: {})", dropped["rows"], dropped["first"]);
+        }
+        println!("  {:19} {}", "seconds per step", last["seconds"]["total"]);
         memory(&status["memory"]);
     } else {
         println!("no step is done yet");
@@ -44,14 +63,14 @@ pub fn status(directory: &Path) -> Result<ExitCode> {
 fn memory(memory: &Value) {
     let megabytes = |v: &Value| v.as_f64().map(|bytes| bytes / 1e6);
     if let Some(measured) = megabytes(&memory["measured_peak"]) {
-        println!("  {:18} {measured:.0} MB at most", "memory");
+        println!("  {:19} {measured:.0} MB at most", "memory");
     }
     let predicted = &memory["predicted"];
     if let Some(peak) = megabytes(&predicted["peak"]) {
         let parts = ["weights", "reference", "moments", "gradients", "activations", "generation"];
         let part = |name| format!("{name} {:.0}", megabytes(&predicted[name]).unwrap_or_default());
         let parts: Vec<String> = parts.into_iter().map(part).collect();
-        println!("  {:18} {peak:.0} MB: {}", "memory, predicted", parts.join(", "));
+        println!("  {:19} {peak:.0} MB: {}", "memory, predicted", parts.join(", "));
     }
 }
 

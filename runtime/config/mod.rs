@@ -1,8 +1,10 @@
 //! The configuration of a job: what the user typed is read by `reader`, what the program trusts is [`Config`].
 
+pub mod methods;
 mod reader;
 mod reference;
 mod schema;
+mod stages;
 
 pub use reader::{ConfigError, Problem};
 pub use reference::markdown;
@@ -11,8 +13,11 @@ use std::net::SocketAddr;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-use rehearsal_actors::{Placement, PolicyConfig};
-use rehearsal_learn::{AdamWConfig, PreferenceConfig, Schedule, ScheduleKind, TieRule};
+use methods::{
+    Algorithm, CriticConfig, DataConfig, PpoConfig, RewardModelConfig, RewardModelsConfig, RsoConfig, UpdateConfig,
+};
+use rehearsal_actors::{Placement, TrainedConfig};
+use rehearsal_learn::{AdamWConfig, NllReduction, PreferenceConfig, Schedule, ScheduleKind, TieRule};
 use rehearsal_lm::Precision;
 use rehearsal_lm::generate::Sampling;
 
@@ -21,6 +26,13 @@ use rehearsal_lm::generate::Sampling;
 pub struct Config {
     pub job: JobConfig,
     pub model: ModelConfig,
+    pub data: DataConfig,
+    pub sft: NllReduction,
+    pub reward_model: RewardModelConfig,
+    pub ppo: PpoConfig,
+    pub critic: CriticConfig,
+    pub update: UpdateConfig,
+    pub rso: RsoConfig,
     pub prompts: PromptsConfig,
     pub rollout: RolloutConfig,
     pub reward: RewardConfig,
@@ -36,6 +48,7 @@ pub struct Config {
 /// `[job]`
 #[derive(Debug, Clone, PartialEq)]
 pub struct JobConfig {
+    pub algorithm: Algorithm,
     /// Where everything the job makes is kept.
     pub directory: PathBuf,
     /// Optimiser steps.
@@ -112,6 +125,7 @@ pub struct RewardConfig {
     pub words_min: u64,
     pub words_max: u64,
     pub pattern: Option<String>,
+    pub models: RewardModelsConfig,
 }
 
 /// `[loss]`
@@ -133,6 +147,8 @@ pub struct OptimizerConfig {
     pub micro_batch_tokens: usize,
     /// Activations are computed again on the way back instead of kept.
     pub gradient_checkpointing: bool,
+    /// Decay of the average of the weights that is exported in their place.
+    pub ema_decay: Option<f64>,
 }
 
 /// `[evaluation]`
@@ -157,6 +173,8 @@ pub struct CheckpointConfig {
 pub struct PlacementConfig {
     pub policy: Placement,
     pub reference: Placement,
+    pub reward: Placement,
+    pub critic: Placement,
     /// CPU threads; 0 for all.
     pub threads: usize,
 }
@@ -188,21 +206,39 @@ impl Config {
         Self::from_toml(&source, &folder_of(path)).map_err(|e| ConfigError { file: path.into(), ..e })
     }
 
-    /// Reads a document; paths in it are relative to `base`. All problems are reported at once.
+    /// Reads a document of one job; paths in it are relative to `base`. All problems are reported at once.
     pub fn from_toml(source: &str, base: &Path) -> Result<Self, ConfigError> {
-        let mut reader = reader::Reader::new(source);
-        let parsed = reader.parsed();
-        let config = schema::read(&mut reader, base);
-        if parsed {
+        let mut stages = Self::stages(source, base)?;
+        match stages.len() {
+            1 => Ok(stages.remove(0)),
+            n => Err(ConfigError {
+                file: "the configuration".into(),
+                problems: vec![Problem { line: 0, message: format!("has {n} stages; run it as a chain") }],
+            }),
+        }
+    }
+
+    /// Reads a document of one job, or of several that build on one another (`[[stage]]`).
+    pub fn stages(source: &str, base: &Path) -> Result<Vec<Self>, ConfigError> {
+        let fail = |problems| ConfigError { file: "the configuration".into(), problems };
+        let root = reader::parse(source).map_err(|problem| fail(vec![problem]))?;
+        let mut configs: Vec<Self> = Vec::new();
+        let mut earlier = stages::Earlier::default();
+        let mut problems = Vec::new();
+        for stage in stages::split(root, source).map_err(fail)? {
+            let mut reader = reader::Reader::new(source, stage.root, earlier.clone());
+            let mut config = schema::read(&mut reader, base);
             reader.finish();
-        } else {
-            reader.problems.truncate(1); // what a broken document lacks is not the user's fault
+            problems.extend(reader.problems);
+            if let Some(name) = stage.name {
+                config.job.directory.push(&name);
+                earlier.add(&name, &config);
+            }
+            configs.push(config);
         }
-        if reader.problems.is_empty() {
-            Ok(config)
-        } else {
-            Err(ConfigError { file: "the configuration".into(), problems: reader.problems })
-        }
+        problems.sort_by_key(|p: &Problem| p.line);
+        problems.dedup();
+        if problems.is_empty() { Ok(configs) } else { Err(fail(problems)) }
     }
 
     /// Learning rates of the job.
@@ -215,14 +251,16 @@ impl Config {
         }
     }
 
-    pub(crate) fn policy(&self) -> PolicyConfig {
-        PolicyConfig {
-            placement: self.placement.policy,
+    /// Settings of the policy, or of a reward model in training.
+    pub(crate) fn trained(&self, placement: Placement) -> TrainedConfig {
+        TrainedConfig {
+            placement,
             optimizer: self.optimizer.adamw,
             max_grad_norm: self.optimizer.max_grad_norm,
             micro_batch_tokens: self.optimizer.micro_batch_tokens,
             precision: self.model.dtype,
             gradient_checkpointing: self.optimizer.gradient_checkpointing,
+            ema_decay: self.optimizer.ema_decay,
         }
     }
 
@@ -235,19 +273,52 @@ impl Config {
     /// hold counts by content, elsewhere; what changes no result is left out.
     pub(crate) fn fingerprint(&self) -> Vec<(String, String)> {
         let section = |name: &str, value: &dyn std::fmt::Debug| (name.to_string(), format!("{value:?}"));
-        vec![
+        let data = DataConfig { train: Vec::new(), held_out: None, ..self.data.clone() };
+        let prompts = PromptsConfig { train: None, held_out: None, ..self.prompts.clone() };
+        let optimizer = OptimizerConfig { micro_batch_tokens: 0, gradient_checkpointing: false, ..self.optimizer };
+        let reward = RewardConfig {
+            models: RewardModelsConfig { models: Vec::new(), ..self.reward.models.clone() },
+            ..self.reward.clone()
+        };
+        let algorithm = self.job.algorithm;
+        let mut all = vec![
+            section("job.algorithm", &algorithm.name()),
             section("job.seed", &self.job.seed),
             section("model.dtype", &self.model.dtype),
-            section("[prompts]", &PromptsConfig { train: None, held_out: None, ..self.prompts.clone() }),
-            section("[rollout]", &RolloutConfig { batch: 0, ..self.rollout.clone() }),
-            section("[reward]", &self.reward),
-            section("[loss]", &self.loss),
-            section(
-                "[optimizer]",
-                &OptimizerConfig { micro_batch_tokens: 0, gradient_checkpointing: false, ..self.optimizer },
-            ),
+            section("[optimizer]", &optimizer),
             section("[evaluation]", &self.evaluation),
-        ]
+        ];
+        match algorithm {
+            Algorithm::Sft => all.extend([section("[data]", &data), section("[sft]", &self.sft)]),
+            Algorithm::RewardModel => {
+                let settings = RewardModelConfig { demonstrations: None, ..self.reward_model.clone() };
+                all.extend([section("[data]", &data), section("[reward_model]", &settings)]);
+            }
+            Algorithm::Dpo => all.extend([section("[data]", &data), section("[loss]", &self.loss)]),
+            _ => all.extend([
+                section("[prompts]", &prompts),
+                section("[rollout]", &RolloutConfig { batch: 0, ..self.rollout.clone() }),
+                section("[reward]", &reward),
+            ]),
+        }
+        match algorithm {
+            Algorithm::Ppo => {
+                let ppo = PpoConfig { pretraining: None, ..self.ppo.clone() };
+                let critic = CriticConfig { model: None, ..self.critic.clone() };
+                all.extend([section("[ppo]", &ppo), section("[critic]", &critic), section("[update]", &self.update)]);
+            }
+            Algorithm::OnlineDpo => all.push(section("[loss]", &self.loss)),
+            Algorithm::IterativeDpo => {
+                all.extend([section("[loss]", &self.loss), section("[update]", &self.update)]);
+            }
+            Algorithm::Rso => all.extend([
+                section("[loss]", &self.loss),
+                section("[update]", &self.update),
+                section("[rso]", &self.rso),
+            ]),
+            _ => {}
+        }
+        all
     }
 }
 

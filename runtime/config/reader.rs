@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use toml_edit::{Document, Item, Table};
 
+use super::stages::Earlier;
+
 /// One thing wrong with a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
@@ -48,31 +50,29 @@ pub struct KeyDoc {
     pub help: &'static str,
 }
 
+/// Parses a document; a syntax error is a problem with its line.
+pub fn parse(source: &str) -> Result<Table, Problem> {
+    Document::parse(source.to_string()).map(Document::into_table).map_err(|e| {
+        let line = e.span().map_or(0, |s| line_of(source, s.start));
+        Problem { line, message: e.message().to_string() }
+    })
+}
+
 /// Reads one document.
 pub struct Reader {
     source: String,
     root: Table,
     pub problems: Vec<Problem>,
     pub docs: Vec<KeyDoc>,
+    /// What earlier stages leave behind.
+    pub earlier: Earlier,
     read: BTreeMap<&'static str, Vec<&'static str>>,
 }
 
 impl Reader {
-    /// Parses a document; a syntax error is the only problem then.
-    pub fn new(source: &str) -> Self {
-        let (root, problems) = match Document::parse(source.to_string()) {
-            Ok(document) => (document.into_table(), Vec::new()),
-            Err(e) => {
-                let line = e.span().map_or(0, |s| line_of(source, s.start));
-                (Table::new(), vec![Problem { line, message: e.message().to_string() }])
-            }
-        };
-        Self { source: source.into(), root, problems, docs: Vec::new(), read: BTreeMap::new() }
-    }
-
-    /// Whether the document could be parsed.
-    pub fn parsed(&self) -> bool {
-        self.problems.is_empty()
+    /// Reads the sections of a document that was parsed from `source`.
+    pub fn new(source: &str, root: Table, earlier: Earlier) -> Self {
+        Self { source: source.into(), root, problems: Vec::new(), docs: Vec::new(), earlier, read: BTreeMap::new() }
     }
 
     /// A section, which may be absent.
@@ -108,7 +108,7 @@ impl Reader {
     }
 }
 
-fn line_of(source: &str, at: usize) -> usize {
+pub fn line_of(source: &str, at: usize) -> usize {
     source[..at.min(source.len())].matches('\n').count() + 1
 }
 
@@ -185,6 +185,16 @@ impl Section<'_> {
         self.reader.root.get(self.name)?.as_table()?.get(key).cloned()
     }
 
+    /// What earlier stages leave behind.
+    pub fn earlier(&self) -> &Earlier {
+        &self.reader.earlier
+    }
+
+    /// Whether a key is written in the file.
+    pub fn has(&self, key: &str) -> bool {
+        self.reader.root.get(self.name).and_then(Item::as_table).is_some_and(|t| t.contains_key(key))
+    }
+
     /// Notes a problem at a key.
     pub fn problem(&mut self, key: &str, message: impl fmt::Display) {
         let table = self.reader.root.get(self.name).and_then(Item::as_table);
@@ -244,7 +254,7 @@ impl Section<'_> {
 
     /// A text that must be there.
     pub fn needed(&mut self, key: &'static str, values: &'static str, help: &'static str) -> String {
-        let missing = !self.reader.root.get(self.name).and_then(Item::as_table).is_some_and(|t| t.contains_key(key));
+        let missing = !self.has(key);
         let text = self.text(key, values, help);
         if let Some(doc) = self.reader.docs.last_mut() {
             doc.default = "needed".into();

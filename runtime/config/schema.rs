@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use rehearsal_actors::Placement;
-use rehearsal_learn::{AdamRule, AdamWConfig, MomentType, PreferenceConfig, PreferenceKind, ScheduleKind, TieRule};
+use rehearsal_learn::{AdamRule, AdamWConfig, MomentType, ScheduleKind, TieRule};
 use rehearsal_lm::Precision;
 use rehearsal_lm::generate::Sampling;
 
@@ -13,12 +13,21 @@ use super::*;
 
 /// Reads all sections; problems are left in the reader, with defaults in their place.
 pub fn read(r: &mut Reader, base: &Path) -> Config {
+    let job = job(r.section("job"), base);
+    let algorithm = job.algorithm;
     let config = Config {
-        job: job(r.section("job"), base),
+        job,
         model: model(r.section("model"), base),
+        data: methods::data(r.section("data"), base),
+        sft: methods::sft(r.section("sft")),
+        reward_model: methods::reward_model(r.section("reward_model"), base),
+        ppo: methods::ppo(r.section("ppo"), base),
+        critic: methods::critic(r.section("critic"), base),
+        update: methods::update(r.section("update")),
+        rso: methods::rso(r.section("rso")),
         prompts: prompts(r.section("prompts"), base),
-        rollout: rollout(r.section("rollout")),
-        reward: reward(r.section("reward")),
+        rollout: rollout(r.section("rollout"), algorithm),
+        reward: reward(r.section("reward"), base),
         loss: loss(r.section("loss")),
         optimizer: optimizer(r.section("optimizer")),
         evaluation: evaluation(r.section("evaluation")),
@@ -32,14 +41,39 @@ pub fn read(r: &mut Reader, base: &Path) -> Config {
         let message = format!("= {max} is less than the {completions} completions of a step");
         r.section("limits").problem("rollouts_max", message);
     }
+    agree(r, &config);
     config
 }
 
+/// What sections must agree on.
+fn agree(r: &mut Reader, config: &Config) {
+    let algorithm = config.job.algorithm;
+    if algorithm.is_offline() && config.data.train.is_empty() {
+        r.section("data").problem("train", format!("is missing; `{}` learns from rows", algorithm.name()));
+    }
+    let k = config.rollout.completions_per_prompt;
+    if algorithm == Algorithm::Ppo && config.ppo.advantages != methods::Advantages::Gae && k < 2 {
+        let message = format!("= {k} leaves nothing to compare with; advantages without a critic need 2 or more");
+        r.section("rollout").problem("completions_per_prompt", message);
+    }
+    if algorithm == Algorithm::Rso && config.rso.keep > k {
+        let keep = config.rso.keep;
+        r.section("rso").problem("keep", format!("= {keep} exceeds `rollout.completions_per_prompt` = {k}"));
+    }
+    let minibatches = config.update.minibatches;
+    let completions = config.rollout.prompts_per_step * k;
+    if algorithm == Algorithm::Ppo && minibatches > completions {
+        let message = format!("= {minibatches} exceeds the {completions} completions of a step");
+        r.section("update").problem("minibatches", message);
+    }
+}
+
 fn job(mut s: Section<'_>, base: &Path) -> JobConfig {
-    s.choice("algorithm", &[("online_dpo", ())], "What the job does.");
+    let algorithm = s.choice("algorithm", &Algorithm::NAMES, "What the job does; docs/methods.md describes each.");
     let directory =
         s.needed("directory", "a path, relative to this file", "Where checkpoints, ledger and history are kept.");
     JobConfig {
+        algorithm,
         directory: resolve(base, &directory),
         steps: s.integer("steps", 100, Range::from(1.0), "Optimiser steps of the whole job. May grow on resume."),
         seed: s.integer(
@@ -52,20 +86,39 @@ fn job(mut s: Section<'_>, base: &Path) -> JobConfig {
 }
 
 fn source(s: &mut Section<'_>, key: &'static str, base: &Path, help: &'static str) -> Option<ModelSource> {
-    let text = s.text(key, "\"embedded\", or a path to a Hugging Face directory or .gguf file", help)?;
+    let text =
+        s.text(key, "\"embedded\", a path to a Hugging Face directory or .gguf file, or \"stage:NAME\"", help)?;
+    Some(source_of(s, key, &text, base))
+}
+
+/// A model by the name that was typed.
+pub(super) fn source_of(s: &mut Section<'_>, key: &str, text: &str, base: &Path) -> ModelSource {
     if text == "embedded" {
-        return Some(ModelSource::Embedded);
+        return ModelSource::Embedded;
     }
-    let path = resolve(base, &text);
-    if !path.exists() {
+    if let Some(name) = text.strip_prefix("stage:") {
+        let Some(path) = s.earlier().model(name) else {
+            s.problem(key, format!("names the stage `{name}`, which does not come before this one"));
+            return ModelSource::Embedded;
+        };
+        return ModelSource::Path(path.clone());
+    }
+    let path = resolve(base, text);
+    if !path.exists() && !s.earlier().has(&path) {
         s.problem(key, format!("names {}, which does not exist", path.display()));
     }
-    Some(ModelSource::Path(path))
+    ModelSource::Path(path)
 }
 
 fn model(mut s: Section<'_>, base: &Path) -> ModelConfig {
-    let policy = source(&mut s, "policy", base, "The model to train. Without it, the tiny one inside this program.");
-    let policy = policy.unwrap_or(ModelSource::Embedded);
+    let policy = source(
+        &mut s,
+        "policy",
+        base,
+        "The model to train. Without it, that of the last stage, or the tiny one inside this program.",
+    );
+    let before = s.earlier().policy.clone().map(ModelSource::Path);
+    let policy = policy.or(before).unwrap_or(ModelSource::Embedded);
     let reference = source(
         &mut s,
         "reference",
@@ -94,7 +147,8 @@ fn prompts(mut s: Section<'_>, base: &Path) -> PromptsConfig {
     }
 }
 
-fn rollout(mut s: Section<'_>) -> RolloutConfig {
+fn rollout(mut s: Section<'_>, algorithm: Algorithm) -> RolloutConfig {
+    let (default, least) = if algorithm == Algorithm::Ppo { (1, 1.0) } else { (2, 2.0) };
     let max_new_tokens = s.integer("max_new_tokens", 64, Range::from(1.0), "Tokens of a completion at most.") as usize;
     let min_new_tokens =
         s.integer("min_new_tokens", 0, Range::from(0.0), "No end-of-sequence token before this many.") as usize;
@@ -110,9 +164,9 @@ fn rollout(mut s: Section<'_>) -> RolloutConfig {
         ) as usize,
         completions_per_prompt: s.integer(
             "completions_per_prompt",
-            2,
-            Range::within(2.0, 256.0),
-            "Completions of a prompt; the best meets the worst.",
+            default,
+            Range::within(least, 256.0),
+            "Completions of a prompt; the best meets the worst. For `ppo`, 1 or more, and by default 1.",
         ) as usize,
         max_new_tokens,
         min_new_tokens,
@@ -148,7 +202,8 @@ fn rollout(mut s: Section<'_>) -> RolloutConfig {
     }
 }
 
-fn reward(mut s: Section<'_>) -> RewardConfig {
+fn reward(mut s: Section<'_>, base: &Path) -> RewardConfig {
+    let models = methods::reward_models(&mut s, base);
     let rules = s.texts("rules", "a list of rule names", "Rules whose weighted sum is the reward: `length_window`, `ends_properly`, `matches`, `exact_answer`, `distinct_words`. Empty when the program brings a reward of its own.");
     let weights = s.numbers("weights", "one number for each rule", "Weights of the rules; 1 each when left out.");
     let words_min = s.integer("words_min", 1, Range::from(0.0), "`length_window`: words at least.");
@@ -176,35 +231,17 @@ fn reward(mut s: Section<'_>) -> RewardConfig {
         }
         None => {}
     }
+    let mut models = models;
+    if let (Some(model), true, false) = (s.earlier().reward_model.clone(), rules.is_empty(), s.has("models")) {
+        models.models.push(ModelSource::Path(model)); // a chain's reward model is what its policy is trained on
+    }
     let weights = if weights.is_empty() { vec![1.0; rules.len()] } else { weights };
-    RewardConfig { rules, weights, words_min, words_max, pattern }
+    RewardConfig { rules, weights, words_min, words_max, pattern, models }
 }
 
 fn loss(mut s: Section<'_>) -> LossConfig {
-    let kinds = [
-        ("sigmoid", PreferenceKind::Sigmoid),
-        ("robust", PreferenceKind::Robust),
-        ("sigmoid_norm", PreferenceKind::SigmoidNorm),
-        ("hinge", PreferenceKind::Hinge),
-        ("ipo", PreferenceKind::Ipo),
-        ("ipo_sum", PreferenceKind::IpoSum),
-    ];
     LossConfig {
-        preference: PreferenceConfig {
-            kind: s.choice(
-                "kind",
-                &kinds,
-                "Loss of a pair: DPO (`sigmoid`, cDPO with `label_smoothing`) and its relatives.",
-            ),
-            beta: s.number("beta", 0.1, Range::above(0.0), "Strength of the pull to the reference (τ for IPO)."),
-            label_smoothing: s.number(
-                "label_smoothing",
-                0.0,
-                Range::within(0.0, 0.499),
-                "Probability that a verdict is wrong; for `sigmoid` and `robust`.",
-            ),
-            sft: None,
-        },
+        preference: methods::preference(&mut s),
         ties: s.choice(
             "ties",
             &[("skip", TieRule::Skip), ("first", TieRule::First)],
@@ -238,6 +275,12 @@ fn optimizer(mut s: Section<'_>) -> OptimizerConfig {
         Range::from(0.0),
         "Gradients are scaled down to this global norm; 0 leaves them.",
     );
+    let ema_decay = s.number(
+        "ema_decay",
+        0.0,
+        Range::within(0.0, 0.999_999),
+        "Decay of an average of the weights, exported in their place (InstructGPT: 0.992); 0 keeps none.",
+    );
     OptimizerConfig {
         adamw: AdamWConfig {
             beta1: s.number("beta1", 0.9, Range::within(0.0, 0.999_999), "AdamW: decay of the first moment."),
@@ -270,6 +313,7 @@ fn optimizer(mut s: Section<'_>) -> OptimizerConfig {
             false,
             "Keep only the input of each block and run the block again on the way back: a third more work for much less memory. Changes no result.",
         ),
+        ema_decay: (ema_decay > 0.0).then_some(ema_decay),
     }
 }
 
@@ -279,7 +323,7 @@ fn evaluation(mut s: Section<'_>) -> EvaluationConfig {
             "every_steps",
             0,
             Range::from(0.0),
-            "Answer the held-out prompts at the start, every so many steps, and at the end; 0 never.",
+            "Answer the held-out prompts (or read the held-out rows) at the start, every so many steps, and at the end; 0 never.",
         ),
         prompts: s.integer("prompts", 32, Range::from(1.0), "Held-out prompts at most.") as usize,
         samples: s.integer("samples", 3, Range::within(0.0, 100.0), "Answers kept to look at.") as usize,
@@ -313,9 +357,13 @@ fn placement(mut s: Section<'_>) -> PlacementConfig {
     let policy = place(&mut s, "policy", "Device of the policy (default `cpu`).").unwrap_or_default();
     let reference =
         place(&mut s, "reference", "Device of the reference (default: that of the policy).").unwrap_or(policy);
+    let reward = place(&mut s, "reward", "Device of trained reward models (default: that of the policy).");
+    let critic = place(&mut s, "critic", "Device of the critic (default: that of the policy).");
     PlacementConfig {
         policy,
         reference,
+        reward: reward.unwrap_or(policy),
+        critic: critic.unwrap_or(policy),
         threads: s.integer(
             "threads",
             0,

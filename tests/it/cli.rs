@@ -36,12 +36,12 @@ fn run_and_status_say_how_it_goes() {
     let output = rehearsal(&["run", file.to_str().unwrap()]);
     let text = stdout(&output);
     for expected in
-        ["step     1  reward", "held-out at step 0", "checkpoint of step 2", "before    after", "2 steps done"]
+        ["step     1  loss", "held-out at step 0", "checkpoint of step 2", "before     after", "2 steps done"]
     {
         assert!(text.contains(expected), "no {expected:?} in\n{text}");
     }
     let text = stdout(&rehearsal(&["status", directory.to_str().unwrap()]));
-    for expected in ["step 2 of 2, newest checkpoint 2", "not running", "checkpoint of step      2"] {
+    for expected in ["step 2 of 2, newest checkpoint 2", "online_dpo", "not running", "checkpoint of step      2"] {
         assert!(text.contains(expected), "no {expected:?} in\n{text}");
     }
     let output = rehearsal(&["status", folder.path().to_str().unwrap()]);

@@ -75,7 +75,7 @@ fn the_reward_rises_on_the_embedded_model() {
     });
     let outcome = crate::support::run_with(config, courteous).unwrap();
     let (first, last) = (&outcome.evaluations[0], outcome.evaluations.last().unwrap());
-    assert_eq!(first.kl, 0.0, "at the start the policy is the reference, to the bit");
-    assert!(last.reward > first.reward + 0.15, "{} -> {}", first.reward, last.reward);
-    assert!(last.kl > 0.0);
+    assert_eq!(first.kl(), 0.0, "at the start the policy is the reference, to the bit");
+    assert!(last.reward() > first.reward() + 0.15, "{} -> {}", first.reward(), last.reward());
+    assert!(last.kl() > 0.0);
 }

@@ -128,7 +128,7 @@ fn threads_and_checkpointing_change_no_bit() {
 
 #[test]
 fn a_frozen_model_in_bfloat16_says_what_the_trained_one_says() {
-    let rounded = testing::checkpoint().with_dtype(DType::BF16).unwrap();
+    let rounded = testing::checkpoint().rounded(DType::BF16).unwrap();
     let batch = batch(&sequences());
     let frozen = rounded.frozen(&Device::Cpu, DType::BF16).unwrap();
     let trained = rounded.trainable(&Device::Cpu, DType::F32).unwrap().with_precision(Precision::Bf16);

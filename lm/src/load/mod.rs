@@ -83,12 +83,15 @@ impl Checkpoint {
         Ok(self)
     }
 
-    /// The same checkpoint with its weights rounded to another type.
-    pub fn with_dtype(mut self, dtype: DType) -> Result<Self> {
-        for tensor in self.parameters.values_mut() {
-            *tensor = tensor.to_dtype(dtype)?;
-        }
-        Ok(self)
+    /// The same model with its weights rounded to another type.
+    pub fn rounded(&self, dtype: DType) -> Result<Self> {
+        let rounded = |(name, t): (&String, &Tensor)| Ok((name.clone(), t.to_dtype(dtype)?));
+        Ok(Self {
+            architecture: self.architecture.clone(),
+            config: self.config.clone(),
+            parameters: self.parameters.iter().map(rounded).collect::<Result<_>>()?,
+            text: self.text.clone(),
+        })
     }
 
     fn placed(&self, device: &Device, dtype: DType) -> Result<Parameters> {

@@ -1,18 +1,16 @@
-//! Prompts: JSON Lines with TRL's column `prompt`, a text or a conversation.
+//! Prompts: rows with TRL's column `prompt`, a text or a conversation.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use rehearsal_lm::random::Stream;
 use rehearsal_lm::{Message, Text};
 use rehearsal_store::{Prompt, Turn};
 use serde_json::Value;
 
+use super::rows::Row;
+use super::{order, rows};
 use crate::config::{Config, OnBad};
-use crate::error::{At, Error, Result};
-
-/// Streams of random numbers from here upward belong to the order of prompts; rollouts count from below.
-const ORDER_STREAMS: u64 = 1 << 63;
+use crate::error::{Error, Result};
 
 /// A prompt ready to be answered.
 #[derive(Debug, Clone, PartialEq)]
@@ -63,17 +61,26 @@ impl Prompts {
 
     fn read(&mut self, config: &Config, text: &Text, file: Option<&Path>, tokens_max: usize) -> Result<Vec<PromptRow>> {
         let name = file.unwrap_or(Path::new("the embedded prompts"));
-        let source = match file {
-            Some(file) => std::fs::read_to_string(file).at(file)?,
-            None => crate::embedded::prompts(),
-        };
-        let error = |line: usize, message: String| Error::Prompts {
-            file: name.into(),
-            message: format!("line {}: {message}", line + 1),
+        let error =
+            |place: &str, message: String| Error::Prompts { file: name.into(), message: format!("{place}: {message}") };
+        let source: Box<dyn Iterator<Item = Result<Row>>> = match file {
+            Some(file) => rows::open(file)?,
+            None => Box::new(
+                crate::embedded::prompts()
+                    .lines()
+                    .enumerate()
+                    .map(|(i, line)| {
+                        let columns = serde_json::from_str(line).unwrap_or_default();
+                        Ok(Row { columns, place: format!("line {}", i + 1), index: i as u64 })
+                    })
+                    .collect::<Vec<_>>()
+                    .into_iter(),
+            ),
         };
         let mut rows = Vec::new();
-        for (line, json) in source.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
-            let row = match parse(json, config) {
+        for source in source {
+            let source = source?;
+            let row = match parse(&source.columns, config) {
                 Ok(row) => row,
                 Err(_) if config.prompts.on_bad_line == OnBad::Skip => {
                     self.bad_lines += 1;
@@ -81,7 +88,7 @@ impl Prompts {
                 }
                 Err(message) => {
                     return Err(error(
-                        line,
+                        &source.place,
                         format!("{message}; set `prompts.on_bad_line = \"skip\"` to leave such lines out"),
                     ));
                 }
@@ -91,7 +98,7 @@ impl Prompts {
                 if config.prompts.on_long == OnBad::Fail {
                     let n = tokens.len();
                     return Err(error(
-                        line,
+                        &source.place,
                         format!(
                             "the prompt has {n} tokens and may have {tokens_max}; shorten it, or set `prompts.on_long = \"skip\"`"
                         ),
@@ -101,7 +108,7 @@ impl Prompts {
                 continue;
             }
             rows.push(PromptRow {
-                row: line as u64,
+                row: source.index,
                 text: row.last,
                 prompt: row.prompt,
                 tokens: Arc::new(tokens),
@@ -129,17 +136,7 @@ impl Prompts {
 
     /// The `n` training prompts after the first `cursor` draws: a permutation of all, then another, and so on.
     pub fn draw(&self, seed: u64, cursor: u64, n: usize) -> Vec<&PromptRow> {
-        let total = self.train.len() as u64;
-        let mut order = (u64::MAX, Vec::new());
-        (cursor..cursor + n as u64)
-            .map(|at| {
-                let epoch = at / total;
-                if order.0 != epoch {
-                    order = (epoch, Stream::new(seed, ORDER_STREAMS + epoch).permutation(total as usize));
-                }
-                &self.train[order.1[(at % total) as usize]]
-            })
-            .collect()
+        order(seed, cursor, n, self.train.len()).into_iter().map(|i| &self.train[i]).collect()
     }
 }
 
@@ -149,8 +146,10 @@ struct Parsed {
     answer: Option<String>,
 }
 
-fn parse(json: &str, config: &Config) -> std::result::Result<Parsed, String> {
-    let value: Value = serde_json::from_str(json).map_err(|e| format!("is no JSON: {e}"))?;
+fn parse(value: &Value, config: &Config) -> std::result::Result<Parsed, String> {
+    if let Some(reason) = value.as_str().filter(|s| s.starts_with("is no JSON")) {
+        return Err(reason.into());
+    }
     let prompt = value.get("prompt").ok_or("has no column `prompt`")?;
     let (prompt, last) = match prompt {
         Value::String(text) => (Prompt::Text(text.clone()), text.clone()),
@@ -189,37 +188,4 @@ fn encode(row: &Parsed, config: &Config, text: &Text) -> Result<Vec<u32>> {
         messages.insert(0, Message::system(system));
     }
     Ok(text.encode_chat(&messages)?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn rows(n: u64) -> Prompts {
-        let row = |row| PromptRow {
-            row,
-            prompt: Prompt::Text(String::new()),
-            text: String::new(),
-            tokens: Arc::default(),
-            answer: None,
-        };
-        Prompts { train: (0..n).map(row).collect(), ..Prompts::default() }
-    }
-
-    #[test]
-    fn every_epoch_is_a_permutation_wherever_it_is_cut() {
-        let prompts = rows(10);
-        let at_once: Vec<u64> = prompts.draw(1, 0, 30).iter().map(|p| p.row).collect();
-        let mut in_parts = Vec::new();
-        for cursor in (0..30).step_by(3) {
-            in_parts.extend(prompts.draw(1, cursor, 3).iter().map(|p| p.row));
-        }
-        assert_eq!(at_once, in_parts);
-        for epoch in at_once.chunks(10) {
-            let mut epoch = epoch.to_vec();
-            epoch.sort();
-            assert_eq!(epoch, (0..10).collect::<Vec<_>>());
-        }
-        assert_ne!(at_once[..10], at_once[10..20]);
-    }
 }

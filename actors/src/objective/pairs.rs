@@ -1,0 +1,130 @@
+//! Preference losses on pairs of completions.
+
+use candle_core::Tensor;
+use rehearsal_learn::preference::chosen_nll;
+use rehearsal_learn::{PreferenceConfig, PreferenceLogprobs, Whole, preference_loss, token};
+use rehearsal_lm::Batch;
+
+use super::{Pass, column, micro_batches, numbers, total};
+use crate::{Result, Tokens};
+
+/// A preferred and a dispreferred completion of one prompt.
+#[derive(Debug, Clone)]
+pub struct PairTokens {
+    pub chosen: Tokens,
+    pub rejected: Tokens,
+    /// Log-probabilities when they were sampled, token by token; empty for completions of others.
+    pub sampler_chosen: Vec<f32>,
+    pub sampler_rejected: Vec<f32>,
+    /// Log-probabilities under the reference, token by token; empty for losses without one.
+    pub ref_chosen: Vec<f32>,
+    pub ref_rejected: Vec<f32>,
+    /// Score of the chosen minus score of the rejected, for losses that know of rewards.
+    pub score_gap: Option<f64>,
+}
+
+impl PairTokens {
+    /// Tokens that go through the model: a pair shares its prompt.
+    fn size(&self) -> usize {
+        self.chosen.prompt.len() + self.chosen.completion.len() + self.rejected.completion.len()
+    }
+}
+
+/// One step's worth of pairs.
+#[derive(Debug, Clone)]
+pub struct Pairs {
+    pub pairs: Vec<PairTokens>,
+    pub loss: PreferenceConfig,
+}
+
+impl Pairs {
+    pub(super) fn run(&self, pass: &mut Pass<'_>) -> Result<()> {
+        let whole =
+            Whole { sequences: self.pairs.len(), tokens: self.pairs.iter().map(|p| p.chosen.completion.len()).sum() };
+        for part in micro_batches(&self.pairs, pass.budget, pass.cancel, PairTokens::size) {
+            let pairs = part?;
+            // A pair's completions stand side by side, so that they share their prompt.
+            let batch = Batch::new(pairs.iter().flat_map(|p| [p.chosen.sequence(), p.rejected.sequence()]));
+            pass.micro_step(
+                batch.tokens(),
+                |model, t| model.forward(&batch, t),
+                |pass, logprobs| self.loss(pass, pairs, &batch, logprobs, whole),
+            )?;
+        }
+        Ok(())
+    }
+
+    fn loss(
+        &self,
+        pass: &mut Pass<'_>,
+        pairs: &[PairTokens],
+        batch: &Batch,
+        logprobs: &Tensor,
+        whole: Whole,
+    ) -> Result<Tensor> {
+        let n = pairs.len();
+        let sums = token::span_sums(logprobs, batch.spans())?;
+        let half = |t: &Tensor, which: usize| t.reshape((n, 2))?.narrow(1, which, 1)?.squeeze(1);
+        let sum = |x: &Vec<f32>| x.iter().map(|&x| f64::from(x)).sum::<f64>() as f32;
+        let lengths = batch.spans().windows(2).map(|w| (w[1] - w[0]) as f32).collect();
+        let lengths = column(lengths, logprobs)?;
+        let gaps: Option<Vec<f32>> = pairs.iter().map(|p| p.score_gap.map(|g| g as f32)).collect();
+        let gaps = gaps.map(|gaps| column(gaps, logprobs)).transpose()?;
+        let (chosen, rejected) = (half(&sums, 0)?, half(&sums, 1)?);
+        let loss = preference_loss(
+            &PreferenceLogprobs {
+                policy_chosen: &chosen,
+                policy_rejected: &rejected,
+                ref_chosen: &column(pairs.iter().map(|p| sum(&p.ref_chosen)).collect(), logprobs)?,
+                ref_rejected: &column(pairs.iter().map(|p| sum(&p.ref_rejected)).collect(), logprobs)?,
+                chosen_tokens: &half(&lengths, 0)?,
+                rejected_tokens: &half(&lengths, 1)?,
+                score_gap: gaps.as_ref(),
+            },
+            &self.loss,
+        )?;
+        let right = numbers(&loss.margins()?)?.iter().filter(|&&m| m > 0.0).count();
+        pass.add("preference_accuracy", right as f64, n);
+        pass.add("margin", total(&loss.margins()?)?, n);
+        pass.add("chosen_reward", total(&loss.chosen_rewards)?, n);
+        pass.add("rejected_reward", total(&loss.rejected_rewards)?, n);
+        pass.add("chosen_logprob", total(&chosen)?, n);
+        pass.add("rejected_logprob", total(&rejected)?, n);
+        mismatch(pass, logprobs, pairs.iter().flat_map(|p| [&p.sampler_chosen, &p.sampler_rejected]))?;
+        let share = (loss.losses.sum_all()? / whole.sequences as f64)?;
+        let Some(term) = &self.loss.sft else { return Ok(share) };
+        let (tokens, spans) = every_other(logprobs, batch.spans())?;
+        let nll = chosen_nll(&tokens, &spans, term, whole)?;
+        Ok((share + (nll * term.weight)?)?)
+    }
+}
+
+/// The tokens of sequences 0, 2, 4, ...: the chosen ones.
+fn every_other(logprobs: &Tensor, spans: &[usize]) -> Result<(Tensor, Vec<usize>)> {
+    let (mut parts, mut kept) = (Vec::new(), vec![0]);
+    for w in spans.windows(2).step_by(2) {
+        parts.push(logprobs.narrow(0, w[0], w[1] - w[0])?);
+        kept.push(kept[kept.len() - 1] + w[1] - w[0]);
+    }
+    Ok((Tensor::cat(&parts, 0)?, kept))
+}
+
+/// k3 estimate of KL(sampler ‖ trainer) per token, for completions that come with what the sampler said: rounding
+/// noise when both agree.
+pub(super) fn mismatch<'a>(
+    pass: &mut Pass<'_>,
+    logprobs: &Tensor,
+    sampler: impl Iterator<Item = &'a Vec<f32>>,
+) -> Result<()> {
+    let sampler: Vec<f64> = sampler.flatten().map(|&x| f64::from(x)).collect();
+    let trainer = numbers(&logprobs.detach())?;
+    if sampler.len() != trainer.len() {
+        return Ok(()); // completions of others
+    }
+    let of = |(trainer, sampler): (&f64, &f64)| {
+        let d = trainer - sampler;
+        d.exp_m1() - d
+    };
+    pass.add("mismatch_kl", trainer.iter().zip(&sampler).map(of).sum(), trainer.len());
+    Ok(())
+}

@@ -1,0 +1,89 @@
+//! Reward models: rankings of the completions of a prompt.
+
+use candle_core::Tensor;
+use rehearsal_learn::reward::{PairCount, Pairwise, PairwiseConfig, kwise, pairwise};
+use rehearsal_lm::Batch;
+
+use super::{Pass, column, length, micro_batches, numbers, total};
+use crate::passes::scored;
+use crate::{Result, Tokens};
+
+/// Completions of one prompt and their ranks: 1 for the best, equal for ties.
+#[derive(Debug, Clone)]
+pub struct Ranking {
+    pub completions: Vec<Tokens>,
+    pub ranks: Vec<u32>,
+    /// Of a pair: how much better the better one is.
+    pub margin: Option<f64>,
+}
+
+/// One step's worth of rankings. All completions of a prompt stay in one micro-batch.
+#[derive(Debug, Clone)]
+pub struct Rankings {
+    pub rankings: Vec<Ranking>,
+    pub pairwise: PairwiseConfig,
+    pub count: PairCount,
+}
+
+impl Rankings {
+    pub(super) fn run(&self, pass: &mut Pass<'_>) -> Result<()> {
+        let whole = self.rankings.len() as f64;
+        let size = |r: &Ranking| r.completions.iter().map(length).sum();
+        for part in micro_batches(&self.rankings, pass.budget, pass.cancel, size) {
+            let rankings = part?;
+            let model = pass.decoder;
+            let batch = Batch::ends(rankings.iter().flat_map(|r| &r.completions).map(|t| scored(model, t)));
+            pass.micro_step(
+                batch.tokens(),
+                |model, _| model.forward_values(&batch),
+                |pass, scores| {
+                    let mut losses = Vec::new();
+                    let (mut winners, mut losers, mut margins) = (Vec::new(), Vec::new(), Vec::new());
+                    let mut at = 0;
+                    for r in rankings {
+                        let k = r.completions.len();
+                        if let [first, second] = r.ranks[..] {
+                            if first != second {
+                                let winner = at + u32::from(first > second);
+                                winners.push(winner);
+                                losers.push(2 * at + 1 - winner);
+                                margins.push(r.margin.unwrap_or(0.0) as f32);
+                            }
+                        } else {
+                            let group = scores.narrow(0, at as usize, k)?;
+                            losses.extend(kwise(&group, &r.ranks, self.count)?);
+                        }
+                        watch(pass, &numbers(&scores.narrow(0, at as usize, k)?.detach())?, &r.ranks);
+                        at += k as u32;
+                    }
+                    if !winners.is_empty() {
+                        let pick = |which: Vec<u32>| scores.index_select(&Tensor::new(which, scores.device())?, 0);
+                        let (chosen, rejected) = (pick(winners)?, pick(losers)?);
+                        let margin = column(margins, scores)?;
+                        let pairs =
+                            Pairwise { chosen: &chosen, rejected: &rejected, margin: Some(&margin), probability: None };
+                        losses.push(pairwise(&pairs, &self.pairwise)?.sum_all()?);
+                    }
+                    pass.add("reward_model_score", total(&scores.detach())?, at as usize);
+                    // A micro-batch of nothing but ties has no loss, and a gradient of zero.
+                    let none = (scores.sum_all()? * 0.0)?;
+                    let sum = losses.iter().try_fold(none, |sum, loss| sum + loss)?;
+                    Ok((sum / whole)?)
+                },
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// How often, and by how much, the model agrees with a ranking's pairs.
+fn watch(pass: &mut Pass<'_>, scores: &[f64], ranks: &[u32]) {
+    for w in 0..scores.len() {
+        for l in 0..scores.len() {
+            if ranks[w] < ranks[l] {
+                pass.add("preference_accuracy", f64::from(scores[w] > scores[l]), 1);
+                pass.add("margin", scores[w] - scores[l], 1);
+            }
+        }
+    }
+}

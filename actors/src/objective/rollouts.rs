@@ -1,0 +1,68 @@
+//! Policy gradients: clipped losses on sampled completions, with a pretraining mix.
+
+use rehearsal_learn::Whole;
+use rehearsal_learn::ppo::{PolicyLossConfig, PolicyTokens, policy_loss};
+use rehearsal_lm::Batch;
+
+use super::{Demonstrations, Pass, column, length, micro_batches};
+use crate::{Result, Tokens};
+
+/// A completion with what is known of each of its tokens.
+#[derive(Debug, Clone)]
+pub struct RolloutTokens {
+    pub tokens: Tokens,
+    /// By the trainer, before the update.
+    pub old_logprobs: Vec<f32>,
+    pub advantages: Vec<f32>,
+    pub ref_logprobs: Vec<f32>,
+}
+
+/// One minibatch of rollouts.
+#[derive(Debug, Clone)]
+pub struct Rollouts {
+    pub rollouts: Vec<RolloutTokens>,
+    pub loss: PolicyLossConfig,
+    /// Text whose likelihood is to stay high, and its weight γ (InstructGPT, eq. 2).
+    pub pretraining: Option<(Demonstrations, f64)>,
+}
+
+impl Rollouts {
+    pub(super) fn run(&self, pass: &mut Pass<'_>) -> Result<()> {
+        let whole = Whole {
+            sequences: self.rollouts.len(),
+            tokens: self.rollouts.iter().map(|r| r.tokens.completion.len()).sum(),
+        };
+        for part in micro_batches(&self.rollouts, pass.budget, pass.cancel, |r| length(&r.tokens)) {
+            let rollouts = part?;
+            let batch = Batch::new(rollouts.iter().map(|r| r.tokens.sequence()));
+            pass.micro_step(
+                batch.tokens(),
+                |model, t| model.forward(&batch, t),
+                |pass, logprobs| {
+                    let all = |of: fn(&RolloutTokens) -> &Vec<f32>| {
+                        column(rollouts.iter().flat_map(|r| of(r).iter().copied()).collect(), logprobs)
+                    };
+                    let reference = all(|r| &r.ref_logprobs)?;
+                    let tokens = PolicyTokens {
+                        logprobs,
+                        old_logprobs: &all(|r| &r.old_logprobs)?,
+                        advantages: &all(|r| &r.advantages)?,
+                        ref_logprobs: Some(&reference),
+                        spans: batch.spans(),
+                    };
+                    let loss = policy_loss(&tokens, &self.loss, whole)?;
+                    let n = batch.scored();
+                    pass.add("clip_fraction", loss.clipped, n);
+                    pass.add("approx_kl", loss.approx_kl, n);
+                    pass.add("policy_kl", loss.policy_kl, n);
+                    pass.add("ratio", loss.ratio, n);
+                    Ok(loss.loss)
+                },
+            )?;
+        }
+        match &self.pretraining {
+            Some((text, weight)) => text.run(pass, *weight),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! Rows of files: JSON Lines, or Parquet by its ending.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use serde_json::Value;
+
+use crate::error::{At, Error, Result};
+
+/// One row: an object of columns.
+pub struct Row {
+    pub columns: Value,
+    /// Where it stands, for people: `line 7`, `row 7`.
+    pub place: String,
+    /// From 0.
+    pub index: u64,
+}
+
+/// The rows of a file, one at a time. A line of JSON that is no object becomes a row without columns.
+pub fn open(file: &Path) -> Result<Box<dyn Iterator<Item = Result<Row>>>> {
+    if file.extension().is_some_and(|e| e == "parquet") { parquet(file) } else { json_lines(file) }
+}
+
+fn json_lines(file: &Path) -> Result<Box<dyn Iterator<Item = Result<Row>>>> {
+    let path = file.to_path_buf();
+    let lines = BufReader::new(File::open(file).at(file)?).lines().enumerate();
+    Ok(Box::new(lines.filter_map(move |(index, line)| {
+        let line = match line.at(&path) {
+            Ok(line) => line,
+            Err(e) => return Some(Err(e)),
+        };
+        if line.trim().is_empty() {
+            return None;
+        }
+        let columns = serde_json::from_str(&line).unwrap_or_else(|e| Value::String(format!("is no JSON: {e}")));
+        Some(Ok(Row { columns, place: format!("line {}", index + 1), index: index as u64 }))
+    })))
+}
+
+fn parquet(file: &Path) -> Result<Box<dyn Iterator<Item = Result<Row>>>> {
+    let path = file.to_path_buf();
+    let wrong = |path: &Path, e: parquet::errors::ParquetError| Error::Prompts {
+        file: path.into(),
+        message: format!("is no readable Parquet file: {e}"),
+    };
+    let reader = SerializedFileReader::new(File::open(file).at(file)?).map_err(|e| wrong(&path, e))?;
+    // Checked here, so that a broken footer is not found only at the first row.
+    reader.metadata();
+    let rows = reader.into_iter().enumerate();
+    Ok(Box::new(rows.map(move |(index, row)| {
+        let columns = row.map_err(|e| wrong(&path, e))?.to_json_value();
+        Ok(Row { columns, place: format!("row {}", index + 1), index: index as u64 })
+    })))
+}

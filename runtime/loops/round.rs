@@ -1,0 +1,39 @@
+//! Learning from one step's completions several times: epochs of minibatches in an order that the seed fixes.
+
+use rehearsal_lm::random::Stream;
+
+use crate::config::methods::UpdateConfig;
+
+/// Streams of random numbers from here upward belong to minibatches: above those of the order of prompts.
+const MINIBATCH_STREAMS: u64 = (1 << 63) + (1 << 61);
+
+/// The minibatches of a step over `items` items, epoch by epoch: each epoch is a permutation cut into equal parts.
+pub fn minibatches(seed: u64, step: u64, items: usize, update: UpdateConfig) -> Vec<Vec<usize>> {
+    let parts = update.minibatches.min(items).max(1);
+    let epoch = |epoch: usize| {
+        let stream = Stream::new(seed, MINIBATCH_STREAMS + step * update.epochs as u64 + epoch as u64);
+        let order = stream.permutation(items);
+        (0..parts).map(move |part| order[part * items / parts..(part + 1) * items / parts].to_vec()).collect::<Vec<_>>()
+    };
+    (0..update.epochs).flat_map(epoch).filter(|part| !part.is_empty()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_epoch_takes_every_item_once() {
+        let update = UpdateConfig { epochs: 3, minibatches: 4 };
+        let all = minibatches(1, 7, 10, update);
+        assert_eq!(all.len(), 12);
+        for epoch in all.chunks(4) {
+            let mut items: Vec<usize> = epoch.concat();
+            items.sort();
+            assert_eq!(items, (0..10).collect::<Vec<_>>());
+        }
+        assert_ne!(all[..4], all[4..8]);
+        assert_eq!(all, minibatches(1, 7, 10, update));
+        assert_eq!(minibatches(1, 7, 2, update).len(), 6);
+    }
+}
