@@ -34,22 +34,22 @@ fn kill_after(mut child: Child, delay: Duration, history: &Path) -> bool {
     true
 }
 
-fn killed_run(folder: &Path) -> (Remains, u32) {
-    let (file, directory) = job_file(folder, STEPS, MORE);
+/// Runs a job's file to its end through at most so many kills, and says how many hit a running process.
+pub fn killed_run(file: &Path, directory: &Path, kills_at_most: u32, longest_ms: f64) -> u32 {
     let (file, directory_text) = (file.to_str().unwrap(), directory.to_str().unwrap());
     let random = Stream::new(99, 1);
     let mut kills = 0;
     let mut child = start(&["run", file]);
     for attempt in 0..400 {
         // From before the store is open to several steps in, in all phases of a step.
-        let delay = Duration::from_millis(15 + (random.uniform(attempt) * 450.0) as u64);
+        let delay = Duration::from_millis(15 + (random.uniform(attempt) * longest_ms) as u64);
         if !kill_after(child, delay, &directory.join("history.jsonl")) {
             break;
         }
         kills += 1;
-        let known = directory.join("store").is_dir();
+        let known = directory.join("store").is_dir() || directory.join("job.toml").exists();
         let args = if known { ["resume", directory_text] } else { ["run", file] };
-        if kills >= 60 {
+        if kills >= kills_at_most {
             break;
         }
         child = start(&args);
@@ -60,7 +60,7 @@ fn killed_run(folder: &Path) -> (Remains, u32) {
         let again = rehearsal(&["run", file]);
         assert!(again.status.success(), "{}\n{}", stderr(&output), stderr(&again));
     }
-    (Remains::of(&directory), kills)
+    kills
 }
 
 #[test]
@@ -77,7 +77,9 @@ fn a_job_killed_again_and_again_ends_the_same_to_the_bit() {
     assert_eq!(want.history.len() as u64, STEPS);
     assert_eq!(want.ledger.len() as u64, 4 * STEPS);
 
-    let (got, kills) = killed_run(&broken);
+    let (file, directory) = job_file(&broken, STEPS, MORE);
+    let kills = killed_run(&file, &directory, 60, 450.0);
+    let got = Remains::of(&directory);
     eprintln!("{kills} kills");
     assert!(kills >= KILLS, "only {kills} kills hit a running job");
     got.assert_same(&want);
