@@ -34,7 +34,7 @@ pub use reference::ReferenceHandle;
 pub use reward::{Judged, Reward, RewardError, RewardFn, RewardHandle, Sample};
 pub use reward_model::{RewardModel, RewardModels, keep_normalisation};
 pub use role::RoleStats;
-pub use trained::{ModelSnapshot, StepReport, TrainedConfig, UpdateBatch};
+pub use trained::{LoraStart, ModelSnapshot, StepReport, TrainedConfig, UpdateBatch};
 
 use std::sync::Arc;
 

@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Tensor, Var};
 use rehearsal_learn::{AdamW, AdamWConfig, clip_scale, ema, global_norm};
 use rehearsal_lm::generate::{Completion, Generator, Options, Request};
-use rehearsal_lm::{Checkpoint, Decoder, HeadKind, Parameters, Precision};
+use rehearsal_lm::{Checkpoint, Decoder, HeadKind, Lora, LoraConfig, Parameters, Precision};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio_util::sync::CancellationToken;
 
@@ -20,7 +20,7 @@ use crate::role::{Build, Machine, Reply, Ticket, answer, local_message};
 use crate::{Devices, Error, Marked, Objective, Placement, Result, Stats, StepTimes, Tokens};
 
 /// Settings of a trained model that do not change during a job.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct TrainedConfig {
     pub placement: Placement,
     pub optimizer: AdamWConfig,
@@ -34,6 +34,18 @@ pub struct TrainedConfig {
     pub gradient_checkpointing: bool,
     /// Decay of an exponential moving average of the weights, kept beside them.
     pub ema_decay: Option<f64>,
+    /// Train adapters in the place of the weights.
+    pub lora: Option<LoraStart>,
+}
+
+/// Where adapters begin.
+#[derive(Debug, Clone)]
+pub struct LoraStart {
+    pub config: LoraConfig,
+    /// Adapters in PEFT's format to begin with, in the place of new ones.
+    pub adapter: Option<PathBuf>,
+    /// Of new ones.
+    pub seed: u64,
 }
 
 /// One optimiser step.
@@ -127,6 +139,7 @@ pub(crate) struct Trained {
     seat: Seat,
     config: TrainedConfig,
     decoder: Decoder,
+    lora: Option<Lora>,
     optimizer: AdamW,
     average: Option<Parameters>,
     version: u64,
@@ -141,13 +154,27 @@ impl Trained {
             .trainable(&seat.device, DType::F32)?
             .with_precision(config.precision)
             .with_gradient_checkpointing(config.gradient_checkpointing);
-        let optimizer = AdamW::new(decoder.variables(), config.optimizer)?;
-        let average = config.ema_decay.map(|_| copies(&decoder)).transpose()?;
-        Ok(Self { checkpoint, seat, config, decoder, optimizer, average, version: 0, generator: None })
+        let lora = match &config.lora {
+            None => None,
+            Some(LoraStart { adapter: Some(directory), .. }) => Some(Lora::open(&checkpoint, directory, &seat.device)?),
+            Some(start) => Some(Lora::new(&checkpoint, start.config.clone(), &seat.device, start.seed)?),
+        };
+        if let Some(lora) = &lora {
+            lora.apply(&checkpoint, &decoder)?;
+        }
+        let trained = lora.as_ref().map_or(decoder.variables(), Lora::variables);
+        let optimizer = AdamW::new(trained, config.optimizer)?;
+        let average = config.ema_decay.map(|_| copies(trained)).transpose()?;
+        Ok(Self { checkpoint, seat, config, decoder, lora, optimizer, average, version: 0, generator: None })
+    }
+
+    /// What the optimiser changes, by name: the weights, or their adapters.
+    fn variables(&self) -> &BTreeMap<String, Var> {
+        self.lora.as_ref().map_or(self.decoder.variables(), Lora::variables)
     }
 
     pub fn build(checkpoint: Arc<Checkpoint>, config: TrainedConfig, devices: Devices) -> Build<Self> {
-        Arc::new(move || Trained::new(checkpoint.clone(), config, &devices))
+        Arc::new(move || Trained::new(checkpoint.clone(), config.clone(), &devices))
     }
 
     fn generate(
@@ -178,11 +205,16 @@ impl Trained {
     }
 
     fn update(&mut self, batch: &UpdateBatch, cancel: &CancellationToken) -> Result<StepReport> {
-        let mut pass = Pass::new(&self.decoder, batch.temperature, self.config.micro_batch_tokens, cancel);
+        let decoder = self.decoder.clone();
+        let mut pass = Pass::new(&decoder, batch.temperature, self.config.micro_batch_tokens, cancel);
         pass.run(&batch.objective)?;
         let (stats, loss, tokens, mut times) = (pass.stats(), pass.loss, pass.tokens, pass.times);
         let start = Instant::now();
-        let gradients = pass.gradients.complete(&self.decoder)?;
+        let gradients = pass.gradients.complete(&decoder)?;
+        let gradients = match &self.lora {
+            Some(lora) => lora.gradients(gradients)?,
+            None => gradients,
+        };
         let grad_norm = global_norm(&gradients)?;
         for (what, value) in [("loss", loss), ("gradient norm", grad_norm)] {
             if !value.is_finite() {
@@ -190,12 +222,16 @@ impl Trained {
             }
         }
         let scale = clip_scale(grad_norm, self.config.max_grad_norm);
-        self.optimizer.step(self.decoder.variables(), &gradients, batch.learning_rate, scale)?;
+        let trained = self.lora.as_ref().map_or(decoder.variables(), Lora::variables);
+        self.optimizer.step(trained, &gradients, batch.learning_rate, scale)?;
+        if let Some(lora) = &self.lora {
+            lora.apply(&self.checkpoint, &decoder)?;
+        }
         self.version += 1;
         if let (Some(average), Some(decay)) = (&mut self.average, self.config.ema_decay) {
-            for (name, weight) in self.decoder.parameters() {
-                if let Some(entry) = average.get_mut(&name) {
-                    *entry = ema::update(entry, &weight, decay)?;
+            for (name, weight) in trained {
+                if let Some(entry) = average.get_mut(name) {
+                    *entry = ema::update(entry, &weight.as_detached_tensor(), decay)?;
                 }
             }
         }
@@ -207,7 +243,8 @@ impl Trained {
         let named = |prefix: &'static str, tensors: Parameters| {
             tensors.into_iter().map(move |(name, t)| (format!("{prefix}{name}"), t))
         };
-        let weights = named("weights.", self.decoder.parameters());
+        let trained = self.variables().iter().map(|(name, var)| (name.clone(), var.as_detached_tensor()));
+        let weights = named("weights.", trained.collect());
         let average = named("average.", self.average.clone().unwrap_or_default());
         ModelSnapshot {
             version: self.version,
@@ -222,9 +259,12 @@ impl Trained {
             let missing = || rehearsal_learn::Error::Moments(format!("the snapshot has no `{name}`"));
             snapshot.tensors.get(name).ok_or_else(missing)
         };
-        for (name, var) in self.decoder.variables() {
+        for (name, var) in self.variables() {
             let tensor = get(&format!("weights.{name}"))?;
             var.set(&tensor.to_device(&self.seat.device)?.to_dtype(var.dtype())?)?;
+        }
+        if let Some(lora) = &self.lora {
+            lora.apply(&self.checkpoint, &self.decoder)?;
         }
         if let Some(average) = &mut self.average {
             for (name, entry) in average.iter_mut() {
@@ -236,16 +276,43 @@ impl Trained {
         Ok(())
     }
 
-    /// Writes the averaged weights where there are some, else the weights.
+    /// Writes the averaged weights where there are some, else the weights; adapters merged, and beside them.
     fn export(&self, directory: &std::path::Path, dtype: DType) -> Result<()> {
-        let weights = self.average.clone().unwrap_or_else(|| self.decoder.parameters());
-        Ok(self.checkpoint.save(&weights, directory, dtype)?)
+        if let Some(average) = &self.average {
+            let now = copies(self.variables())?;
+            self.put(average)?;
+            let result = self.write(directory, dtype);
+            self.put(&now)?;
+            return result;
+        }
+        self.write(directory, dtype)
+    }
+
+    /// Sets what is trained.
+    fn put(&self, values: &Parameters) -> Result<()> {
+        for (name, value) in values {
+            if let Some(var) = self.variables().get(name) {
+                var.set(value)?;
+            }
+        }
+        match &self.lora {
+            Some(lora) => Ok(lora.apply(&self.checkpoint, &self.decoder)?),
+            None => Ok(()),
+        }
+    }
+
+    fn write(&self, directory: &std::path::Path, dtype: DType) -> Result<()> {
+        self.checkpoint.save(&self.decoder.parameters(), directory, dtype)?;
+        match &self.lora {
+            Some(lora) => Ok(lora.save(&self.checkpoint, &directory.join("adapter"))?),
+            None => Ok(()),
+        }
     }
 }
 
-/// The weights as they are now.
-fn copies(decoder: &Decoder) -> Result<Parameters> {
-    decoder.parameters().into_iter().map(|(name, t)| Ok((name, t.copy()?))).collect()
+/// Variables as they are now.
+fn copies(variables: &BTreeMap<String, Var>) -> Result<Parameters> {
+    variables.iter().map(|(name, var)| Ok((name.clone(), var.as_detached_tensor().copy()?))).collect()
 }
 
 impl Machine for Trained {

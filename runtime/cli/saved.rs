@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use rehearsal_lm::{Checkpoint, Parameters};
+use rehearsal_lm::{Checkpoint, Lora, Parameters};
 use rehearsal_store::{OwnedTensor, Store};
 
 use super::run::saved_config;
@@ -49,7 +49,20 @@ pub fn policy(directory: &Path, store: &Store) -> Result<Checkpoint> {
             .filter_map(|t| Some((t.name.strip_prefix(&prefix)?.to_string(), t)))
             .map(|(name, t)| Ok((name, tensor(&t)?)))
             .collect::<Result<_>>()?;
-        checkpoint.parameters = tensors;
+        if let Some(settings) = &config.lora {
+            let lora = match &settings.adapter {
+                Some(adapter) => Lora::open(&checkpoint, adapter, &Device::Cpu)?,
+                None => Lora::new(&checkpoint, settings.config.clone(), &Device::Cpu, config.job.seed)?,
+            };
+            for (name, var) in lora.variables() {
+                let missing = || Error::State(format!("the checkpoint has no `{name}`"));
+                var.set(tensors.get(name).ok_or_else(missing)?).map_err(rehearsal_lm::Error::from)?;
+            }
+            let merged = lora.merged(&checkpoint, &Device::Cpu)?;
+            checkpoint.parameters.extend(merged);
+        } else {
+            checkpoint.parameters = tensors;
+        }
     }
     Ok(checkpoint)
 }

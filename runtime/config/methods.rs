@@ -7,6 +7,7 @@ use rehearsal_learn::ppo::{Aggregation, PolicyLossConfig, RatioLevel};
 use rehearsal_learn::preference::{RewardDistance, SftTerm};
 use rehearsal_learn::reward::{Ensemble, PairCount};
 use rehearsal_learn::{AdaptiveKl, KlEstimator, NllReduction, PreferenceConfig, PreferenceKind};
+use rehearsal_lm::LoraConfig;
 
 use super::reader::{Range, Section};
 use super::{ModelSource, OnBad, schema};
@@ -429,6 +430,30 @@ pub(super) fn update(mut s: Section<'_>) -> UpdateConfig {
         minibatches: s.integer("minibatches", 1, Range::within(1.0, 65_536.0), "Optimiser updates of each pass.")
             as usize,
     }
+}
+
+/// `[lora]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraSettings {
+    pub config: LoraConfig,
+    pub adapter: Option<PathBuf>,
+}
+
+pub(super) fn lora(mut s: Section<'_>, base: &Path) -> Option<LoraSettings> {
+    let rank = s.integer(
+        "rank",
+        0,
+        Range::within(0.0, 4096.0),
+        "Train adapters of this rank in the place of the weights; 0 trains the weights.",
+    ) as usize;
+    let alpha =
+        s.number("alpha", 16.0, Range::above(0.0), "The adapters' product is scaled by this divided by the rank.");
+    let targets = s.texts("targets", "a list of layers", "Linear layers that have adapters, by their last names. Without it, all of a Llama's: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`.");
+    let adapter =
+        s.existing("adapter", base, "Adapters in PEFT's format to begin with; rank, scale and layers are then theirs.");
+    let all = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"].map(String::from);
+    let targets = if targets.is_empty() { all.to_vec() } else { targets };
+    (rank > 0 || adapter.is_some()).then_some(LoraSettings { config: LoraConfig { rank, alpha, targets }, adapter })
 }
 
 pub(super) fn rso(mut s: Section<'_>) -> RsoConfig {

@@ -14,9 +14,10 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use methods::{
-    Algorithm, CriticConfig, DataConfig, PpoConfig, RewardModelConfig, RewardModelsConfig, RsoConfig, UpdateConfig,
+    Algorithm, CriticConfig, DataConfig, LoraSettings, PpoConfig, RewardModelConfig, RewardModelsConfig, RsoConfig,
+    UpdateConfig,
 };
-use rehearsal_actors::{Placement, TrainedConfig};
+use rehearsal_actors::{LoraStart, Placement, TrainedConfig};
 use rehearsal_learn::{AdamWConfig, NllReduction, PreferenceConfig, Schedule, ScheduleKind, TieRule};
 use rehearsal_lm::Precision;
 use rehearsal_lm::generate::Sampling;
@@ -33,6 +34,8 @@ pub struct Config {
     pub critic: CriticConfig,
     pub update: UpdateConfig,
     pub rso: RsoConfig,
+    /// Adapters are trained in the place of the weights.
+    pub lora: Option<LoraSettings>,
     pub prompts: PromptsConfig,
     pub rollout: RolloutConfig,
     pub reward: RewardConfig,
@@ -261,6 +264,11 @@ impl Config {
             precision: self.model.dtype,
             gradient_checkpointing: self.optimizer.gradient_checkpointing,
             ema_decay: self.optimizer.ema_decay,
+            lora: self.lora.as_ref().map(|lora| LoraStart {
+                config: lora.config.clone(),
+                adapter: lora.adapter.clone(),
+                seed: self.job.seed,
+            }),
         }
     }
 
@@ -287,6 +295,7 @@ impl Config {
             section("model.dtype", &self.model.dtype),
             section("[optimizer]", &optimizer),
             section("[evaluation]", &self.evaluation),
+            section("[lora]", &self.lora.as_ref().map(|lora| &lora.config)),
         ];
         match algorithm {
             Algorithm::Sft => all.extend([section("[data]", &data), section("[sft]", &self.sft)]),

@@ -25,6 +25,7 @@ pub fn read(r: &mut Reader, base: &Path) -> Config {
         critic: methods::critic(r.section("critic"), base),
         update: methods::update(r.section("update")),
         rso: methods::rso(r.section("rso")),
+        lora: methods::lora(r.section("lora"), base),
         prompts: prompts(r.section("prompts"), base),
         rollout: rollout(r.section("rollout"), algorithm),
         reward: reward(r.section("reward"), base),

@@ -449,3 +449,37 @@ fn a_library_runs_a_chain() {
     let outcome = runtime().block_on(chain.run(false, Default::default(), &mut |_| jobs += 1)).unwrap();
     assert_eq!((outcome.step, jobs), (8, 3));
 }
+
+const LORA: &str = "[lora]\nrank = 4\nalpha = 16\n";
+
+#[test]
+fn adapters_learn_leave_the_base_alone_and_survive_kills() {
+    let more = format!("{SFT}{}{LORA}", OFFLINE.replace("5e-4", "5e-3"));
+    let (folder, outcome) = outcome("sft", 24, &more);
+    let (before, after) = ends(&outcome, "loss");
+    assert!(after < 0.6 * before, "{before} -> {after}");
+    let remains = Remains::of(&folder.path().join("job"));
+    assert!(remains.tensors.iter().all(|(name, _)| name.contains(".lora_")), "more than adapters is saved");
+    // The exported model is the merged one, and the adapters lie beside it in PEFT's format.
+    let model = folder.path().join("job/model");
+    assert!(model.join("adapter/adapter_model.safetensors").exists());
+    let config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(model.join("adapter/adapter_config.json")).unwrap()).unwrap();
+    assert_eq!((&config["peft_type"], &config["r"]), (&"LORA".into(), &4.into()));
+    survives("sft", 30, &more, 3);
+}
+
+#[test]
+fn a_critic_and_a_policy_of_adapters_survive_kills() {
+    survives("ppo", 16, &format!("{ROLLOUTS}{PPO}{LORA}"), 3);
+}
+
+#[test]
+fn adapters_go_on_from_adapters() {
+    let more = format!("{SFT}{}{LORA}", OFFLINE.replace("5e-4", "5e-3").replace("ema_decay = 0.5\n", ""));
+    let (folder, first) = outcome("sft", 16, &more);
+    let adapter = folder.path().join("job/model/adapter");
+    let more = format!("{SFT}{OFFLINE}[lora]\nadapter = \"{}\"\n", adapter.display());
+    let (_next, second) = outcome("sft", 2, &more);
+    assert_eq!(ends(&first, "loss").1, ends(&second, "loss").0, "the second job begins where the first one ended");
+}

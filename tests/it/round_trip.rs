@@ -53,7 +53,8 @@ fn an_exported_model_says_the_same_in_transformers() {
 
 const FAMILY: &str = "
 import json, sys, torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig,
+                          Qwen2Config, Qwen3Config)
 torch.manual_seed(0)
 common = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
               max_position_embeddings=512, bos_token_id=1, eos_token_id=3, pad_token_id=0, attn_implementation='eager')
@@ -64,13 +65,18 @@ cases = {
     'linear scaling': (LlamaConfig(**common, rope_parameters=dict(rope_type='linear', rope_theta=10000.0, factor=4.0)), 'float32', '5GB'),
     'biases, bf16': (LlamaConfig(**common, attention_bias=True, mlp_bias=True, tie_word_embeddings=True), 'bfloat16', '5GB'),
     'mistral window, f16': (MistralConfig(**common, sliding_window=7), 'float16', '5GB'),
+    'qwen 2, windows from the second layer': (Qwen2Config(**common, use_sliding_window=True, sliding_window=6, max_window_layers=1), 'float32', '5GB'),
+    'qwen 3': (Qwen3Config(**common, head_dim=24), 'bfloat16', '5GB'),
+    'gemma 2': (Gemma2Config(**common, head_dim=16, query_pre_attn_scalar=20, sliding_window=6), 'float32', '5GB'),
+    'gemma 3': (Gemma3TextConfig(**dict(common, num_hidden_layers=7), head_dim=16, query_pre_attn_scalar=16, sliding_window=6), 'float32', '60KB'),
+    'gpt 2': (GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=128), 'float32', '5GB'),
 }
 said = {}
 for name, (config, dtype, shard) in cases.items():
     directory = sys.argv[1] + '/' + name
     model = AutoModelForCausalLM.from_config(config)
     for p in model.parameters():
-        torch.nn.init.normal_(p, 0.0 if p.dim() > 1 else 1.0, 0.1)
+        torch.nn.init.normal_(p, 0.0 if p.dim() > 1 or 'Gemma' in type(model).__name__ else 1.0, 0.1)
     model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=shard)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation='eager')
     ids = torch.randint(4, 512, (1, 40))
@@ -86,7 +92,7 @@ fn models_made_by_transformers_say_the_same_here() {
     let output = Command::new(python).args(["-c", FAMILY]).arg(folder.path()).output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     let said: serde_json::Map<String, Value> = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(said.len(), 5);
+    assert_eq!(said.len(), 10);
     let embedded = rehearsal::embedded::model().unwrap();
     for (name, want) in said {
         let directory = folder.path().join(&name);
@@ -108,6 +114,115 @@ fn check_logits(name: &str, checkpoint: &Checkpoint, said: &Value) {
             let want = want.as_f64().unwrap();
             assert!((f64::from(*got) - want).abs() < 1e-4, "{name}: position {position}, token {token}: {got} {want}");
         }
+    }
+}
+
+const SCORES: &str = "
+import json, sys, torch
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], dtype=torch.float32)
+with torch.no_grad():
+    print(json.dumps([model(torch.tensor([ids])).logits[0, 0].item() for ids in json.loads(sys.argv[2])]))
+";
+
+#[test]
+fn an_exported_reward_model_scores_the_same_in_transformers() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = rehearsal::embedded::model().unwrap().with_score_head(5).unwrap();
+    base.save(&base.parameters, folder.path(), candle_core::DType::F32).unwrap();
+    let read = Checkpoint::open(folder.path()).unwrap();
+    let eos = read.architecture.eos[0];
+    // The padding, wherever it is the end-of-sequence token too, is not what the score is read at.
+    let sequences = [vec![5u32, 6, 7, 8], vec![9, 10, eos], vec![11, 12, 13, 14, 15, eos]];
+    let decoder = read.frozen(&candle_core::Device::Cpu, candle_core::DType::F32).unwrap();
+    let ends = sequences
+        .iter()
+        .map(|s| rehearsal::lm::Sequence { prompt: &[], completion: read.architecture.scored_prefix(s) });
+    let got: Vec<f32> = decoder.values(&rehearsal::lm::Batch::ends(ends)).unwrap().to_vec1().unwrap();
+    let Some(python) = python() else { return };
+    let ids = serde_json::to_string(&sequences).unwrap();
+    let output = Command::new(python).args(["-c", SCORES]).arg(folder.path()).arg(ids).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let want: Vec<f32> = serde_json::from_slice(&output.stdout).unwrap();
+    for (got, want) in got.iter().zip(&want) {
+        assert!((got - want).abs() < 1e-4, "{got} {want}");
+    }
+}
+
+const PEFT: &str = "
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32), sys.argv[2])
+ids = list(range(5, 40))
+with torch.no_grad():
+    logits = model(torch.tensor([ids])).logits[0].tolist()
+model.save_pretrained(sys.argv[3])
+print(json.dumps({'ids': ids, 'logits': logits}))
+";
+
+#[test]
+fn adapters_go_to_peft_and_back() {
+    use candle_core::{DType, Device, Tensor};
+    use rehearsal::lm::{Lora, LoraConfig};
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let mut base = rehearsal::embedded::model().unwrap();
+    base.save(&base.parameters, &path("base"), DType::F32).unwrap();
+    let targets = ["q_proj", "up_proj"].map(String::from).to_vec();
+    let lora = Lora::new(&base, LoraConfig { rank: 3, alpha: 9.0, targets }, &Device::Cpu, 7).unwrap();
+    for (name, var) in lora.variables() {
+        let stream = rehearsal::lm::random::Stream::new(1, name.len() as u64);
+        let data: Vec<f32> = (0..var.elem_count() as u64).map(|i| 0.05 * stream.normal(i) as f32).collect();
+        var.set(&Tensor::from_vec(data, var.dims(), &Device::Cpu).unwrap()).unwrap();
+    }
+    lora.save(&base, &path("adapter")).unwrap();
+    let merged = lora.merged(&base, &Device::Cpu).unwrap();
+    let Some(python) = python() else { return };
+    if !Command::new(&python).args(["-c", "import peft"]).output().is_ok_and(|o| o.status.success()) {
+        crate::support::skipped!("{python} has no peft");
+        return;
+    }
+    let folders = [path("base"), path("adapter"), path("theirs")];
+    let output = Command::new(python).args(["-c", PEFT]).args(&folders).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let theirs = Lora::open(&base, &folders[2], &Device::Cpu).unwrap();
+    for (name, weight) in theirs.merged(&base, &Device::Cpu).unwrap() {
+        let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(flat(&weight), flat(&merged[&name]), "{name}");
+    }
+    base.parameters.extend(merged);
+    check_logits("PEFT", &base, &serde_json::from_slice(&output.stdout).unwrap());
+}
+
+const PARQUET: &str = "
+import sys, pandas
+pandas.DataFrame([
+    {'messages': [{'role': 'user', 'content': f'Who {i}?'}, {'role': 'assistant', 'content': f'The dog {i}.'}]} for i in range(12)
+]).to_parquet(sys.argv[1] + '/messages.parquet')
+pandas.DataFrame([
+    {'prompt': f'Who {i}?', 'chosen': f'The dog {i}.', 'rejected': 'Nobody.'} for i in range(12)
+]).to_parquet(sys.argv[1] + '/pairs.parquet')
+";
+
+#[test]
+fn parquet_files_are_read_like_json_lines() {
+    let Some(python) = python() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let output = Command::new(python).args(["-c", PARQUET]).arg(folder.path()).output().unwrap();
+    if !output.status.success() {
+        crate::support::skipped!("no Parquet file could be made: {}", stderr(&output));
+        return;
+    }
+    for (algorithm, file) in [("sft", "messages.parquet"), ("dpo", "pairs.parquet")] {
+        let job = format!(
+            "[job]\ndirectory = \"{algorithm}\"\nalgorithm = \"{algorithm}\"\nsteps = 2\n[data]\ntrain = [\"{file}\"]\n"
+        );
+        let path = folder.path().join(format!("{algorithm}.toml"));
+        std::fs::write(&path, job).unwrap();
+        let output = rehearsal(&["run", path.to_str().unwrap()]);
+        assert!(output.status.success(), "{algorithm}: {}", stderr(&output));
+        assert!(crate::support::stdout(&output).contains("12 rows"), "{}", crate::support::stdout(&output));
     }
 }
 

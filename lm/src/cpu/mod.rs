@@ -10,7 +10,7 @@ mod weights;
 
 pub use block::{Buffers, Rows};
 pub use train::{Trace, lookup, output};
-pub use weights::PackedWeights;
+pub use weights::{PackedWeights, with_views as with_matrices};
 
 use crate::kernels::gemm::{Element, View};
 use crate::model::Decoder;
