@@ -24,6 +24,21 @@ fn docs_metrics_is_the_table() {
 }
 
 #[test]
+fn docs_methods_names_every_golden_file() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = std::fs::read_to_string(root.join("docs/methods.md")).unwrap();
+    let mut seen = 0;
+    for entry in std::fs::read_dir(root.join("tests/golden")).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        if name != "SCHEMA.md" && name != "tiny-llama-ref" && !name.contains("-reference") {
+            seen += 1;
+            assert!(page.contains(&format!("`{name}`")), "docs/methods.md does not name {name}");
+        }
+    }
+    assert!(seen > 90, "{seen}");
+}
+
+#[test]
 fn every_example_configuration_is_valid_but_for_files_to_fetch() {
     let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
     let mut seen = 0;
