@@ -64,6 +64,7 @@ table! {
     Gauge "reward_model_score" "score" None, "Mean score that a reward model in training gives.";
     Gauge "clip_fraction" "ratio" None, "Share of tokens whose clipped policy loss is the larger one.";
     Gauge "approx_kl" "nats" None, "Mean over tokens of (log π - log π_old)² / 2 within a step.";
+    Gauge "policy_entropy" "nats" None, "Mean over tokens of -Σ p log p of the policy, where `ppo.entropy_coef` asks for it.";
     Gauge "policy_kl" "nats" None, "Mean over tokens of log π_old - log π within a step.";
     Gauge "ratio" "ratio" None, "Mean over tokens of π / π_old.";
     Gauge "kl_coef" "ratio" None, "Coefficient of the KL penalty.";

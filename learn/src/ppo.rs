@@ -133,6 +133,8 @@ pub struct PolicyLossConfig {
     pub level: RatioLevel,
     /// KL to the reference as a loss, with its coefficient.
     pub kl: Option<(KlEstimator, f64)>,
+    /// Coefficient of the entropy bonus (Schulman et al. 2017, eq. 9): this times the entropy is taken off the loss.
+    pub entropy: f64,
 }
 
 impl Default for PolicyLossConfig {
@@ -145,6 +147,7 @@ impl Default for PolicyLossConfig {
             aggregation: Aggregation::TokenMean,
             level: RatioLevel::Token,
             kl: None,
+            entropy: 0.0,
         }
     }
 }
@@ -156,6 +159,9 @@ impl PolicyLossConfig {
         match self.dual_clip {
             Some(c) if !(c > 1.0 && c.is_finite()) => return wrong("dual_clip", c, "above 1"),
             _ => {}
+        }
+        if !(self.entropy >= 0.0 && self.entropy.is_finite()) {
+            return wrong("entropy", self.entropy, "0 or more");
         }
         match (self.clip_low, self.clip_high) {
             (low, _) if !(0.0..=1.0).contains(&low) => wrong("clip_low", low, "from 0 to 1"),
@@ -173,6 +179,8 @@ pub struct PolicyTokens<'a> {
     pub advantages: &'a Tensor,
     /// Needed for a KL loss.
     pub ref_logprobs: Option<&'a Tensor>,
+    /// Entropies of the predicted distributions; needed for an entropy bonus.
+    pub entropies: Option<&'a Tensor>,
     pub spans: &'a [usize],
 }
 
@@ -225,6 +233,10 @@ pub fn policy_loss(x: &PolicyTokens<'_>, config: &PolicyLossConfig, whole: Whole
     if let Some((estimator, coefficient)) = config.kl {
         let reference = x.ref_logprobs.ok_or(Error::Missing("reference log-probabilities for the KL loss"))?;
         losses = (losses + (estimator.tensor(x.logprobs, reference)? * coefficient)?)?;
+    }
+    if config.entropy != 0.0 {
+        let entropies = x.entropies.ok_or(Error::Missing("entropies for the entropy bonus"))?;
+        losses = (losses - (entropies * config.entropy)?)?;
     }
     let loss = aggregate(&losses, x.spans, config.aggregation, whole)?;
     let total = |t: Tensor| -> Result<f64> { Ok(t.to_dtype(DType::F64)?.sum_all()?.to_scalar()?) };

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use rehearsal_learn::group::GroupScale;
-use rehearsal_learn::ppo::{Aggregation, PolicyLossConfig, RatioLevel};
+use rehearsal_learn::ppo::{Aggregation, PolicyLossConfig, RatioLevel, ScorePlacement};
 use rehearsal_learn::preference::{RewardDistance, SftTerm};
 use rehearsal_learn::reward::{Ensemble, PairCount};
 use rehearsal_learn::{AdaptiveKl, KlEstimator, NllReduction, PreferenceConfig, PreferenceKind};
@@ -128,6 +128,7 @@ pub struct PpoConfig {
     pub whiten_rewards: bool,
     pub whiten_advantages: bool,
     pub score_clip: Option<f64>,
+    pub placement: ScorePlacement,
     /// Epochs over a step's rollouts end once the mean `approx_kl` of a minibatch is above this.
     pub stop_kl: Option<f64>,
     pub pretraining: Option<PathBuf>,
@@ -159,7 +160,7 @@ pub struct RsoConfig {
 }
 
 pub(super) fn data(mut s: Section<'_>, base: &Path) -> DataConfig {
-    let paths = s.texts("train", "a list of paths, relative to this file", "JSON Lines or Parquet with TRL's columns, read in this order. `sft`: `prompt` and `completion`, or `messages`, or `text`. `dpo`, `reward_model`: `prompt`, `chosen`, `rejected` (texts or conversations; `margin`, `score_chosen` and `score_rejected` are used where there are any), or `prompt`, `completions` and `ranks`.");
+    let paths = s.texts("train", "a list of paths, relative to this file", "JSON Lines or Parquet with TRL's columns, read in this order. `sft`: `prompt` and `completion`, or `messages`, or `text`. `dpo`, `reward_model`: `prompt`, `chosen`, `rejected` (texts or conversations; `margin`, `score_chosen` and `score_rejected`, and for reward models `probability`, are used where there are any), or `prompt`, `completions` and `ranks`.");
     let train: Vec<PathBuf> = paths.iter().map(|p| super::resolve(base, p)).collect();
     for path in train.iter().filter(|p| !p.exists()) {
         s.problem("train", format!("names {}, which does not exist", path.display()));
@@ -354,6 +355,7 @@ pub(super) fn ppo(mut s: Section<'_>, base: &Path) -> PpoConfig {
     );
     let score_clip =
         s.number("score_clip", 0.0, Range::from(0.0), "Scores are clipped to plus or minus this; 0 leaves them.");
+    let entropy = s.number("entropy_coef", 0.0, Range::from(0.0), "Coefficient of an entropy bonus.");
     let stop_kl = s.number(
         "stop_kl",
         0.0,
@@ -384,6 +386,7 @@ pub(super) fn ppo(mut s: Section<'_>, base: &Path) -> PpoConfig {
             aggregation,
             level,
             kl: (kl_loss > 0.0).then_some((kl_loss_estimator, kl_loss)),
+            entropy,
         },
         value_clip: some(value_clip),
         whiten_rewards: s.flag("whiten_rewards", false, "Give token rewards a variance of 1."),
@@ -393,6 +396,7 @@ pub(super) fn ppo(mut s: Section<'_>, base: &Path) -> PpoConfig {
             "Give advantages a mean of 0 and a variance of 1 over the step's tokens; `gae` only.",
         ),
         score_clip: some(score_clip),
+        placement: s.choice("score_placement", &[("last_token", ScorePlacement::LastToken), ("one_past", ScorePlacement::OnePast)], "Where the score is paid: on the last token, or one past it where the completion is shorter than it may be (TRL since 0.12); `gae` only."),
         stop_kl: some(stop_kl),
         pretraining: s.existing(
             "pretraining",

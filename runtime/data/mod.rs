@@ -155,6 +155,7 @@ impl Data {
                     h.update(&rank.to_le_bytes());
                 }
                 h.update(&row.margin.unwrap_or(0.0).to_le_bytes());
+                h.update(&row.probability.unwrap_or(1.0).to_le_bytes());
             }),
         }
     }

@@ -34,7 +34,12 @@ pub fn pair(row: &Row, encoder: &Encoder<'_>) -> Result<PairRow, Unusable> {
 pub fn ranking(row: &Row, encoder: &Encoder<'_>) -> Result<Ranking, Unusable> {
     if row.columns.get("completions").is_none() {
         let PairRow { chosen, rejected, score_gap } = pair(row, encoder)?;
-        return Ok(Ranking { completions: vec![chosen, rejected], ranks: vec![1, 2], margin: score_gap });
+        let probability = number(&row.columns, "probability")?;
+        if let Some(p) = probability.filter(|p| !(0.0..=1.0).contains(p)) {
+            return Err(Unusable::Bad(format!("has a `probability` of {p}; it must lie from 0 to 1")));
+        }
+        let ranks = vec![1, 2];
+        return Ok(Ranking { completions: vec![chosen, rejected], ranks, margin: score_gap, probability });
     }
     let bad = |reason: &str| Unusable::Bad(reason.into());
     let prompt = said(&row.columns, "prompt")?;
@@ -56,7 +61,7 @@ pub fn ranking(row: &Row, encoder: &Encoder<'_>) -> Result<Ranking, Unusable> {
         return Err(bad("has a ranking in which all tie"));
     }
     let completions = encoder.exchanges(&prompt, &texts.iter().map(String::as_str).collect::<Vec<_>>())?;
-    Ok(Ranking { completions, ranks, margin: None })
+    Ok(Ranking { completions, ranks, margin: None, probability: None })
 }
 
 /// The text of an answer: a text, or the last message of a list.
@@ -95,12 +100,16 @@ fn texts(columns: &Value) -> Result<(Said, String, String), String> {
 }
 
 fn gap(columns: &Value) -> Result<Option<f64>, String> {
-    let number = |column: &str| match columns.get(column).filter(|v| !v.is_null()) {
+    Ok(match (number(columns, "score_chosen")?, number(columns, "score_rejected")?) {
+        (Some(chosen), Some(rejected)) => Some(chosen - rejected),
+        _ => number(columns, "margin")?,
+    })
+}
+
+/// A number that may be absent.
+fn number(columns: &Value, column: &str) -> Result<Option<f64>, String> {
+    match columns.get(column).filter(|v| !v.is_null()) {
         None => Ok(None),
         Some(value) => value.as_f64().map(Some).ok_or(format!("has a `{column}` that is no number")),
-    };
-    Ok(match (number("score_chosen")?, number("score_rejected")?) {
-        (Some(chosen), Some(rejected)) => Some(chosen - rejected),
-        _ => number("margin")?,
-    })
+    }
 }

@@ -3,6 +3,7 @@
 //! token by token, a critic says what was to be expected, and the policy moves towards what was better than that, no
 //! further than the clip. RLOO and GRPO are the same loop with the other completions of a prompt in the critic's place.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use rehearsal_actors::{
@@ -73,6 +74,8 @@ pub(super) async fn ppo(run: &mut Run) -> Result<()> {
 /// A completion on its way to an update.
 struct Rollout {
     tokens: Tokens,
+    /// As the critic reads them: with a place past the end, where the score is paid there.
+    valued: Tokens,
     /// As it is learned from: clipped completions have lost their penalty.
     score: f64,
     sampler: Vec<f32>,
@@ -89,15 +92,20 @@ struct Learned(Vec<Rollout>);
 impl Learned {
     fn of(run: &Run, prompts: &[PromptRow], groups: &[Group]) -> Self {
         let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect();
-        let one = |group: &Group, c: &ScoredCompletion, score: f64| Rollout {
-            tokens: tokens(prompts, group, c),
-            score,
-            sampler: c.completion.logprobs.clone(),
-            old: Vec::new(),
-            reference: wide(&c.ref_logprobs),
-            values: Vec::new(),
-            advantages: Vec::new(),
-            returns: Vec::new(),
+        let one = |group: &Group, c: &ScoredCompletion, score: f64| {
+            let tokens = tokens(prompts, group, c);
+            let valued = if has_room(run, tokens.completion.len()) { one_longer(&tokens) } else { tokens.clone() };
+            Rollout {
+                tokens,
+                valued,
+                score,
+                sampler: c.completion.logprobs.clone(),
+                old: Vec::new(),
+                reference: wide(&c.ref_logprobs),
+                values: Vec::new(),
+                advantages: Vec::new(),
+                returns: Vec::new(),
+            }
         };
         let all = groups.iter().flat_map(|g| {
             let scores = compared_scores(run, g);
@@ -115,7 +123,10 @@ impl Learned {
         seconds.reference += start.elapsed().as_secs_f64();
         let start = Instant::now();
         let values = match run.config.ppo.advantages {
-            Advantages::Gae => run.roles.critic()?.values(all()).await?,
+            Advantages::Gae => {
+                let valued = self.0.iter().map(|r| r.valued.clone()).collect();
+                run.roles.critic()?.values(valued).await?
+            }
             _ => vec![Vec::new(); self.0.len()],
         };
         seconds.critic += start.elapsed().as_secs_f64();
@@ -131,10 +142,11 @@ impl Learned {
         let rewards = TokenRewards {
             kl_coef,
             estimator: config.kl_estimator,
-            placement: ScorePlacement::LastToken,
+            placement: config.placement,
             score_clip: config.score_clip,
         };
-        let mut all: Vec<Vec<f64>> = self.0.iter().map(|r| rewards.of(r.score, &r.old, &r.reference, false)).collect();
+        let mut all: Vec<Vec<f64>> =
+            self.0.iter().map(|r| rewards.of(r.score, &r.old, &r.reference, has_room(run, r.old.len()))).collect();
         let whitened = |rows: &mut [Vec<f64>], shift: bool| {
             let mut flat = rows.concat();
             whiten(&mut flat, true, shift);
@@ -151,6 +163,8 @@ impl Learned {
                 let both =
                     self.0.iter().zip(&all).map(|(r, rewards)| gae(&r.values, rewards, config.gamma, config.lambda));
                 let (mut advantages, returns): (Vec<_>, Vec<_>) = both.unzip();
+                // What lies past the end was not said, so nobody is to be praised for it.
+                advantages.iter_mut().zip(&self.0).for_each(|(a, r)| a.truncate(r.old.len()));
                 if config.whiten_advantages {
                     whitened(&mut advantages, true);
                 }
@@ -191,7 +205,7 @@ impl Learned {
             policy.add(report);
             if config.advantages == Advantages::Gae {
                 let of = |r: &Rollout| ValueTokens {
-                    tokens: r.tokens.clone(),
+                    tokens: r.valued.clone(),
                     old_values: narrow(&r.values),
                     returns: narrow(&r.returns),
                 };
@@ -239,6 +253,19 @@ impl Learned {
         };
         mean(self.0.iter().flat_map(|r| r.old.iter().zip(&r.sampler).map(of)))
     }
+}
+
+/// Whether there is a place past the last of a completion's `n` tokens that its score is paid at.
+fn has_room(run: &Run, n: usize) -> bool {
+    let config = &run.config.ppo;
+    let critic = config.advantages == Advantages::Gae;
+    critic && config.placement == ScorePlacement::OnePast && n < run.config.rollout.max_new_tokens
+}
+
+/// A completion with a token behind its last, which nothing reads: the value before it is that of the end.
+fn one_longer(tokens: &Tokens) -> Tokens {
+    let completion = [tokens.completion.as_slice(), &[0]].concat();
+    Tokens { prompt: tokens.prompt.clone(), completion: Arc::new(completion) }
 }
 
 /// The pretraining rows of a minibatch, and their weight.

@@ -192,6 +192,8 @@ const PPO: &str = "
 [ppo]
 kl_target = 0.5
 kl_horizon = 100
+entropy_coef = 0.01
+score_placement = \"one_past\"
 pretraining = \"demonstrations.jsonl\"
 pretraining_weight = 0.2
 pretraining_rows = 2
@@ -373,6 +375,7 @@ fn rows_that_cannot_be_used_are_named() {
         ("sft", r#"{"messages": "Who?"}"#, "a list of messages"),
         ("reward_model", r#"{"prompt": "W", "completions": ["a", "b"], "ranks": [2, 2]}"#, "in which all tie"),
         ("reward_model", r#"{"prompt": "W", "completions": ["a", "b"], "ranks": [2]}"#, "1 ranks"),
+        ("reward_model", r#"{"prompt": "W", "chosen": "a", "rejected": "b", "probability": 1.5}"#, "from 0 to 1"),
         ("reward_model", "nonsense", "is no JSON"),
     ] {
         let error = on_rows(algorithm, &format!("{row}\n"), "").unwrap_err();

@@ -15,6 +15,8 @@ pub struct Ranking {
     pub ranks: Vec<u32>,
     /// Of a pair: how much better the better one is.
     pub margin: Option<f64>,
+    /// Of a pair: the probability that the better one is better (soft labels).
+    pub probability: Option<f64>,
 }
 
 /// One step's worth of rankings. All completions of a prompt stay in one micro-batch.
@@ -39,6 +41,7 @@ impl Rankings {
                 |pass, scores| {
                     let mut losses = Vec::new();
                     let (mut winners, mut losers, mut margins) = (Vec::new(), Vec::new(), Vec::new());
+                    let mut probabilities = Vec::new();
                     let mut at = 0;
                     for r in rankings {
                         let k = r.completions.len();
@@ -48,6 +51,7 @@ impl Rankings {
                                 winners.push(winner);
                                 losers.push(2 * at + 1 - winner);
                                 margins.push(r.margin.unwrap_or(0.0) as f32);
+                                probabilities.push(r.probability.unwrap_or(1.0) as f32);
                             }
                         } else {
                             let group = scores.narrow(0, at as usize, k)?;
@@ -59,9 +63,15 @@ impl Rankings {
                     if !winners.is_empty() {
                         let pick = |which: Vec<u32>| scores.index_select(&Tensor::new(which, scores.device())?, 0);
                         let (chosen, rejected) = (pick(winners)?, pick(losers)?);
+                        let soft = probabilities.iter().any(|p| *p != 1.0);
+                        let probability = if soft { Some(column(probabilities, scores)?) } else { None };
                         let margin = column(margins, scores)?;
-                        let pairs =
-                            Pairwise { chosen: &chosen, rejected: &rejected, margin: Some(&margin), probability: None };
+                        let pairs = Pairwise {
+                            chosen: &chosen,
+                            rejected: &rejected,
+                            margin: Some(&margin),
+                            probability: probability.as_ref(),
+                        };
                         losses.push(pairwise(&pairs, &self.pairwise)?.sum_all()?);
                     }
                     pass.add("reward_model_score", total(&scores.detach())?, at as usize);

@@ -4,7 +4,7 @@ use rehearsal_learn::Whole;
 use rehearsal_learn::ppo::{PolicyLossConfig, PolicyTokens, policy_loss};
 use rehearsal_lm::Batch;
 
-use super::{Demonstrations, Pass, column, length, micro_batches};
+use super::{Demonstrations, Pass, column, length, micro_batches, total};
 use crate::{Result, Tokens};
 
 /// A completion with what is known of each of its tokens.
@@ -34,11 +34,17 @@ impl Rollouts {
         };
         for part in micro_batches(&self.rollouts, pass.budget, pass.cancel, |r| length(&r.tokens)) {
             let rollouts = part?;
-            let batch = Batch::new(rollouts.iter().map(|r| r.tokens.sequence()));
+            let mut batch = Batch::new(rollouts.iter().map(|r| r.tokens.sequence()));
+            if self.loss.entropy > 0.0 {
+                batch = batch.with_entropy();
+            }
+            let n = batch.scored();
             pass.micro_step(
                 batch.tokens(),
                 |model, t| model.forward(&batch, t),
-                |pass, logprobs| {
+                |pass, output| {
+                    let logprobs = &output.narrow(0, 0, n)?;
+                    let entropies = if self.loss.entropy > 0.0 { Some(output.narrow(0, n, n)?) } else { None };
                     let all = |of: fn(&RolloutTokens) -> &Vec<f32>| {
                         column(rollouts.iter().flat_map(|r| of(r).iter().copied()).collect(), logprobs)
                     };
@@ -48,10 +54,13 @@ impl Rollouts {
                         old_logprobs: &all(|r| &r.old_logprobs)?,
                         advantages: &all(|r| &r.advantages)?,
                         ref_logprobs: Some(&reference),
+                        entropies: entropies.as_ref(),
                         spans: batch.spans(),
                     };
                     let loss = policy_loss(&tokens, &self.loss, whole)?;
-                    let n = batch.scored();
+                    if let Some(entropies) = &entropies {
+                        pass.add("policy_entropy", total(&entropies.detach())?, n);
+                    }
                     pass.add("clip_fraction", loss.clipped, n);
                     pass.add("approx_kl", loss.approx_kl, n);
                     pass.add("policy_kl", loss.policy_kl, n);

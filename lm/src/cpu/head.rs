@@ -5,7 +5,7 @@ use half::bf16;
 
 use super::gather;
 use super::weights::{vector, with_views};
-use crate::kernels::gemm::View;
+use crate::kernels::gemm::{Element, Precision, View};
 use crate::kernels::head::{self, Targets};
 use crate::kernels::math::dot;
 use crate::kernels::norm;
@@ -16,7 +16,8 @@ pub struct Head {
     /// The rows of the residual stream that are read, before and after the norm.
     x: Vec<f32>,
     hidden: Vec<f32>,
-    /// Log-probabilities of the targets, or scores of the rows.
+    /// Log-probabilities of the targets, followed by the entropies of the rows if they were asked for; or scores of the
+    /// rows.
     pub output: Vec<f32>,
     lse: Vec<f32>,
     temperature: f32,
@@ -38,15 +39,10 @@ impl Head {
                 (hidden.chunks_exact(arch.hidden).map(|row| dot(row, &weight)).collect(), Vec::new())
             }
             HeadKind::Language => {
-                let targets = Targets { tokens: &batch.targets, temperature };
-                let precision = decoder.precision();
+                let run = Run { hidden: &hidden, batch, temperature, precision: decoder.precision() };
                 match layers.head.dtype() {
-                    DType::BF16 => with_views::<bf16, _>(&[&layers.head], |w| {
-                        Ok(head::logprobs(&hidden, w[0], targets, precision))
-                    })?,
-                    _ => with_views::<f32, _>(&[&layers.head], |w| {
-                        Ok(head::logprobs(&hidden, w[0], targets, precision))
-                    })?,
+                    DType::BF16 => with_views::<bf16, _>(&[&layers.head], |w| Ok(run.forward(w[0])))?,
+                    _ => with_views::<f32, _>(&[&layers.head], |w| Ok(run.forward(w[0])))?,
                 }
             }
         };
@@ -66,7 +62,9 @@ impl Head {
             HeadKind::Score => Ok(self.score_backward(&vector(&layers.head.flatten_all()?)?, grad, sum)),
             HeadKind::Language => {
                 let targets = Targets { tokens: &batch.targets, temperature: self.temperature };
-                let saved = head::Saved { hidden: &self.hidden, lse: &self.lse, grad };
+                let (grad, d_entropy) = grad.split_at(batch.scored());
+                let entropy = batch.entropy.then(|| (&self.output[batch.scored()..], d_entropy));
+                let saved = head::Saved { hidden: &self.hidden, lse: &self.lse, grad, entropy };
                 with_views::<f32, _>(&[&layers.head], |w| {
                     Ok(head::backward(&saved, w[0], targets, sum, decoder.precision()))
                 })
@@ -99,5 +97,25 @@ impl Head {
             }
         }
         d_hidden
+    }
+}
+
+/// A forward pass through the language head.
+struct Run<'a> {
+    hidden: &'a [f32],
+    batch: &'a Batch,
+    temperature: f32,
+    precision: Precision,
+}
+
+impl Run<'_> {
+    /// What is asked for, and the log-sum-exps.
+    fn forward<E: Element>(&self, weight: View<'_, E>) -> (Vec<f32>, Vec<f32>) {
+        let targets = Targets { tokens: &self.batch.targets, temperature: self.temperature };
+        let (mut output, lse) = head::logprobs(self.hidden, weight, targets, self.precision);
+        if self.batch.entropy {
+            output.extend(head::entropies(self.hidden, weight, &lse, self.temperature, self.precision));
+        }
+        (output, lse)
     }
 }

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::gemm::{Element, Packed, Precision, View, gemm};
 use super::isa::per_isa;
-use super::math::{LSE_BLOCK, LogSumExp, exp};
+use super::math::{LANES, LSE_BLOCK, LogSumExp, exp, sum};
 
 /// Rows that go through the vocabulary together: with [`LSE_BLOCK`] columns, 32 MiB of logits.
 const ROWS: usize = 2048;
@@ -77,12 +77,50 @@ pub fn logprobs<E: Element>(
     (chosen.iter().zip(&lse).map(|(x, lse)| x * scale - lse).collect(), lse)
 }
 
+/// Entropies `-Σ p log p` of the rows, given their log-sum-exps: a second way through the vocabulary.
+pub fn entropies<E: Element>(
+    hidden: &[f32],
+    weight: View<'_, E>,
+    lse: &[f32],
+    temperature: f32,
+    precision: Precision,
+) -> Vec<f32> {
+    let mut sums = vec![0.0; lse.len()];
+    blocks(hidden, weight, precision, |rows, columns, logits| {
+        let parts = sums[rows.clone()].par_iter_mut().zip(&lse[rows]);
+        parts.zip(logits.par_chunks(columns.len())).for_each(|((sum, &lse), logits)| {
+            *sum += entropy_part(logits, 1.0 / temperature, lse);
+        });
+    });
+    sums
+}
+
+per_isa! {
+    fn entropy_part(logits: &[f32], scale: f32, lse: f32) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        let (whole, rest) = logits.as_chunks::<LANES>();
+        for x in whole {
+            for i in 0..LANES {
+                let log = x[i].mul_add(scale, -lse);
+                lanes[i] = exp(log).mul_add(-log, lanes[i]);
+            }
+        }
+        for (lane, x) in lanes.iter_mut().zip(rest) {
+            let log = x.mul_add(scale, -lse);
+            *lane = exp(log).mul_add(-log, *lane);
+        }
+        sum(&lanes)
+    }
+}
+
 /// What the way back through the head reads.
 pub struct Saved<'a> {
     pub hidden: &'a [f32],
     pub lse: &'a [f32],
     /// Gradient of each log-probability.
     pub grad: &'a [f32],
+    /// Entropies and their gradients, where they were asked for.
+    pub entropy: Option<(&'a [f32], &'a [f32])>,
 }
 
 /// The gradient with respect to `hidden`; that with respect to the `weight` `[vocabulary, width]` is added to
@@ -101,7 +139,8 @@ pub fn backward<E: Element>(
     blocks(saved.hidden, weight, precision, |rows, columns, logits| {
         logits.par_chunks_mut(columns.len()).zip(rows.clone().into_par_iter()).for_each(|(logits, row)| {
             let target = (targets.tokens[row] as usize).checked_sub(columns.start);
-            softmax_backward(logits, target, scale, saved.lse[row], saved.grad[row]);
+            let (entropy, d_entropy) = saved.entropy.map_or((0.0, 0.0), |(h, grad)| (h[row], grad[row]));
+            softmax_backward(logits, target, scale, saved.lse[row], saved.grad[row], entropy, d_entropy);
         });
         let d_logits = View::new(&*logits, rows.len(), columns.len());
         let elements = rows.start * width..rows.end * width;
@@ -116,10 +155,19 @@ pub fn backward<E: Element>(
 }
 
 per_isa! {
-    /// Turns some columns of the logits into the gradient of `grad * logprob(target)`.
-    fn softmax_backward(logits: &mut [f32], target: Option<usize>, scale: f32, lse: f32, grad: f32) {
+    /// Turns some columns of the logits into the gradient of `grad * logprob(target) + d_entropy * entropy`.
+    fn softmax_backward(
+        logits: &mut [f32],
+        target: Option<usize>,
+        scale: f32,
+        lse: f32,
+        grad: f32,
+        entropy: f32,
+        d_entropy: f32,
+    ) {
         for x in logits.iter_mut() {
-            *x = -grad * scale * exp(x.mul_add(scale, -lse));
+            let log = x.mul_add(scale, -lse);
+            *x = -scale * exp(log) * (log + entropy).mul_add(d_entropy, grad);
         }
         if let Some(x) = target.and_then(|t| logits.get_mut(t)) {
             *x += grad * scale;

@@ -22,6 +22,8 @@ pub struct Batch {
     /// Rows of the token axis whose next token is scored, and those tokens.
     pub(crate) rows: Vec<u32>,
     pub(crate) targets: Vec<u32>,
+    /// Whether the entropies of the rows are asked for beside their targets' log-probabilities.
+    pub(crate) entropy: bool,
     spans: Vec<usize>,
 }
 
@@ -119,6 +121,13 @@ impl Batch {
     /// Log-probabilities asked for.
     pub fn scored(&self) -> usize {
         self.targets.len()
+    }
+
+    /// Asks for the entropies of the predicted distributions too: they follow the log-probabilities in
+    /// [`Forward::output`](super::Forward::output).
+    pub fn with_entropy(mut self) -> Self {
+        self.entropy = true;
+        self
     }
 
     /// Rows that are read.

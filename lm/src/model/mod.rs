@@ -161,7 +161,7 @@ impl Decoder {
     /// Log-probabilities `[batch.scored()]` of the batch's targets at a temperature, without a graph.
     pub fn logprobs(&self, batch: &Batch, temperature: f64) -> Result<Tensor> {
         self.wants(HeadKind::Language)?;
-        self.output(batch, temperature)
+        Ok(self.output(batch, temperature)?.narrow(0, 0, batch.scored())?)
     }
 
     /// Scores `[batch.rows()]` of a model with a score head, without a graph.
@@ -214,7 +214,7 @@ impl Decoder {
         let logits = ops::linear(&hidden, &layers.head)?;
         Ok(match self.architecture.head {
             HeadKind::Score => logits.squeeze(1)?,
-            HeadKind::Language => ops::logprobs(&self.bent(logits)?, &batch.targets, temperature)?,
+            HeadKind::Language => ops::logprobs(&self.bent(logits)?, &batch.targets, temperature, batch.entropy)?,
         })
     }
 

@@ -88,8 +88,9 @@ impl Decoder {
 }
 
 impl Forward<'_> {
-    /// Log-probabilities `[batch.scored()]`, or scores `[batch.rows()]`, without history: an objective makes a [`Var`]
-    /// of them and hands its gradient to [`Forward::backward`].
+    /// Log-probabilities `[batch.scored()]` (and as many entropies, where the batch asks for them), or scores
+    /// `[batch.rows()]`, without history: an objective makes a [`Var`] of them and hands its gradient to
+    /// [`Forward::backward`].
     pub fn output(&self) -> Tensor {
         match &self.0 {
             Trace::Cpu { output, .. } => output.clone(),

@@ -3,8 +3,8 @@
 use candle_core::{D, DType, Result, Tensor, bail};
 
 /// Log-probabilities `[rows]` of `targets` under `softmax(logits / temperature)`, in f32 or wider, from logits
-/// `[rows, vocabulary]`.
-pub fn logprobs(logits: &Tensor, targets: &[u32], temperature: f64) -> Result<Tensor> {
+/// `[rows, vocabulary]`; with `entropy`, followed by the entropies of the rows, `[2 * rows]` in all.
+pub fn logprobs(logits: &Tensor, targets: &[u32], temperature: f64, entropy: bool) -> Result<Tensor> {
     let (rows, vocab) = logits.dims2()?;
     if rows != targets.len() {
         bail!("head: {rows} rows but {} targets", targets.len());
@@ -14,7 +14,13 @@ pub fn logprobs(logits: &Tensor, targets: &[u32], temperature: f64) -> Result<Te
     }
     let logits = if logits.dtype() == DType::F64 { logits.clone() } else { logits.to_dtype(DType::F32)? };
     let index = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
-    candle_nn::ops::log_softmax(&(logits / temperature)?, D::Minus1)?.gather(&index, D::Minus1)?.squeeze(1)
+    let logs = candle_nn::ops::log_softmax(&(logits / temperature)?, D::Minus1)?;
+    let chosen = logs.gather(&index, D::Minus1)?.squeeze(1)?;
+    if !entropy {
+        return Ok(chosen);
+    }
+    let entropies = (logs.exp()? * &logs)?.sum(D::Minus1)?.neg()?;
+    Tensor::cat(&[chosen, entropies], 0)
 }
 
 /// `cap · tanh(logits / cap)`, if there is a cap (Gemma 2).
@@ -38,17 +44,24 @@ mod tests {
         let tokens: Vec<u32> = (0..70).map(|i| (i * 371) % 5000).collect();
         for temperature in [1.0, 0.7] {
             let inputs = [random(&[70, 24], 1), random(&[5000, 24], 2)];
-            let want = plain(|x| logprobs(&linear(&x[0], &x[1])?, &tokens, temperature), &inputs);
-            let (h, w) = (floats(&inputs[0]), floats(&inputs[1]));
-            let weight = View::new(&w, 5000, 24);
-            let targets = Targets { tokens: &tokens, temperature: temperature as f32 };
-            let (out, lse) = head::logprobs(&h, weight, targets, Precision::F32);
-            let mut dw = vec![0.0; w.len()];
-            let saved = Saved { hidden: &h, lse: &lse, grad: &want.upstream };
-            let dh = head::backward(&saved, weight, targets, &mut dw, Precision::F32);
-            close(&out, &want.output);
-            close(&dh, &want.gradients[0]);
-            close(&dw, &want.gradients[1]);
+            for entropy in [false, true] {
+                let want = plain(|x| logprobs(&linear(&x[0], &x[1])?, &tokens, temperature, entropy), &inputs);
+                let (h, w) = (floats(&inputs[0]), floats(&inputs[1]));
+                let weight = View::new(&w, 5000, 24);
+                let targets = Targets { tokens: &tokens, temperature: temperature as f32 };
+                let (mut out, lse) = head::logprobs(&h, weight, targets, Precision::F32);
+                let entropies = head::entropies(&h, weight, &lse, temperature as f32, Precision::F32);
+                let (grad, d_entropy) = want.upstream.split_at(70);
+                let saved = Saved { hidden: &h, lse: &lse, grad, entropy: entropy.then_some((&entropies, d_entropy)) };
+                let mut dw = vec![0.0; w.len()];
+                let dh = head::backward(&saved, weight, targets, &mut dw, Precision::F32);
+                if entropy {
+                    out.extend(&entropies);
+                }
+                close(&out, &want.output);
+                close(&dh, &want.gradients[0]);
+                close(&dw, &want.gradients[1]);
+            }
         }
     }
 }

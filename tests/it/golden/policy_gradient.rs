@@ -172,6 +172,7 @@ fn golden_ppo_policy_losses() {
                 old_logprobs: &packed("old_logprobs"),
                 advantages: &packed("advantages"),
                 ref_logprobs: None,
+                entropies: None,
                 spans: &packing.spans,
             };
             let loss = policy_loss(&tokens, &config, packing.whole()).unwrap();
@@ -246,6 +247,7 @@ fn group_loss(golden: &Golden, config: &PolicyLossConfig) {
             old_logprobs: &packed("old_logprobs"),
             advantages: &Tensor::cat(&spread, 0).unwrap(),
             ref_logprobs: reference.as_ref(),
+            entropies: None,
             spans: &packing.spans,
         };
         let loss = policy_loss(&tokens, config, packing.whole()).unwrap().loss;

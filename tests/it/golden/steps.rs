@@ -193,6 +193,10 @@ fn ppo_step(golden: &Golden, dtype: DType, kernels: Kernels) {
     let device = Device::Cpu;
     let tensor = |x: Vec<f64>| Tensor::new(x, &device).unwrap().to_dtype(dtype).unwrap();
     let policy_forward = policy.forward(&batch, temperature).unwrap();
+    let n = batch.scored();
+    let both = policy.forward(&batch.clone().with_entropy(), temperature).unwrap().output();
+    let entropy = both.narrow(0, n, n).unwrap().mean_all().unwrap();
+    golden.check("entropy", &entropy);
     let value_forward = critic.forward_values(&batch).unwrap();
     let logprobs = Var::from_tensor(&policy_forward.output()).unwrap();
     let values = Var::from_tensor(&value_forward.output()).unwrap();
@@ -204,6 +208,7 @@ fn ppo_step(golden: &Golden, dtype: DType, kernels: Kernels) {
         old_logprobs: &tensor(old.concat()),
         advantages: &tensor(advantages),
         ref_logprobs: None,
+        entropies: None,
         spans: batch.spans(),
     };
     let config = PolicyLossConfig { clip_low: clip, clip_high: clip, ..Default::default() };
