@@ -45,6 +45,11 @@ impl Error {
         matches!(self, Error::Role(rehearsal_actors::Error::Cancelled))
     }
 
+    /// Whether a judge has been asked all that it may be.
+    pub(crate) fn is_spent(&self) -> bool {
+        matches!(self, Error::Role(rehearsal_actors::Error::Reward(rehearsal_actors::RewardError::Budget { .. })))
+    }
+
     /// Whether a role died, so that the job goes on from its last checkpoint.
     pub(crate) fn is_death(&self) -> bool {
         matches!(self, Error::Role(e) if e.is_death())

@@ -26,6 +26,8 @@ pub enum Event {
     RoleRestarted { role: &'static str, reason: String },
     /// The disk is full: the job waits until there is room.
     DiskFull { message: String },
+    /// A judge has been asked all that it may be: the job stops with a checkpoint.
+    BudgetSpent { message: String },
     /// Something was repaired or set aside.
     Repaired { message: String },
     /// The job has ended.

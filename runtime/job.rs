@@ -7,18 +7,21 @@ use std::sync::Arc;
 use candle_core::DType;
 use metrics::Recorder;
 use rehearsal_actors::{
-    ArchivistHandle, Devices, Director, DirectorEvent, Marked, Reward, RewardModel, RewardModels, keep_normalisation,
+    ArchivistHandle, Devices, Director, DirectorEvent, Marked, Reward, RewardError, RewardModel, RewardModels,
+    keep_normalisation,
 };
 use rehearsal_lm::Checkpoint;
 use rehearsal_store::Store;
 use tokio::sync::{broadcast, mpsc};
 use tokio_util::sync::CancellationToken;
 
+use crate::config::judges::JudgeSource;
 use crate::config::methods::{Advantages, Algorithm};
 use crate::config::{Config, ModelSource};
 use crate::data::{self, Data, Dropped, Prompts};
 use crate::error::{At, Error, Result};
 use crate::events::{Event, Outcome};
+use crate::judge::{ApiJudge, HttpScorer, Judge, JudgeReward, LocalJudge, Memory, Template};
 use crate::loops;
 use crate::memory::MemoryBudget;
 use crate::metrics::Meters;
@@ -70,7 +73,8 @@ impl JobBuilder {
             None if config.rules.is_empty() => None,
             None => Some(Arc::new(Rules::new(config).map_err(Error::Rules)?) as Arc<dyn Reward>),
         };
-        if rules.is_none() && config.models.models.is_empty() && !self.config.job.algorithm.is_offline() {
+        let others = !config.models.models.is_empty() || self.config.judge.is_some() || self.config.scorer.is_some();
+        if rules.is_none() && !others && !self.config.job.algorithm.is_offline() {
             return Err(Error::NoReward);
         }
         let events = broadcast::channel(EVENTS_KEPT).0;
@@ -243,7 +247,10 @@ impl Run {
             let restarts = self.roles.director.restarts();
             match loops::run(self).await {
                 Ok(()) => break false,
-                Err(e) if e.is_cancelled() => {
+                Err(e) if e.is_cancelled() || e.is_spent() => {
+                    if e.is_spent() {
+                        self.tell(Event::BudgetSpent { message: e.to_string() });
+                    }
                     self.checkpoint().await?;
                     break true;
                 }
@@ -330,10 +337,18 @@ async fn roles(
             Some(director.reference(model, placement, budget, config.model.dtype, devices.clone()).await?);
     }
     if !algorithm.is_offline() {
-        let models = reward_models(config, inputs, &devices)?;
-        let reward = Arc::new(WholeReward { rules: reward, models, weight: config.reward.models.weight });
+        let mut parts: Vec<(f64, Arc<dyn Reward>)> = reward.into_iter().map(|r| (1.0, r)).collect();
+        if let Some(models) = reward_models(config, inputs, &devices)? {
+            parts.push((config.reward.models.weight, Arc::new(models)));
+        }
+        if let (Some(settings), Some(judge)) = (&config.judge, judge(config, inputs, &devices, &roles.archivist)?) {
+            parts.push((settings.weight, Arc::new(judge)));
+        }
+        if let Some(scorer) = &config.scorer {
+            parts.push((scorer.weight, Arc::new(HttpScorer::new(scorer.endpoint.clone(), scorer.batch))));
+        }
         let limits = &config.limits;
-        roles.reward = Some(director.reward(reward).await?);
+        roles.reward = Some(director.reward(Arc::new(WholeReward(parts))).await?);
         let group = config.rollout.completions_per_prompt;
         roles.buffer = Some(director.buffer(group, limits.rollouts_max, limits.staleness_max).await?);
     }
@@ -355,6 +370,55 @@ fn reward_models(config: &Config, inputs: &Inputs, devices: &Devices) -> Result<
     Ok((!members.is_empty()).then_some(RewardModels { members, ensemble: settings.ensemble, clip: settings.clip }))
 }
 
+/// The judge of a configuration, remembering in the job's store.
+fn judge(
+    config: &Config,
+    inputs: &Inputs,
+    devices: &Devices,
+    archivist: &ArchivistHandle,
+) -> Result<Option<JudgeReward>> {
+    let Some(settings) = &config.judge else { return Ok(None) };
+    let own = settings.template_file.as_ref().map(|file| fs::read_to_string(file).at(file)).transpose()?;
+    let local = matches!(settings.source, JudgeSource::Local(_));
+    let template = Template::new(&settings.template, own, local).map_err(Error::Rules)?;
+    let judge: Box<dyn Judge> = match (&settings.source, &inputs.judge) {
+        (JudgeSource::Api { model, endpoint, tokens_max }, _) => {
+            Box::new(ApiJudge::new(model, endpoint.clone(), *tokens_max))
+        }
+        (JudgeSource::Local(_), Some(checkpoint)) => {
+            let (placement, dtype) = (config.placement.reward, config.model.dtype);
+            Box::new(LocalJudge::new(checkpoint.clone(), placement, dtype, devices).map_err(Error::Rules)?)
+        }
+        (JudgeSource::Local(_), None) => return Ok(None),
+    };
+    let memory = StoreMemory { archivist: archivist.clone(), runtime: tokio::runtime::Handle::current() };
+    let memory: Arc<dyn Memory> = Arc::new(memory);
+    Ok(Some(JudgeReward::new(judge, template, settings.mode, Some(memory), settings.calls_max)))
+}
+
+/// A judge's memory in the job's store. The reward's thread is not one of the host's, so it may wait for the archivist.
+struct StoreMemory {
+    archivist: ArchivistHandle,
+    runtime: tokio::runtime::Handle,
+}
+
+impl Memory for StoreMemory {
+    fn recall(&self, keys: &[String]) -> std::result::Result<Vec<Option<String>>, RewardError> {
+        self.runtime.block_on(self.archivist.recall(keys.to_vec())).map_err(lost)
+    }
+
+    fn remember(&self, entries: Vec<(String, String)>) -> std::result::Result<(), RewardError> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        self.runtime.block_on(self.archivist.remember(entries)).map_err(lost)
+    }
+}
+
+fn lost(e: rehearsal_actors::Error) -> RewardError {
+    RewardError::Failed { name: "the judge's memory".into(), row: 0, reason: e.to_string() }
+}
+
 /// What a job reads before it begins.
 struct Inputs {
     /// The model that is trained; of a reward model, its trunk.
@@ -364,6 +428,7 @@ struct Inputs {
     /// With a score head.
     critic: Option<Arc<Checkpoint>>,
     reward_models: Vec<Arc<Checkpoint>>,
+    judge: Option<Arc<Checkpoint>>,
     prompts: Prompts,
     data: Option<Data>,
     pretraining: Vec<Marked>,
@@ -409,6 +474,10 @@ impl Inputs {
         {
             fingerprint.push((format!("{name}, its weights"), model.fingerprint()?));
         }
+        let judge = match config.judge.as_ref().map(|j| &j.source) {
+            Some(JudgeSource::Local(source)) if !algorithm.is_offline() => Some(models.load(source)?),
+            _ => None,
+        };
         let (data, mut dropped) = Data::load(config, &policy.text, &policy.architecture)?;
         let mut prompts = Prompts::default();
         if let Some(data) = &data {
@@ -441,7 +510,19 @@ impl Inputs {
             (false, DType::F32) => reference,
             (false, _) => rounded(reference)?,
         };
-        Ok(Self { policy, reference, critic, reward_models, prompts, data, pretraining, dropped, steps, fingerprint })
+        Ok(Self {
+            policy,
+            reference,
+            critic,
+            reward_models,
+            judge,
+            prompts,
+            data,
+            pretraining,
+            dropped,
+            steps,
+            fingerprint,
+        })
     }
 }
 

@@ -25,6 +25,7 @@ mod error;
 mod events;
 pub mod exporter;
 mod job;
+pub mod judge;
 mod loops;
 mod memory;
 pub mod metrics;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use regex::Regex;
-use rehearsal_actors::{Judged, Reward, RewardError, RewardModels, Sample};
+use rehearsal_actors::{Judged, Reward, RewardError, Sample};
 use rehearsal_lm::generate::Finish;
 
 use crate::config::RewardConfig;
@@ -58,42 +58,33 @@ fn last_number(text: &str) -> Option<f64> {
         .next_back()
 }
 
-/// All that a job's reward is made of: rules or the host's reward, and trained models.
-pub(crate) struct WholeReward {
-    pub rules: Option<Arc<dyn Reward>>,
-    pub models: Option<RewardModels>,
-    /// Weight of the models' score.
-    pub weight: f64,
-}
+/// All that a job's reward is made of, added up by weight: rules or the host's reward, trained models, a judge, a server.
+pub(crate) struct WholeReward(pub Vec<(f64, Arc<dyn Reward>)>);
 
 impl Reward for WholeReward {
     fn name(&self) -> &str {
-        match (&self.rules, &self.models) {
-            (Some(rules), _) => rules.name(),
-            (None, Some(models)) => models.name(),
-            (None, None) => "reward",
-        }
+        self.0.first().map_or("reward", |(_, part)| part.name())
     }
 
     fn score(&self, samples: &[Sample]) -> Result<Vec<Judged>, RewardError> {
-        let Some(models) = &self.models else {
-            return self.rules.as_ref().map_or(Ok(Vec::new()), |rules| rules.score(samples));
-        };
-        let mut judged = models.score(samples)?;
-        judged.iter_mut().for_each(|j| j.score *= self.weight);
-        if let Some(rules) = &self.rules {
-            let more = rules.score(samples)?;
-            if more.len() != judged.len() {
-                let (name, found, wanted) = (rules.name().to_string(), more.len(), judged.len());
+        if let [(1.0, only)] = self.0.as_slice() {
+            return only.score(samples);
+        }
+        let mut whole = vec![Judged { score: 0.0, reason: String::new() }; samples.len()];
+        for (weight, part) in &self.0 {
+            let judged = part.score(samples)?;
+            if judged.len() != samples.len() {
+                let (name, found, wanted) = (part.name().to_string(), judged.len(), samples.len());
                 return Err(RewardError::Count { name, found, wanted });
             }
-            for (judged, rules) in judged.iter_mut().zip(more) {
-                judged.reason =
-                    format!("model {:.4}; {} {:.4} {}", judged.score, self.name(), rules.score, rules.reason);
-                judged.score += rules.score;
+            for (whole, judged) in whole.iter_mut().zip(judged) {
+                whole.score += weight * judged.score;
+                let apart = if whole.reason.is_empty() { "" } else { " | " };
+                let reason = format!("{apart}{weight} x {:.4} by {} {}", judged.score, part.name(), judged.reason);
+                whole.reason.push_str(reason.trim_end());
             }
         }
-        Ok(judged)
+        Ok(whole)
     }
 }
 

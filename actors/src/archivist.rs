@@ -58,6 +58,16 @@ pub(crate) enum ArchivistMsg {
         _ticket: Ticket,
         reply: Reply<Replay>,
     },
+    Recall {
+        keys: Vec<String>,
+        _ticket: Ticket,
+        reply: Reply<Vec<Option<String>>>,
+    },
+    Remember {
+        entries: Vec<(String, String)>,
+        _ticket: Ticket,
+        reply: Reply<()>,
+    },
     Log {
         rollouts: Vec<Rollout>,
         verdicts: Vec<Verdict>,
@@ -194,6 +204,12 @@ impl Machine for Archivist {
             ArchivistMsg::Checkpoint { checkpoint, reply, .. } => answer(reply, self.checkpoint(&checkpoint)),
             ArchivistMsg::Restore { reply, .. } => answer(reply, self.restore()),
             ArchivistMsg::Replay { step, reply, .. } => answer(reply, self.replay(step)),
+            ArchivistMsg::Recall { keys, reply, .. } => {
+                answer(reply, keys.iter().map(|key| Ok(self.store.recall(key)?)).collect())
+            }
+            ArchivistMsg::Remember { entries, reply, .. } => {
+                answer(reply, self.store.remember(&entries).map_err(Error::from))
+            }
             ArchivistMsg::Log { rollouts, verdicts, preferences, reply, .. } => {
                 answer(reply, self.log(&rollouts, &verdicts, &preferences))
             }
@@ -243,6 +259,20 @@ impl ArchivistHandle {
     /// What is logged of a step.
     pub async fn replay(&self, step: u64) -> Result<Replay> {
         self.link.ask(|_ticket, reply| ArchivistMsg::Replay { step, _ticket, reply }).await
+    }
+
+    /// What a judge said when it was asked the same, by the hash of the question.
+    pub async fn recall(&self, keys: Vec<String>) -> Result<Vec<Option<String>>> {
+        self.link.ask(|_ticket, reply| ArchivistMsg::Recall { keys, _ticket, reply }).await
+    }
+
+    /// Keeps what a judge said.
+    pub async fn remember(&self, entries: Vec<(String, String)>) -> Result<()> {
+        self.with_room(|| {
+            let entries = entries.clone();
+            self.link.ask(|_ticket, reply| ArchivistMsg::Remember { entries, _ticket, reply })
+        })
+        .await
     }
 
     /// Logs finished rollouts.

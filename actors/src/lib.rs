@@ -9,6 +9,7 @@ mod buffer;
 mod device;
 mod director;
 mod error;
+mod frozen;
 mod models;
 mod objective;
 mod passes;
@@ -25,6 +26,7 @@ pub use buffer::{BufferHandle, Group, ScoredCompletion};
 pub use device::{Devices, Placement};
 pub use director::{Director, DirectorEvent, RoleStatus};
 pub use error::{Error, Result};
+pub use frozen::FrozenModel;
 pub use models::{CriticHandle, PolicyHandle};
 pub use objective::{
     Demonstrations, Marked, Objective, PairTokens, Pairs, Ranking, Rankings, RolloutTokens, Rollouts, Stats, StepTimes,

@@ -48,6 +48,8 @@ pub enum RewardError {
     Failed { name: String, row: u64, reason: String },
     #[error("`{name}` gave {score} for row {row}; a score must be a finite number")]
     NotFinite { name: String, row: u64, score: f64 },
+    #[error("`{name}` may be asked {calls} questions and has been; raise its budget, and resume")]
+    Budget { name: String, calls: u64 },
     #[error("`{name}` gave {found} scores for {wanted} completions; one each is needed")]
     Count { name: String, found: usize, wanted: usize },
 }

@@ -83,6 +83,7 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
             line(format!("the {role} died ({reason}) and was started again; back to the last checkpoint"))
         }
         Event::DiskFull { message } => line(format!("waiting: {message}")),
+        Event::BudgetSpent { message } => line(format!("stopping: {message}")),
         Event::Repaired { message } => line(format!("repaired: {message}")),
         Event::Finished(_) => {}
     }

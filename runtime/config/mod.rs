@@ -1,5 +1,6 @@
 //! The configuration of a job: what the user typed is read by `reader`, what the program trusts is [`Config`].
 
+pub mod judges;
 pub mod methods;
 mod reader;
 mod reference;
@@ -13,6 +14,7 @@ use std::net::SocketAddr;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
+use judges::{JudgeConfig, ScorerConfig};
 use methods::{
     Algorithm, CriticConfig, DataConfig, LoraSettings, PpoConfig, RewardModelConfig, RewardModelsConfig, RsoConfig,
     UpdateConfig,
@@ -39,6 +41,8 @@ pub struct Config {
     pub prompts: PromptsConfig,
     pub rollout: RolloutConfig,
     pub reward: RewardConfig,
+    pub judge: Option<JudgeConfig>,
+    pub scorer: Option<ScorerConfig>,
     pub loss: LossConfig,
     pub optimizer: OptimizerConfig,
     pub evaluation: EvaluationConfig,
@@ -308,6 +312,8 @@ impl Config {
                 section("[prompts]", &prompts),
                 section("[rollout]", &RolloutConfig { batch: 0, ..self.rollout.clone() }),
                 section("[reward]", &reward),
+                section("[judge]", &self.judge.as_ref().map(|j| (&j.template, j.mode, j.weight))),
+                section("[scorer]", &self.scorer.as_ref().map(|s| s.weight)),
             ]),
         }
         match algorithm {

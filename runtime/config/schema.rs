@@ -29,6 +29,8 @@ pub fn read(r: &mut Reader, base: &Path) -> Config {
         prompts: prompts(r.section("prompts"), base),
         rollout: rollout(r.section("rollout"), algorithm),
         reward: reward(r.section("reward"), base),
+        judge: judges::judge(r.section("judge"), base),
+        scorer: judges::scorer(r.section("scorer")),
         loss: loss(r.section("loss")),
         optimizer: optimizer(r.section("optimizer")),
         evaluation: evaluation(r.section("evaluation")),

@@ -79,6 +79,20 @@ impl Store {
         record::get(&*self.kv, &key::job(name), record::JOB)
     }
 
+    /// What a judge said when it was asked the same, by the hash of the question.
+    pub fn recall(&self, key: &str) -> Result<Option<String>> {
+        record::get(&*self.kv, &key::job(&format!("judge/{key}")), record::JOB)
+    }
+
+    /// Keeps what a judge said; all of it, or nothing.
+    pub fn remember(&mut self, entries: &[(String, String)]) -> Result<()> {
+        let mut changes = Changes::default();
+        for (key, said) in entries {
+            record::put(&mut changes, key::job(&format!("judge/{key}")), record::JOB, said)?;
+        }
+        self.kv.apply(changes)
+    }
+
     /// Reads everything back and checks every checksum; returns what is wrong, and how many records are right.
     pub fn verify(&self) -> Result<(Vec<String>, u64)> {
         let mut wrong = Vec::new();

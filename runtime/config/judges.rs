@@ -1,0 +1,126 @@
+//! `[judge]` and `[scorer]`: models and servers that know better.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::reader::{Range, Section};
+use super::{ModelSource, schema};
+use crate::judge::{Endpoint, Mode, Orders};
+
+/// Who judges.
+#[derive(Debug, Clone, PartialEq)]
+pub enum JudgeSource {
+    /// A model of one's own, by the probabilities of its verdict tokens.
+    Local(ModelSource),
+    /// A model behind an OpenAI-compatible endpoint.
+    Api { model: String, endpoint: Endpoint, tokens_max: usize },
+}
+
+/// `[judge]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct JudgeConfig {
+    pub source: JudgeSource,
+    pub template: String,
+    /// A Jinja file in the template's place.
+    pub template_file: Option<PathBuf>,
+    pub mode: Mode,
+    pub weight: f64,
+    /// Questions of this process at most; 0 for any number.
+    pub calls_max: u64,
+}
+
+/// `[scorer]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct ScorerConfig {
+    pub endpoint: Endpoint,
+    pub batch: usize,
+    pub weight: f64,
+}
+
+pub(super) fn judge(mut s: Section<'_>, base: &Path) -> Option<JudgeConfig> {
+    let local = s.text(
+        "model",
+        "a path, \"embedded\" or \"stage:NAME\"",
+        "A local model as judge: the probabilities of its verdict tokens count.",
+    );
+    let local = local.map(|text| schema::source_of(&mut s, "model", &text, base));
+    let name = s.text("api_model", "a model's name", "What `url` calls the judge.");
+    let endpoint = endpoint(&mut s, "the OpenAI-compatible `.../chat/completions` of a judge");
+    let tokens_max = s.integer("tokens_max", 512, Range::from(1.0), "Tokens of a reply at most.") as usize;
+    let template = s.text(
+        "template",
+        "\"helpful\", \"harmless\", \"summary\", \"brief\"",
+        "What is asked for (default `helpful`).",
+    );
+    let template = template.unwrap_or_else(|| "helpful".into());
+    if !crate::judge::NAMES.contains(&template.as_str()) {
+        s.problem("template", format!("= \"{template}\" must be one of {}", crate::judge::NAMES.join(", ")));
+    }
+    let template_file = s.existing("template_file", base, "A Jinja template of your own, with `question`, `first` and `second` (`answer` for grades), which are quoted already.");
+    let mode = s.choice(
+        "mode",
+        &[
+            ("average", Mode::Pairwise(Orders::Average)),
+            ("agree", Mode::Pairwise(Orders::Agree)),
+            ("first_order", Mode::Pairwise(Orders::First)),
+            ("grade", Mode::Grade),
+        ],
+        "Pairs in both orders, averaged (`average`) or a tie unless both agree (`agree`), or in one order; or each answer by itself, from 1 to 10.",
+    );
+    let weight = s.number("weight", 1.0, Range::from(f64::MIN), "Weight of its score beside other rewards.");
+    let calls_max = s.integer(
+        "calls_max",
+        0,
+        Range::from(0.0),
+        "Questions that one run may ask; then the job stops with a checkpoint. 0 for any number.",
+    );
+    let source = match (local, endpoint, name) {
+        (None, None, _) => return None,
+        (Some(_), Some(_), _) => {
+            s.problem("url", "and `judge.model` name two judges; one judges");
+            return None;
+        }
+        (Some(model), None, _) => JudgeSource::Local(model),
+        (None, Some(endpoint), model) => {
+            JudgeSource::Api { model: model.unwrap_or_else(|| "default".into()), endpoint, tokens_max }
+        }
+    };
+    Some(JudgeConfig { source, template, template_file, mode, weight, calls_max })
+}
+
+pub(super) fn scorer(mut s: Section<'_>) -> Option<ScorerConfig> {
+    let endpoint = endpoint(
+        &mut s,
+        "a server that is sent `{\"samples\": [{\"prompt\", \"completion\", \"answer\"}]}` and answers `{\"scores\": [..]}`",
+    );
+    let batch = s.integer("batch", 16, Range::from(1.0), "Samples of one request.") as usize;
+    let weight = s.number("weight", 1.0, Range::from(f64::MIN), "Weight of its score beside other rewards.");
+    endpoint.map(|endpoint| ScorerConfig { endpoint, batch, weight })
+}
+
+fn endpoint(s: &mut Section<'_>, what: &'static str) -> Option<Endpoint> {
+    let url = s.text("url", "a URL", what);
+    let token_env = s.text(
+        "token_env",
+        "a variable's name",
+        "Environment variable with a bearer token; the token is never stored or logged.",
+    );
+    let timeout = Duration::from_secs(s.integer("timeout_seconds", 60, Range::from(1.0), "Time of one request."));
+    let retries = s.integer(
+        "retries",
+        5,
+        Range::within(0.0, 1000.0),
+        "Times a request that failed is tried again, after pauses that double from a quarter of a second.",
+    ) as u32;
+    let wait = s.choice(
+        "unreachable",
+        &[("fail", false), ("wait", true)],
+        "After the last try: end the job, or go on trying.",
+    );
+    let concurrency = s.integer("concurrency", 4, Range::within(1.0, 256.0), "Requests under way at a time.") as usize;
+    let url = url?;
+    if !(url.starts_with("http://") || url.starts_with("https://")) {
+        s.problem("url", format!("= \"{url}\" must begin with http:// or https://"));
+    }
+    Some(Endpoint { url, token_env, timeout, retries, wait, concurrency })
+}
