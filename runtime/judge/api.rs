@@ -20,9 +20,14 @@ impl ApiJudge {
     }
 
     fn reply(&self, question: &Question) -> Result<Reply, String> {
+        let user = json!({"role": "user", "content": question.text});
+        let messages = match question.system.as_str() {
+            "" => json!([user]),
+            system => json!([{"role": "system", "content": system}, user]),
+        };
         let body = json!({
             "model": self.model, "temperature": 0, "max_tokens": self.tokens_max,
-            "messages": [{"role": "system", "content": question.system}, {"role": "user", "content": question.text}],
+            "messages": messages,
         });
         let raw = self.endpoint.post(&body, |value| {
             let message = &value["choices"][0]["message"];

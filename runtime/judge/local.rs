@@ -35,13 +35,19 @@ impl LocalJudge {
     }
 
     fn reply(&self, question: &Question) -> Result<Reply, String> {
-        let messages = [Message::system(&question.system), Message::user(&question.text)];
+        let (system, user) = (Message::system(&question.system), Message::user(&question.text));
+        let messages = if question.system.is_empty() { vec![user] } else { vec![system, user] };
         let text = &self.checkpoint.text;
         // A template without room for a system message gets it in front of the question.
         let prompt = text
             .encode_chat(&messages)
             .or_else(|_| text.encode_chat(&[Message::user(format!("{}\n\n{}", question.system, question.text))]));
         let prompt = prompt.map_err(|e| e.to_string())?;
+        let context = self.checkpoint.architecture.context;
+        if prompt.len() >= context {
+            let raw = format!("too long for the judge: {} tokens, and its context is {context}", prompt.len());
+            return Ok(Reply { raw, verdict: None });
+        }
         let raw = match question.kind {
             QuestionKind::Pair => {
                 let said = self.model.next(&prompt, &self.digits[..2]).map_err(|e| e.to_string())?;

@@ -7,6 +7,7 @@ mod crash;
 mod docs;
 mod embed;
 mod golden;
+mod judges;
 mod loops;
 mod oracle;
 mod prometheus;
