@@ -22,6 +22,7 @@ pub mod config;
 mod data;
 pub mod embedded;
 mod error;
+pub mod evaluate;
 mod events;
 pub mod exporter;
 mod job;

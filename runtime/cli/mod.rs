@@ -1,5 +1,6 @@
 //! The command line. The only place that prints, handles signals and sets up logging.
 
+mod evaluate;
 mod export;
 mod generate;
 mod progress;
@@ -22,7 +23,7 @@ const DAMAGED: u8 = 3;
 const STOPPED: u8 = 130;
 
 #[derive(Parser)]
-#[command(name = "rehearsal", version, about = "Aligns language models: online DPO by actors, with exact resume", after_help = EXAMPLES)]
+#[command(name = "rehearsal", version, about = "Aligns language models: SFT, reward models, PPO, DPO and its relatives, with exact resume", after_help = EXAMPLES)]
 struct Cli {
     /// Log more to standard error (RUST_LOG refines it).
     #[arg(short, long, global = true)]
@@ -38,10 +39,12 @@ const EXAMPLES: &str = "Examples:
   rehearsal generate runs/quickstart 'What does the fox do?'
   rehearsal export runs/quickstart --model out/ --ledger pairs.jsonl
   rehearsal verify runs/quickstart            check every checksum
+  rehearsal evaluate models runs/quickstart embedded --prompts p.jsonl --judge-model judge/
 
 Exit codes: 0 done, 1 the job failed, 2 the input is wrong, 3 verify found damage, 130 stopped by a signal.";
 
 #[derive(Subcommand)]
+#[expect(clippy::large_enum_variant, reason = "one of them exists, once")]
 enum Command {
     /// Run a job from its configuration.
     Run {
@@ -79,6 +82,9 @@ enum Command {
         #[arg(long)]
         system: Option<String>,
     },
+    /// Measure reward models, judges and models.
+    #[command(subcommand)]
+    Evaluate(evaluate::Evaluate),
     /// Write a job's model or ledger in the ecosystem's formats.
     Export {
         /// The job's directory.
@@ -119,6 +125,7 @@ pub fn main() -> ExitCode {
             let settings = generate::Settings { max_new_tokens, temperature, top_p, seed, system };
             generate::generate(&model, &prompt, &settings)
         }
+        Command::Evaluate(what) => evaluate::evaluate(what),
         Command::Export { directory, model, dtype, ledger } => {
             export::export(&directory, model.as_deref(), &dtype, ledger.as_deref())
         }

@@ -5,7 +5,7 @@ mod demonstrations;
 mod encode;
 mod preferences;
 mod prompts;
-mod rows;
+pub mod rows;
 
 use std::collections::BTreeMap;
 
@@ -169,6 +169,46 @@ pub fn demonstrations(
     architecture: &Architecture,
 ) -> Result<Vec<Marked>> {
     Loader::new(config, text, architecture).read(file, &demonstrations::read)
+}
+
+/// Pairs of a file for an evaluation.
+pub fn labelled_pairs(file: &std::path::Path, text: &Text, architecture: &Architecture) -> Result<LabelledPairs> {
+    let (eos, tokens_max) = (architecture.eos.as_slice(), architecture.context);
+    let encoder = Encoder { text, eos, chat: true, system: None, tokens_max, truncate: true };
+    let (mut pairs, mut dropped) = (Vec::new(), 0);
+    for row in rows::open(file)? {
+        let row = row?;
+        match preferences::pair(&row, &encoder) {
+            Ok(pair) => pairs.push((row.columns["subset"].as_str().map(String::from), pair)),
+            Err(_) => dropped += 1,
+        }
+    }
+    if pairs.is_empty() {
+        let message = format!("no row can be used ({dropped} bad); `prompt`, `chosen` and `rejected` are needed");
+        return Err(Error::Prompts { file: file.into(), message });
+    }
+    Ok(LabelledPairs { pairs, dropped })
+}
+
+/// Pairs with their subsets.
+pub struct LabelledPairs {
+    pub pairs: Vec<(Option<String>, PairRow)>,
+    /// Rows that could not be used.
+    pub dropped: u64,
+}
+
+/// The prompts of a file as conversations.
+pub fn prompts_of(file: &std::path::Path) -> Result<Vec<Vec<rehearsal_lm::Message>>> {
+    rows::open(file)?
+        .map(|row| {
+            let row = row?;
+            match encode::said(&row.columns, "prompt") {
+                Ok(encode::Said::Text(text)) => Ok(vec![rehearsal_lm::Message::user(text)]),
+                Ok(encode::Said::Messages(messages)) => Ok(messages),
+                Err(e) => Err(Error::Prompts { file: file.into(), message: format!("{}: {e}", row.place) }),
+            }
+        })
+        .collect()
 }
 
 /// Why a row cannot be used.

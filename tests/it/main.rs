@@ -6,6 +6,7 @@ mod cli;
 mod crash;
 mod docs;
 mod embed;
+mod evaluate;
 mod golden;
 mod judges;
 mod loops;

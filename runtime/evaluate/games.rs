@@ -1,0 +1,60 @@
+//! Ratings of many models from their games.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use rehearsal_learn::evaluation::ratings::{Game, Scale, bradley_terry, elo};
+use serde::Serialize;
+
+use super::{objects, text, wrong};
+use crate::error::{Error, Result};
+
+/// Ratings by name.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct RatingReport {
+    pub games: usize,
+    /// Bradley–Terry strengths on Elo's scale, of mean 1000: no order of the games.
+    pub bradley_terry: BTreeMap<String, f64>,
+    /// Elo after the games in the order of the file, K = 4.
+    pub elo: BTreeMap<String, f64>,
+}
+
+/// Rates the models of a file with columns `model_a`, `model_b` and `winner`: `model_a`, `model_b` or `tie`.
+pub fn ratings(file: &Path) -> Result<RatingReport> {
+    let mut names: Vec<String> = Vec::new();
+    let mut games = Vec::new();
+    for (place, row) in objects(file)? {
+        let of = |column: &str| text(&row, &[column]).map_err(|e| wrong(file, &place, e));
+        let mut place_of = |name: &str| {
+            names.iter().position(|n| n == name).unwrap_or_else(|| {
+                names.push(name.into());
+                names.len() - 1
+            })
+        };
+        let (first, second) = (place_of(of("model_a")?), place_of(of("model_b")?));
+        let outcome = match of("winner")? {
+            "model_a" => 1.0,
+            "model_b" => 0.0,
+            winner if winner.starts_with("tie") => 0.5,
+            other => {
+                let message = format!("has the winner `{other}`; `model_a`, `model_b` and `tie` are winners");
+                return Err(wrong(file, &place, message));
+            }
+        };
+        games.push(Game { first, second, outcome });
+    }
+    let error = |e: rehearsal_learn::Error| {
+        // Numbers of models become their names.
+        let message = names
+            .iter()
+            .enumerate()
+            .rev()
+            .fold(e.to_string(), |m, (i, name)| m.replace(&format!("model {i} "), &format!("`{name}` ")));
+        Error::Prompts { file: file.into(), message }
+    };
+    let scale = Scale::default();
+    let strengths = bradley_terry(&games, names.len()).map_err(error)?.ratings(&scale);
+    let elo = elo(&games, names.len(), 4.0, &scale).map_err(error)?;
+    let named = |x: Vec<f64>| names.iter().cloned().zip(x).collect();
+    Ok(RatingReport { games: games.len(), bradley_terry: named(strengths), elo: named(elo) })
+}

@@ -1,0 +1,91 @@
+//! How far a judge agrees with labels, and with itself when the order is turned round.
+
+use std::path::Path;
+
+use rehearsal_actors::Sample;
+use rehearsal_learn::evaluation::agreement::cohen;
+use rehearsal_learn::evaluation::judge::{BothOrders, first_position_rate};
+use rehearsal_lm::generate::Finish;
+use serde::Serialize;
+
+use super::{objects, text, wrong};
+use crate::error::{Error, Result};
+use crate::judge::{Judge, Template};
+
+/// A judge against labels.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct JudgeReport {
+    pub pairs: usize,
+    /// Share of the pairs, those labelled ties apart, whose label is the judge's choice over both orders.
+    pub accuracy: f64,
+    /// The same in the order of the file alone.
+    pub accuracy_first_order: f64,
+    /// Cohen's κ with the labels over both orders, ties apart.
+    pub kappa: Option<f64>,
+    /// Share of pairs on which both orders name the same answer.
+    pub position_consistency: f64,
+    /// Share of verdicts, over both orders, for the answer that is shown first: 0.5 without position bias.
+    pub first_position_rate: f64,
+    /// Replies that could not be read.
+    pub unreadable: usize,
+}
+
+/// Asks a judge about every pair of a file, in both orders. Columns: `prompt` (or `question`), `first` and `second` (or
+/// `answer_a`, `answer_b`), and `verdict`: `1`, `2` or `tie`.
+pub fn judge_agreement(judge: &dyn Judge, template: &Template, file: &Path, limit: usize) -> Result<JudgeReport> {
+    let mut questions = Vec::new();
+    let mut labels = Vec::new();
+    for (place, row) in objects(file)?.into_iter().take(limit) {
+        let of = |columns: &[&str]| text(&row, columns).map_err(|e| wrong(file, &place, e));
+        let prompt = of(&["prompt", "question"])?;
+        let sample = |completion: &str| Sample {
+            prompt: prompt.into(),
+            completion: completion.into(),
+            tokens: 0,
+            ids: Default::default(),
+            finish: Finish::Eos,
+            answer: None,
+            row: 0,
+        };
+        let (first, second) = (sample(of(&["first", "answer_a"])?), sample(of(&["second", "answer_b"])?));
+        questions.extend([template.pair(&first, &second), template.pair(&second, &first)]);
+        labels.push(match of(&["verdict", "label"])? {
+            "1" | "a" | "A" | "first" => 1i8,
+            "2" | "b" | "B" | "second" => -1,
+            "tie" | "c" | "C" => 0,
+            other => {
+                return Err(wrong(file, &place, format!("has the verdict `{other}`; `1`, `2` and `tie` are verdicts")));
+            }
+        });
+    }
+    if labels.is_empty() {
+        return Err(Error::Prompts { file: file.into(), message: "has no rows".into() });
+    }
+    let replies = judge.ask(&questions).map_err(rehearsal_actors::Error::from)?;
+    let unreadable = replies.iter().filter(|r| r.verdict.is_none()).count();
+    let verdicts: Vec<BothOrders> = replies
+        .as_chunks::<2>()
+        .0
+        .iter()
+        .map(|[a, b]| {
+            let first = |v: Option<crate::judge::Verdict>| v.map_or(0.5, |v| v.first);
+            BothOrders { shown_first: first(a.verdict), shown_second: 1.0 - first(b.verdict) }
+        })
+        .collect();
+    let sign = |p: f64| if p > 0.5 { 1i8 } else { -1 };
+    let decided: Vec<(i8, &BothOrders)> =
+        labels.iter().copied().zip(&verdicts).filter(|(label, _)| *label != 0).collect();
+    let share = |of: &dyn Fn(&BothOrders) -> f64| {
+        decided.iter().filter(|(label, v)| sign(of(v)) == *label).count() as f64 / decided.len().max(1) as f64
+    };
+    let (said, wanted): (Vec<i8>, Vec<i8>) = decided.iter().map(|(l, v)| (sign(v.probability()), *l)).unzip();
+    Ok(JudgeReport {
+        pairs: labels.len(),
+        accuracy: share(&BothOrders::probability),
+        accuracy_first_order: share(&|v| v.shown_first),
+        kappa: cohen(&said, &wanted),
+        position_consistency: verdicts.iter().filter(|v| v.consistent()).count() as f64 / verdicts.len() as f64,
+        first_position_rate: first_position_rate(&verdicts),
+        unreadable,
+    })
+}
