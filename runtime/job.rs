@@ -10,7 +10,7 @@ use rehearsal_actors::{
     ArchivistHandle, Devices, Director, DirectorEvent, Marked, Reward, RewardError, RewardModel, RewardModels,
     keep_normalisation,
 };
-use rehearsal_lm::Checkpoint;
+use rehearsal_lm::{Checkpoint, HeadKind};
 use rehearsal_store::Store;
 use tokio::sync::{broadcast, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -460,12 +460,18 @@ impl Inputs {
         }
         fingerprint.push(("model.policy, its weights".into(), policy.fingerprint()?));
         fingerprint.push(("model.reference, its weights".into(), reference.fingerprint()?));
-        let scored = |model: Checkpoint| Ok::<_, Error>(Arc::new(model.with_score_head(config.job.seed)?));
+        // A start that another role reads already is shared with it.
+        let scored = |model: Arc<Checkpoint>| -> Result<Arc<Checkpoint>> {
+            match model.architecture.head {
+                HeadKind::Score => Ok(model),
+                HeadKind::Language => Ok(Arc::new(model.rounded(DType::F32)?.with_score_head(config.job.seed)?)),
+            }
+        };
         let critic = match algorithm {
-            Algorithm::RewardModel => Some(scored(load_model(&config.model.policy)?)?),
+            Algorithm::RewardModel => Some(scored(policy.clone())?),
             Algorithm::Ppo if config.ppo.advantages == Advantages::Gae => {
                 let source = config.critic.model.as_ref().or(config.reward.models.models.first());
-                Some(scored(load_model(source.unwrap_or(&config.model.policy))?)?)
+                Some(scored(models.load(source.unwrap_or(&config.model.policy))?)?)
             }
             _ => None,
         };
