@@ -93,7 +93,7 @@ table! {
     Gauge "held_out_margin" "nats or score" None, "`margin` on the held-out pairs, at the last evaluation.";
     Gauge "dropped_rows" "rows" None, "Rows of the data that were left out; `status.json` says why.";
     Gauge "tokens_per_second" "tokens/s" Some(RATES), "Tokens of the phase divided by its time, in the last step.";
-    Gauge "phase_seconds" "seconds" Some(PHASES), "Time of each phase in the last step.";
+    Gauge "phase_seconds" "seconds" Some(PHASES), "Time of each phase in the last step; `critic` is its values and its updates.";
     Histogram "step_seconds" "seconds" None, "Wall-clock time of a step.";
     Histogram "checkpoint_seconds" "seconds" None, "Time until a checkpoint was durable.";
     Gauge "checkpoint_bytes" "bytes" None, "Bytes written by the last checkpoint; what it shares with earlier ones does not count.";

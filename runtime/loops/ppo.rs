@@ -58,6 +58,7 @@ pub(super) async fn ppo(run: &mut Run) -> Result<()> {
         if let Some(adaptive) = &run.config.ppo.adaptive {
             run.state.kl_coef = Some(adaptive.update(kl_coef, kl, rollouts.0.len()));
         }
+        seconds.critic += critic.seconds();
         seconds.total = start.elapsed().as_secs_f64();
         let mut stats = rollout_stats(&groups);
         stats.extend(rollouts.stats(kl_coef));

@@ -149,6 +149,12 @@ impl Updates {
         self.reports.len()
     }
 
+    /// Seconds that all of them took.
+    pub fn seconds(&self) -> f64 {
+        let times = self.times();
+        (times.forward + times.backward + times.optimizer).as_secs_f64()
+    }
+
     fn times(&self) -> StepTimes {
         let mut times = StepTimes::default();
         self.reports.iter().for_each(|r| times.add(&r.times));
