@@ -484,6 +484,9 @@ impl Inputs {
             Some(JudgeSource::Local(source)) if !algorithm.is_offline() => Some(models.load(source)?),
             _ => None,
         };
+        if let Some(judge) = &judge {
+            fingerprint.push(("judge, its weights".into(), judge.fingerprint()?));
+        }
         let (data, mut dropped) = Data::load(config, &policy.text, &policy.architecture)?;
         let mut prompts = Prompts::default();
         if let Some(data) = &data {

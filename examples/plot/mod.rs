@@ -73,9 +73,10 @@ fn draw(svg: &mut String, panel: &Panel, left: f64, top: f64) {
         let value = x0 + share * (x1 - x0);
         let _ = writeln!(
             svg,
-            "<text x='{:.1}' y='{:.1}' class='tick' text-anchor='middle'>{value:.0}</text>",
+            "<text x='{:.1}' y='{:.1}' class='tick' text-anchor='middle'>{}</text>",
             x(value),
-            top + 45.0 + h
+            top + 45.0 + h,
+            if x1 < 10.0 { format!("{value:.2}") } else { format!("{value:.0}") }
         );
     }
     for (series, colour) in coloured(panel) {

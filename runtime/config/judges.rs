@@ -16,6 +16,16 @@ pub enum JudgeSource {
     Api { model: String, endpoint: Endpoint, tokens_max: usize },
 }
 
+impl JudgeSource {
+    /// Who judges, wherever it runs; a local model's weights count by content, elsewhere.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Local(_) => "a local model",
+            Self::Api { model, .. } => model,
+        }
+    }
+}
+
 /// `[judge]`
 #[derive(Debug, Clone, PartialEq)]
 pub struct JudgeConfig {

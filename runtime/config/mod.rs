@@ -312,7 +312,7 @@ impl Config {
                 section("[prompts]", &prompts),
                 section("[rollout]", &RolloutConfig { batch: 0, ..self.rollout.clone() }),
                 section("[reward]", &reward),
-                section("[judge]", &self.judge.as_ref().map(|j| (&j.template, j.mode, j.weight))),
+                section("[judge]", &self.judge.as_ref().map(|j| (j.source.name(), &j.template, j.mode, j.weight))),
                 section("[scorer]", &self.scorer.as_ref().map(|s| s.weight)),
             ]),
         }
