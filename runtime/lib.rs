@@ -16,6 +16,7 @@
 //! # }
 //! ```
 
+mod cast;
 mod chain;
 pub mod cli;
 pub mod config;
@@ -25,6 +26,7 @@ mod error;
 pub mod evaluate;
 mod events;
 pub mod exporter;
+mod inputs;
 mod job;
 pub mod judge;
 mod loops;

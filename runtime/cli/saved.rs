@@ -10,7 +10,7 @@ use super::run::saved_config;
 use crate::config::ModelSource;
 use crate::config::methods::Algorithm;
 use crate::error::{Error, Result};
-use crate::job::load_model;
+use crate::inputs::load_model;
 
 /// An error unless a job has worked in the directory: opening a store would make one.
 pub fn is_job(directory: &Path) -> Result<()> {
