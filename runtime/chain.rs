@@ -81,12 +81,15 @@ impl Chain {
             fs::create_dir_all(folder).at(folder)?;
             fs::write(&copy, format!("# base = {}\n{}", self.base, self.source)).at(&copy)?;
         }
-        let several = self.stages.len() > 1;
+        let count = self.stages.len();
+        let several = count > 1;
         let mut last = None;
         for (i, config) in self.stages.into_iter().enumerate() {
             let directory = config.job.directory.clone();
-            if several && directory.join(MODEL_FOLDER).is_dir() {
-                continue; // a stage's model is written when it is done
+            // A stage's model is written when it is done. The last stage is resumed all the same: of a finished chain it
+            // says, as a finished job does, how it ended.
+            if i + 1 < count && directory.join(MODEL_FOLDER).is_dir() {
+                continue;
             }
             let stage = if several { format!("# stage = {i}\n") } else { String::new() };
             let source = format!("# base = {}\n{stage}{}", self.base, self.source);
@@ -110,7 +113,7 @@ impl Chain {
                 break;
             }
         }
-        last.ok_or_else(|| Error::State("every stage is done already".into()))
+        last.ok_or_else(|| Error::State("a chain without a stage".into()))
     }
 }
 

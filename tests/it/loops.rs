@@ -340,6 +340,9 @@ fn a_chain_killed_in_any_stage_ends_the_same() {
     }
     let status = rehearsal(&["status", whole.path().join("chain/02-reward_model").to_str().unwrap()]);
     assert!(status.status.success(), "{}", stderr(&status));
+    // A finished chain has nothing left to do, which is no error: it may have been killed after its last word.
+    let again = rehearsal(&["resume", whole.path().join("chain").to_str().unwrap()]);
+    assert!(again.status.success(), "{}", stderr(&again));
 }
 
 #[test]
