@@ -36,7 +36,7 @@ fn on_topic(sample: &Sample) -> Result<Judged, String> {
     let words: Vec<&str> = sample.completion.split_whitespace().collect();
     let place = words.iter().position(|w| w.contains(subject));
     let score = place.map_or(0.0, |p| 1.0 - p as f64 / words.len() as f64);
-    Ok(Judged { score, reason: format!("`{subject}` at word {place:?} of {}", words.len()) })
+    Ok(Judged::new(score, format!("`{subject}` at word {place:?} of {}", words.len())))
 }
 
 fn job(recorder: Arc<metrics_exporter_prometheus::PrometheusRecorder>) -> Result<Job, Box<dyn std::error::Error>> {

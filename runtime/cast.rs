@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use rehearsal_actors::{ArchivistHandle, Devices, Director, Reward, RewardError, RewardModel, RewardModels};
 use rehearsal_lm::Checkpoint;
+use rehearsal_store::{KeptReply, Usage};
+use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::config::judges::JudgeSource;
@@ -23,6 +25,7 @@ pub(crate) async fn start(
     director: Director,
     archivist: ArchivistHandle,
     devices: Devices,
+    stop: &CancellationToken,
 ) -> Result<Roles> {
     let algorithm = config.job.algorithm;
     let trained = |placement| config.trained(placement);
@@ -47,14 +50,15 @@ pub(crate) async fn start(
         if let Some(models) = reward_models(config, inputs, &devices)? {
             parts.push((config.reward.models.weight, Arc::new(models)));
         }
-        if let (Some(settings), Some(judge)) = (&config.judge, judge(config, inputs, &devices, &roles.archivist)?) {
+        if let (Some(settings), Some(judge)) = (&config.judge, judge(config, inputs, &devices, &roles.archivist, stop)?)
+        {
             parts.push((settings.weight, Arc::new(judge)));
         }
         if let Some(scorer) = &config.scorer {
-            parts.push((scorer.weight, Arc::new(HttpScorer::new(scorer.endpoint.clone(), scorer.batch))));
+            parts.push((scorer.weight, Arc::new(HttpScorer::new(scorer.endpoint.clone(), scorer.batch, stop.clone()))));
         }
         let limits = &config.limits;
-        roles.reward = Some(director.reward(Arc::new(WholeReward(parts))).await?);
+        roles.reward = Some(director.reward(Arc::new(WholeReward::new(parts))).await?);
         let group = config.rollout.completions_per_prompt;
         roles.buffer = Some(director.buffer(group, limits.rollouts_max, limits.staleness_max).await?);
     }
@@ -82,14 +86,15 @@ fn judge(
     inputs: &Inputs,
     devices: &Devices,
     archivist: &ArchivistHandle,
+    stop: &CancellationToken,
 ) -> Result<Option<JudgeReward>> {
     let Some(settings) = &config.judge else { return Ok(None) };
     let own = settings.template_file.as_ref().map(|file| fs::read_to_string(file).at(file)).transpose()?;
     let local = matches!(settings.source, JudgeSource::Local(_));
     let template = Template::new(&settings.template, own, local).map_err(Error::Rules)?;
     let judge: Box<dyn Judge> = match (&settings.source, &inputs.judge) {
-        (JudgeSource::Api { model, endpoint, tokens_max }, _) => {
-            Box::new(ApiJudge::new(model, endpoint.clone(), *tokens_max))
+        (JudgeSource::Api { model, endpoint, tokens_max, prices }, _) => {
+            Box::new(ApiJudge::new(model, endpoint.clone(), *tokens_max, *prices, stop.clone()))
         }
         (JudgeSource::Local(_), Some(checkpoint)) => {
             let (placement, dtype) = (config.placement.reward, config.model.dtype);
@@ -99,7 +104,7 @@ fn judge(
     };
     let memory = StoreMemory { archivist: archivist.clone(), runtime: tokio::runtime::Handle::current() };
     let memory: Arc<dyn Memory> = Arc::new(memory);
-    Ok(Some(JudgeReward::new(judge, template, settings.mode, Some(memory), settings.calls_max)))
+    Ok(Some(JudgeReward::new(judge, template, settings.mode, Some(memory), settings.budget)))
 }
 
 /// A judge's memory in the job's store. The reward's thread is not one of the host's, so it may wait for the archivist.
@@ -109,15 +114,16 @@ struct StoreMemory {
 }
 
 impl Memory for StoreMemory {
-    fn recall(&self, keys: &[String]) -> std::result::Result<Vec<Option<String>>, RewardError> {
+    fn recall(&self, keys: &[String]) -> std::result::Result<Vec<Option<KeptReply>>, RewardError> {
         self.runtime.block_on(self.archivist.recall(keys.to_vec())).map_err(lost)
     }
 
-    fn remember(&self, entries: Vec<(String, String)>) -> std::result::Result<(), RewardError> {
-        if entries.is_empty() {
-            return Ok(());
-        }
-        self.runtime.block_on(self.archivist.remember(entries)).map_err(lost)
+    fn remember(&self, entries: Vec<(String, KeptReply)>, spent: Usage) -> std::result::Result<(), RewardError> {
+        self.runtime.block_on(self.archivist.remember(entries, spent)).map_err(lost)
+    }
+
+    fn spent(&self) -> std::result::Result<Usage, RewardError> {
+        self.runtime.block_on(self.archivist.spent()).map_err(lost)
     }
 }
 

@@ -42,7 +42,8 @@ pub enum Error {
 impl Error {
     /// Whether the job was asked to stop.
     pub(crate) fn is_cancelled(&self) -> bool {
-        matches!(self, Error::Role(rehearsal_actors::Error::Cancelled))
+        use rehearsal_actors::{Error as Role, RewardError};
+        matches!(self, Error::Role(Role::Cancelled | Role::Reward(RewardError::Stopped { .. })))
     }
 
     /// Whether a judge has been asked all that it may be.

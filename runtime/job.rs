@@ -194,7 +194,7 @@ impl Job {
         };
         let devices = Devices::new(config.placement.threads)?;
         let archivist = director.archivist(store, full_disk).await?;
-        let roles = cast::start(&config, &inputs, reward, director, archivist, devices).await?;
+        let roles = cast::start(&config, &inputs, reward, director, archivist, devices, &cancel).await?;
         let Inputs { policy, prompts, data, pretraining, dropped, .. } = inputs;
         let budget = match config.job.algorithm {
             Algorithm::OnlineDpo => MemoryBudget::predict(&config, &policy.architecture, prompts.mean_tokens()),

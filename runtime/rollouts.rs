@@ -40,14 +40,23 @@ impl Run {
         let replay = self.roles.archivist.replay(step).await?;
         let answered = self.answers(prompts, k, first_id, Some((step, policy_version, &replay)), seconds).await?;
 
-        let known: BTreeMap<u32, Judged> =
-            replay.verdicts.into_iter().map(|v| (v.index, Judged { score: v.score, reason: v.reason })).collect();
+        let known: BTreeMap<u32, Judged> = replay
+            .verdicts
+            .into_iter()
+            .map(|v| {
+                let Verdict { index, score, reason, exchanges, .. } = v;
+                (index, Judged { score, reason, exchanges })
+            })
+            .collect();
         let start = Instant::now();
         let unknown: Vec<&Answered> = answered.iter().filter(|a| !known.contains_key(&(a.index as u32))).collect();
         let samples = unknown.iter().map(|a| sample(&prompts[a.index / k], a)).collect();
         let judged = self.roles.reward()?.score(samples).await?;
         let verdicts: Vec<Verdict> = (unknown.iter().zip(&judged))
-            .map(|(a, j)| Verdict { step, index: a.index as u32, score: j.score, reason: j.reason.clone() })
+            .map(|(a, j)| {
+                let Judged { score, reason, exchanges } = j.clone();
+                Verdict { step, index: a.index as u32, score, reason, exchanges }
+            })
             .collect();
         if !verdicts.is_empty() {
             self.roles.archivist.log_verdicts(verdicts).await?;
@@ -72,8 +81,7 @@ impl Run {
     pub async fn evaluation_answers(&mut self, prompts: &[PromptRow]) -> Result<Vec<(ScoredCompletion, usize)>> {
         let mut seconds = Seconds::default();
         let answered = self.answers(prompts, 1, EVALUATION_IDS, None, &mut seconds).await?;
-        let judged =
-            self.roles.reward()?.score(answered.iter().map(|a| sample(&prompts[a.index], a)).collect()).await?;
+        let judged = self.judge_evaluation(prompts, &answered).await?;
         let ref_logprobs = self.reference_logprobs(prompts, 1, &answered, &mut seconds).await?;
         let all = answered.into_iter().zip(judged).zip(ref_logprobs);
         Ok(all
@@ -82,6 +90,30 @@ impl Run {
                 (ScoredCompletion { place: 0, policy_version: 0, completion, text, judged, ref_logprobs }, index)
             })
             .collect())
+    }
+
+    /// Scores of evaluation answers. A reward that can only compare is shown each beside the first answer to its prompt:
+    /// its score is then the share of wins against the model as it was.
+    async fn judge_evaluation(&mut self, prompts: &[PromptRow], answered: &[Answered]) -> Result<Vec<Judged>> {
+        let reward = self.roles.reward()?.clone();
+        let samples: Vec<Sample> = answered.iter().map(|a| sample(&prompts[a.index], a)).collect();
+        if !reward.compares() {
+            return Ok(reward.score(samples).await?);
+        }
+        let tokens = |a: &Answered| a.completion.tokens.clone();
+        if self.state.first_answers.len() != answered.len() {
+            self.state.first_answers = answered.iter().map(tokens).collect();
+        }
+        let mut both = Vec::with_capacity(2 * samples.len());
+        for (first, sample) in self.state.first_answers.iter().zip(samples) {
+            let completion = completion_text(&self.model.text, first, &self.config.rollout.stop)?;
+            let ids = Tokens { completion: first.clone().into(), ..sample.ids.clone() };
+            let ended = first.last().is_some_and(|t| self.model.architecture.eos.contains(t));
+            let finish = if ended { Finish::Eos } else { Finish::Length };
+            both.push(Sample { completion, tokens: first.len(), ids, finish, ..sample.clone() });
+            both.push(sample);
+        }
+        Ok(reward.score(both).await?.into_iter().skip(1).step_by(2).collect())
     }
 
     /// Generates what the log does not have, logging each completion as it finishes.

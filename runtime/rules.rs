@@ -59,19 +59,38 @@ fn last_number(text: &str) -> Option<f64> {
 }
 
 /// All that a job's reward is made of, added up by weight: rules or the host's reward, trained models, a judge, a server.
-pub(crate) struct WholeReward(pub Vec<(f64, Arc<dyn Reward>)>);
+pub(crate) struct WholeReward {
+    name: String,
+    parts: Vec<(f64, Arc<dyn Reward>)>,
+}
+
+impl WholeReward {
+    /// Rewards with their weights.
+    pub fn new(parts: Vec<(f64, Arc<dyn Reward>)>) -> Self {
+        let names: Vec<&str> = parts.iter().map(|(_, part)| part.name()).collect();
+        Self { name: names.join(" + "), parts }
+    }
+}
 
 impl Reward for WholeReward {
     fn name(&self) -> &str {
-        self.0.first().map_or("reward", |(_, part)| part.name())
+        &self.name
+    }
+
+    fn compares(&self) -> bool {
+        self.parts.iter().any(|(_, part)| part.compares())
+    }
+
+    fn patience(&self) -> Option<std::time::Duration> {
+        self.parts.iter().filter_map(|(_, part)| part.patience()).max()
     }
 
     fn score(&self, samples: &[Sample]) -> Result<Vec<Judged>, RewardError> {
-        if let [(1.0, only)] = self.0.as_slice() {
+        if let [(1.0, only)] = self.parts.as_slice() {
             return only.score(samples);
         }
-        let mut whole = vec![Judged { score: 0.0, reason: String::new() }; samples.len()];
-        for (weight, part) in &self.0 {
+        let mut whole = vec![Judged::default(); samples.len()];
+        for (weight, part) in &self.parts {
             let judged = part.score(samples)?;
             if judged.len() != samples.len() {
                 let (name, found, wanted) = (part.name().to_string(), judged.len(), samples.len());
@@ -82,6 +101,7 @@ impl Reward for WholeReward {
                 let apart = if whole.reason.is_empty() { "" } else { " | " };
                 let reason = format!("{apart}{weight} x {:.4} by {} {}", judged.score, part.name(), judged.reason);
                 whole.reason.push_str(reason.trim_end());
+                whole.exchanges.extend(judged.exchanges);
             }
         }
         Ok(whole)
@@ -122,7 +142,7 @@ impl Rules {
             total += weight * score;
             reasons.push(format!("{name} {score:.3}"));
         }
-        Ok(Judged { score: total, reason: reasons.join(", ") })
+        Ok(Judged::new(total, reasons.join(", ")))
     }
 }
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 
 /// First byte of an encoded state.
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 
 /// The state of a job between two steps.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -20,6 +20,8 @@ pub struct JobState {
     pub evaluations: Vec<Evaluation>,
     /// Coefficient of PPO's KL penalty, once it has adapted.
     pub kl_coef: Option<f64>,
+    /// The first answers to the held-out prompts, as tokens, where the reward can only compare: later ones meet them.
+    pub first_answers: Vec<Vec<u32>>,
 }
 
 /// Counts since the job began, as exported.
@@ -81,6 +83,8 @@ impl JobState {
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         match bytes.split_first() {
             Some((&VERSION, body)) => postcard::from_bytes(body).map_err(|e| Error::State(e.to_string())),
+            // Version 2 ended before the last field, which is then empty: a list of no items.
+            Some((2, body)) => postcard::from_bytes(&[body, &[0]].concat()).map_err(|e| Error::State(e.to_string())),
             Some((version, _)) => Err(Error::State(format!("it has version {version}; this program reads {VERSION}"))),
             None => Err(Error::State("it is empty".into())),
         }

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use rehearsal_store::{
-    Error as StoreError, OwnedTensor, Preference, Repair, Rollout, SavedCheckpoint, Store, TensorBytes, Verdict,
+    Error as StoreError, KeptReply, OwnedTensor, Preference, Repair, Rollout, SavedCheckpoint, Store, TensorBytes,
+    Usage, Verdict,
 };
 
 use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message, role_status};
@@ -61,12 +62,17 @@ pub(crate) enum ArchivistMsg {
     Recall {
         keys: Vec<String>,
         _ticket: Ticket,
-        reply: Reply<Vec<Option<String>>>,
+        reply: Reply<Vec<Option<KeptReply>>>,
     },
     Remember {
-        entries: Vec<(String, String)>,
+        entries: Vec<(String, KeptReply)>,
+        spent: Usage,
         _ticket: Ticket,
         reply: Reply<()>,
+    },
+    Spent {
+        _ticket: Ticket,
+        reply: Reply<Usage>,
     },
     Log {
         rollouts: Vec<Rollout>,
@@ -207,9 +213,10 @@ impl Machine for Archivist {
             ArchivistMsg::Recall { keys, reply, .. } => {
                 answer(reply, keys.iter().map(|key| Ok(self.store.recall(key)?)).collect())
             }
-            ArchivistMsg::Remember { entries, reply, .. } => {
-                answer(reply, self.store.remember(&entries).map_err(Error::from))
+            ArchivistMsg::Remember { entries, spent, reply, .. } => {
+                answer(reply, self.store.remember(&entries, spent).map_err(Error::from))
             }
+            ArchivistMsg::Spent { reply, .. } => answer(reply, self.store.spent().map_err(Error::from)),
             ArchivistMsg::Log { rollouts, verdicts, preferences, reply, .. } => {
                 answer(reply, self.log(&rollouts, &verdicts, &preferences))
             }
@@ -262,17 +269,22 @@ impl ArchivistHandle {
     }
 
     /// What a judge said when it was asked the same, by the hash of the question.
-    pub async fn recall(&self, keys: Vec<String>) -> Result<Vec<Option<String>>> {
+    pub async fn recall(&self, keys: Vec<String>) -> Result<Vec<Option<KeptReply>>> {
         self.link.ask(|_ticket, reply| ArchivistMsg::Recall { keys, _ticket, reply }).await
     }
 
-    /// Keeps what a judge said.
-    pub async fn remember(&self, entries: Vec<(String, String)>) -> Result<()> {
+    /// Keeps what a judge said, and adds up what it cost.
+    pub async fn remember(&self, entries: Vec<(String, KeptReply)>, spent: Usage) -> Result<()> {
         self.with_room(|| {
             let entries = entries.clone();
-            self.link.ask(|_ticket, reply| ArchivistMsg::Remember { entries, _ticket, reply })
+            self.link.ask(|_ticket, reply| ArchivistMsg::Remember { entries, spent, _ticket, reply })
         })
         .await
+    }
+
+    /// What all questions of the job have cost.
+    pub async fn spent(&self) -> Result<Usage> {
+        self.link.ask(|_ticket, reply| ArchivistMsg::Spent { _ticket, reply }).await
     }
 
     /// Logs finished rollouts.

@@ -129,9 +129,10 @@ impl Director {
 
     /// Starts the reward.
     pub async fn reward(&self, reward: Arc<dyn Reward>) -> Result<RewardHandle> {
-        let link = Link::new("reward", MAILBOX, self.deadline);
+        let link = Link::new("reward", MAILBOX, reward.patience().unwrap_or(self.deadline));
+        let (name, compares) = (reward.name().into(), reward.compares());
         self.spawn(&link, RewardHandle::build(reward), "reward").await?;
-        Ok(RewardHandle { link })
+        Ok(RewardHandle { link, name, compares })
     }
 
     /// Starts the buffer; a prompt has `group_size` completions.

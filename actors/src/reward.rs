@@ -1,14 +1,16 @@
 //! The reward: whatever knows better than the model, behind one trait.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use rehearsal_lm::generate::Finish;
+use rehearsal_store::Exchange;
 
 use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message, role_status};
 use crate::{Result, Tokens};
 
 /// A completion to be judged.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Sample {
     /// The prompt as text: its last message, for a conversation.
     pub prompt: String,
@@ -27,17 +29,26 @@ pub struct Sample {
 }
 
 /// A score and why.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Judged {
     /// Higher is better; finite.
     pub score: f64,
     /// In the scorer's words; may be empty.
     pub reason: String,
+    /// What was asked in words, and what was said; for a comparison, with the first of the compared completions.
+    pub exchanges: Vec<Exchange>,
+}
+
+impl Judged {
+    /// A score with its reason.
+    pub fn new(score: f64, reason: impl Into<String>) -> Self {
+        Self { score, reason: reason.into(), exchanges: Vec::new() }
+    }
 }
 
 impl From<f64> for Judged {
     fn from(score: f64) -> Self {
-        Self { score, reason: String::new() }
+        Self::new(score, "")
     }
 }
 
@@ -48,8 +59,10 @@ pub enum RewardError {
     Failed { name: String, row: u64, reason: String },
     #[error("`{name}` gave {score} for row {row}; a score must be a finite number")]
     NotFinite { name: String, row: u64, score: f64 },
-    #[error("`{name}` may be asked {calls} questions and has been; raise its budget, and resume")]
-    Budget { name: String, calls: u64 },
+    #[error("`{name}` has used up its budget ({spent}); raise `{key}`, and resume")]
+    Budget { name: String, spent: String, key: &'static str },
+    #[error("the job was asked to stop while `{name}` was at work")]
+    Stopped { name: String },
     #[error("`{name}` gave {found} scores for {wanted} completions; one each is needed")]
     Count { name: String, found: usize, wanted: usize },
 }
@@ -61,7 +74,17 @@ pub trait Reward: Send + Sync + 'static {
     /// Name for logs and errors.
     fn name(&self) -> &str;
 
-    /// A score for each sample, in order.
+    /// Whether a score says how a completion compares with the others of its prompt, and nothing by itself.
+    fn compares(&self) -> bool {
+        false
+    }
+
+    /// How long scores may take; `None` leaves it to the job's limits.
+    fn patience(&self) -> Option<Duration> {
+        None
+    }
+
+    /// A score for each sample, in order; the completions of a prompt stand side by side.
     fn score(&self, samples: &[Sample]) -> std::result::Result<Vec<Judged>, RewardError>;
 }
 
@@ -134,11 +157,23 @@ impl Machine for Scorer {
 #[derive(Clone)]
 pub struct RewardHandle {
     pub(crate) link: Link<RewardMsg>,
+    pub(crate) name: Arc<str>,
+    pub(crate) compares: bool,
 }
 
 impl RewardHandle {
     pub(crate) fn build(reward: Arc<dyn Reward>) -> Build<Scorer> {
         Arc::new(move || Ok(Scorer(reward.clone())))
+    }
+
+    /// Name of the reward.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// [`Reward::compares`].
+    pub fn compares(&self) -> bool {
+        self.compares
     }
 
     /// Scores completions, in order; every score is finite.

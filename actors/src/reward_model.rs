@@ -76,7 +76,7 @@ impl Reward for RewardModels {
             let score = self.ensemble.of(&each);
             let score = self.clip.map_or(score, |clip| score.clamp(-clip, clip));
             let reason = if each.len() > 1 { format!("{each:.3?}") } else { String::new() };
-            Judged { score, reason }
+            Judged::new(score, reason)
         };
         Ok((0..samples.len()).map(judge).collect())
     }

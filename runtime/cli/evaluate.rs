@@ -10,11 +10,12 @@ use rehearsal_actors::{Devices, Placement, Reward, RewardModel, RewardModels};
 use rehearsal_learn::reward::Ensemble;
 use rehearsal_lm::{Message, Precision};
 use serde::Serialize;
+use tokio_util::sync::CancellationToken;
 
 use super::saved;
 use crate::error::{At, Error, Result};
 use crate::evaluate::{self, Contest};
-use crate::judge::{ApiJudge, Endpoint, Judge, JudgeReward, LocalJudge, Mode, Orders, Template};
+use crate::judge::{ApiJudge, Budget, Endpoint, Judge, JudgeReward, LocalJudge, Mode, Orders, Prices, Template};
 
 #[derive(Subcommand)]
 pub enum Evaluate {
@@ -163,7 +164,10 @@ impl WhichJudge {
             wait: false,
             concurrency: 4,
         };
-        Ok((Box::new(ApiJudge::new(&self.judge_name, endpoint, 512)), template(false)?))
+        Ok((
+            Box::new(ApiJudge::new(&self.judge_name, endpoint, 512, Prices::default(), CancellationToken::new())),
+            template(false)?,
+        ))
     }
 }
 
@@ -203,7 +207,7 @@ pub fn evaluate(what: Evaluate) -> Result<ExitCode> {
                 }
                 None => {
                     let (judge, template) = judge.judge(precision, &devices)?;
-                    Box::new(JudgeReward::new(judge, template, Mode::Pairwise(Orders::Agree), None, 0))
+                    Box::new(JudgeReward::new(judge, template, Mode::Pairwise(Orders::Agree), None, Budget::default()))
                 }
             };
             let prompts: Vec<Vec<Message>> = crate::data::prompts_of(&prompts)?.into_iter().take(limit).collect();

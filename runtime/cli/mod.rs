@@ -86,18 +86,17 @@ enum Command {
     #[command(subcommand)]
     Evaluate(evaluate::Evaluate),
     /// Write a job's model or ledger in the ecosystem's formats.
-    Export {
-        /// The job's directory.
+    Export(export::Export),
+    /// Add preferences from files in TRL's columns to a ledger, which jobs can learn from.
+    Import {
+        /// A directory; made where there is none.
         directory: PathBuf,
-        /// Write the newest checkpoint's policy as a Hugging Face directory.
-        #[arg(long)]
-        model: Option<PathBuf>,
-        /// Type of the written weights.
-        #[arg(long, default_value = "f32", value_parser = ["f32", "f16", "bf16"])]
-        dtype: String,
-        /// Write the preference ledger as JSON Lines in TRL's columns; `-` for standard output.
-        #[arg(long)]
-        ledger: Option<PathBuf>,
+        /// JSON Lines or Parquet with `prompt`, `chosen` and `rejected`, or `completions` and `ranks`, or `completion`.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// Who judged, for rows that do not say so.
+        #[arg(long, default_value = "imported")]
+        judge: String,
     },
     /// Check every checksum of a job's store.
     Verify {
@@ -126,9 +125,8 @@ pub fn main() -> ExitCode {
             generate::generate(&model, &prompt, &settings)
         }
         Command::Evaluate(what) => evaluate::evaluate(what),
-        Command::Export { directory, model, dtype, ledger } => {
-            export::export(&directory, model.as_deref(), &dtype, ledger.as_deref())
-        }
+        Command::Export(export) => export::export(export),
+        Command::Import { directory, files, judge } => export::import(&directory, &files, &judge),
         Command::Verify { directory } => status::verify(&directory),
         Command::MakeEmbedded { out, steps } => make_embedded(&out, steps),
     };

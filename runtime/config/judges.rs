@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::reader::{Range, Section};
 use super::{ModelSource, schema};
-use crate::judge::{Endpoint, Mode, Orders};
+use crate::judge::{Budget, Endpoint, Mode, Orders, Prices};
 
 /// Who judges.
 #[derive(Debug, Clone, PartialEq)]
@@ -13,7 +13,7 @@ pub enum JudgeSource {
     /// A model of one's own, by the probabilities of its verdict tokens.
     Local(ModelSource),
     /// A model behind an OpenAI-compatible endpoint.
-    Api { model: String, endpoint: Endpoint, tokens_max: usize },
+    Api { model: String, endpoint: Endpoint, tokens_max: usize, prices: Prices },
 }
 
 impl JudgeSource {
@@ -35,8 +35,7 @@ pub struct JudgeConfig {
     pub template_file: Option<PathBuf>,
     pub mode: Mode,
     pub weight: f64,
-    /// Questions of this process at most; 0 for any number.
-    pub calls_max: u64,
+    pub budget: Budget,
 }
 
 /// `[scorer]`
@@ -59,31 +58,52 @@ pub(super) fn judge(mut s: Section<'_>, base: &Path) -> Option<JudgeConfig> {
     let tokens_max = s.integer("tokens_max", 512, Range::from(1.0), "Tokens of a reply at most.") as usize;
     let template = s.text(
         "template",
-        "\"helpful\", \"harmless\", \"summary\", \"brief\"",
+        "\"helpful\", \"harmless\", \"summary\", \"brief\", \"mt_bench\"",
         "What is asked for (default `helpful`).",
     );
     let template = template.unwrap_or_else(|| "helpful".into());
     if !crate::judge::NAMES.contains(&template.as_str()) {
         s.problem("template", format!("= \"{template}\" must be one of {}", crate::judge::NAMES.join(", ")));
     }
-    let template_file = s.existing("template_file", base, "A Jinja template of your own, with `question`, `first` and `second` (`answer` for grades), which are quoted already.");
+    let template_file = s.existing("template_file", base, "A Jinja template of your own, with `question`, `first` and `second` (`answer` for grades, the list `answers` for rankings), which are quoted already.");
     let mode = s.choice(
         "mode",
         &[
             ("average", Mode::Pairwise(Orders::Average)),
             ("agree", Mode::Pairwise(Orders::Agree)),
             ("first_order", Mode::Pairwise(Orders::First)),
+            ("rank", Mode::Ranking),
             ("grade", Mode::Grade),
         ],
-        "Pairs in both orders, averaged (`average`) or a tie unless both agree (`agree`), or in one order; or each answer by itself, from 1 to 10.",
+        "Pairs in both orders, averaged (`average`) or a tie unless both agree (`agree`), or in one order; all answers at once, in order and in reverse (`rank`); or each answer by itself, from 1 to 10.",
     );
     let weight = s.number("weight", 1.0, Range::from(f64::MIN), "Weight of its score beside other rewards.");
-    let calls_max = s.integer(
-        "calls_max",
-        0,
-        Range::from(0.0),
-        "Questions that one run may ask; then the job stops with a checkpoint. 0 for any number.",
-    );
+    let mut price = |key, what| s.number(key, 0.0, Range::from(0.0), what);
+    let prices = Prices {
+        input: price("price_input", "Price of a million tokens of questions, in any currency."),
+        output: price("price_output", "Price of a million tokens of replies."),
+    };
+    let budget = Budget {
+        calls: s.integer(
+            "calls_max",
+            0,
+            Range::from(0.0),
+            "Questions of the whole job; then it stops with a checkpoint. 0 for any number.",
+        ),
+        tokens: s.integer(
+            "spend_tokens_max",
+            0,
+            Range::from(0.0),
+            "The same for tokens, those of questions and replies together, as the server counts them.",
+        ),
+        money: s.number("spend_max", 0.0, Range::from(0.0), "The same for money, by `price_input` and `price_output`."),
+    };
+    if budget.money > 0.0 && prices == Prices::default() {
+        s.problem(
+            "spend_max",
+            "needs `judge.price_input` and `judge.price_output`; without them nothing costs anything",
+        );
+    }
     let source = match (local, endpoint, name) {
         (None, None, _) => return None,
         (Some(_), Some(_), _) => {
@@ -92,10 +112,10 @@ pub(super) fn judge(mut s: Section<'_>, base: &Path) -> Option<JudgeConfig> {
         }
         (Some(model), None, _) => JudgeSource::Local(model),
         (None, Some(endpoint), model) => {
-            JudgeSource::Api { model: model.unwrap_or_else(|| "default".into()), endpoint, tokens_max }
+            JudgeSource::Api { model: model.unwrap_or_else(|| "default".into()), endpoint, tokens_max, prices }
         }
     };
-    Some(JudgeConfig { source, template, template_file, mode, weight, calls_max })
+    Some(JudgeConfig { source, template, template_file, mode, weight, budget })
 }
 
 pub(super) fn scorer(mut s: Section<'_>) -> Option<ScorerConfig> {

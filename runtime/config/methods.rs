@@ -160,7 +160,7 @@ pub struct RsoConfig {
 }
 
 pub(super) fn data(mut s: Section<'_>, base: &Path) -> DataConfig {
-    let paths = s.texts("train", "a list of paths, relative to this file", "JSON Lines or Parquet with TRL's columns, read in this order. `sft`: `prompt` and `completion`, or `messages`, or `text`. `dpo`, `reward_model`: `prompt`, `chosen`, `rejected` (texts or conversations; `margin`, `score_chosen` and `score_rejected`, and for reward models `probability`, are used where there are any), or `prompt`, `completions` and `ranks`.");
+    let paths = s.texts("train", "a list of paths, relative to this file", "JSON Lines or Parquet with TRL's columns, or directories whose ledger is read (a job's, or one that `rehearsal label` or `rehearsal import` filled), in this order. `sft`: `prompt` and `completion`, or `messages`, or `text`. `dpo`, `reward_model`: `prompt`, `chosen`, `rejected` (texts or conversations; `margin`, `score_chosen` and `score_rejected`, and for reward models `probability`, are used where there are any), or `prompt`, `completions` and `ranks`.");
     let train: Vec<PathBuf> = paths.iter().map(|p| super::resolve(base, p)).collect();
     for path in train.iter().filter(|p| !p.exists()) {
         s.problem("train", format!("names {}, which does not exist", path.display()));

@@ -3,9 +3,11 @@
 
 mod demonstrations;
 mod encode;
+pub mod ledger;
 mod preferences;
 mod prompts;
 pub mod rows;
+pub mod write;
 
 use std::collections::BTreeMap;
 
@@ -20,6 +22,7 @@ use crate::config::methods::{Algorithm, OnLong};
 use crate::config::{Config, OnBad};
 use crate::error::{Error, Result};
 use encode::Encoder;
+use ledger::Shape;
 pub use preferences::PairRow;
 use rows::Row;
 
@@ -111,9 +114,9 @@ impl Data {
     pub fn load(config: &Config, text: &Text, architecture: &Architecture) -> Result<(Option<Self>, Dropped)> {
         let mut loader = Loader::new(config, text, architecture);
         let data = match config.job.algorithm {
-            Algorithm::Sft => Data::Demonstrations(loader.rows(demonstrations::read)?),
-            Algorithm::Dpo => Data::Pairs(loader.rows(preferences::pair)?),
-            Algorithm::RewardModel => Data::Rankings(loader.rows(preferences::ranking)?),
+            Algorithm::Sft => Data::Demonstrations(loader.rows(demonstrations::read, Shape::Demonstrations)?),
+            Algorithm::Dpo => Data::Pairs(loader.rows(preferences::pair, Shape::Pairs)?),
+            Algorithm::RewardModel => Data::Rankings(loader.rows(preferences::ranking, Shape::Rankings)?),
             _ => return Ok((None, Dropped::default())),
         };
         Ok((Some(data), loader.dropped))
@@ -168,7 +171,7 @@ pub fn demonstrations(
     text: &Text,
     architecture: &Architecture,
 ) -> Result<Vec<Marked>> {
-    Loader::new(config, text, architecture).read(file, &demonstrations::read)
+    Loader::new(config, text, architecture).read(file, &demonstrations::read, Shape::Demonstrations)
 }
 
 /// Pairs of a file for an evaluation.
@@ -176,7 +179,7 @@ pub fn labelled_pairs(file: &std::path::Path, text: &Text, architecture: &Archit
     let (eos, tokens_max) = (architecture.eos.as_slice(), architecture.context);
     let encoder = Encoder { text, eos, chat: true, system: None, tokens_max, truncate: true };
     let (mut pairs, mut dropped) = (Vec::new(), 0);
-    for row in rows::open(file)? {
+    for row in rows::open(file, Shape::Pairs)? {
         let row = row?;
         match preferences::pair(&row, &encoder) {
             Ok(pair) => pairs.push((row.columns["subset"].as_str().map(String::from), pair)),
@@ -199,7 +202,7 @@ pub struct LabelledPairs {
 
 /// The prompts of a file as conversations.
 pub fn prompts_of(file: &std::path::Path) -> Result<Vec<Vec<rehearsal_lm::Message>>> {
-    rows::open(file)?
+    rows::open(file, Shape::Verdicts)?
         .map(|row| {
             let row = row?;
             match encode::said(&row.columns, "prompt") {
@@ -247,14 +250,18 @@ impl<'a> Loader<'a> {
         Self { config, encoder, dropped: Dropped::default() }
     }
 
-    fn rows<T>(&mut self, parse: fn(&Row, &Encoder<'_>) -> std::result::Result<T, Unusable>) -> Result<Rows<T>> {
+    fn rows<T>(
+        &mut self,
+        parse: fn(&Row, &Encoder<'_>) -> std::result::Result<T, Unusable>,
+        shape: Shape,
+    ) -> Result<Rows<T>> {
         let data = &self.config.data;
         let mut train = Vec::new();
         for file in &data.train {
-            train.extend(self.read(file, &parse)?);
+            train.extend(self.read(file, &parse, shape)?);
         }
         let mut held_out = match &data.held_out {
-            Some(file) => self.read(file, &parse)?,
+            Some(file) => self.read(file, &parse, shape)?,
             None if self.config.evaluation.every_steps > 0 => {
                 let (kept, apart): (Vec<_>, Vec<_>) =
                     train.into_iter().enumerate().partition(|(i, _)| (i + 1) % HELD_OUT_EVERY != 0);
@@ -271,10 +278,11 @@ impl<'a> Loader<'a> {
         &mut self,
         file: &std::path::Path,
         parse: &dyn Fn(&Row, &Encoder<'_>) -> std::result::Result<T, Unusable>,
+        shape: Shape,
     ) -> Result<Vec<T>> {
         let data = &self.config.data;
         let mut usable = Vec::new();
-        for row in rows::open(file)? {
+        for row in rows::open(file, shape)? {
             let row = row?;
             let error = |reason: String, key: &str| Error::Prompts {
                 file: file.into(),

@@ -65,7 +65,7 @@ pub fn ranking(row: &Row, encoder: &Encoder<'_>) -> Result<Ranking, Unusable> {
 }
 
 /// The text of an answer: a text, or the last message of a list.
-fn answer(value: &Value) -> Option<String> {
+pub fn answer(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
         Value::Array(messages) => messages.last()?["content"].as_str().map(String::from),
@@ -74,7 +74,7 @@ fn answer(value: &Value) -> Option<String> {
 }
 
 /// Prompt, chosen and rejected. Whole conversations without a prompt of their own share their beginning.
-fn texts(columns: &Value) -> Result<(Said, String, String), String> {
+pub fn texts(columns: &Value) -> Result<(Said, String, String), String> {
     let (chosen, rejected) = (said(columns, "chosen")?, said(columns, "rejected")?);
     let last = |messages: &[Message]| messages.last().map(|m| m.content.clone()).unwrap_or_default();
     if columns.get("prompt").is_some() {

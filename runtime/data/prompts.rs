@@ -7,6 +7,7 @@ use rehearsal_lm::{Message, Text};
 use rehearsal_store::{Prompt, Turn};
 use serde_json::Value;
 
+use super::ledger::Shape;
 use super::rows::Row;
 use super::{order, rows};
 use crate::config::{Config, OnBad};
@@ -64,7 +65,7 @@ impl Prompts {
         let error =
             |place: &str, message: String| Error::Prompts { file: name.into(), message: format!("{place}: {message}") };
         let source: Box<dyn Iterator<Item = Result<Row>>> = match file {
-            Some(file) => rows::open(file)?,
+            Some(file) => rows::open(file, Shape::Verdicts)?,
             None => Box::new(
                 crate::embedded::prompts()
                     .lines()

@@ -1,4 +1,4 @@
-//! Rows of files: JSON Lines, or Parquet by its ending.
+//! Rows of files: JSON Lines, Parquet by its ending, or a directory with a ledger.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -7,6 +7,7 @@ use std::path::Path;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use serde_json::Value;
 
+use super::ledger::{self, Shape};
 use crate::error::{At, Error, Result};
 
 /// One row: an object of columns.
@@ -18,8 +19,12 @@ pub struct Row {
     pub index: u64,
 }
 
-/// The rows of a file, one at a time. A line of JSON that is no object becomes a row without columns.
-pub fn open(file: &Path) -> Result<Box<dyn Iterator<Item = Result<Row>>>> {
+/// The rows of a file, one at a time; of a directory's ledger, those of a shape. A line of JSON that is no object becomes
+/// a row without columns.
+pub fn open(file: &Path, shape: Shape) -> Result<Box<dyn Iterator<Item = Result<Row>>>> {
+    if ledger::is_ledger(file) {
+        return Ok(Box::new(ledger::rows(file, shape)?.into_iter().map(Ok)));
+    }
     if file.extension().is_some_and(|e| e == "parquet") { parquet(file) } else { json_lines(file) }
 }
 

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::{objects, text, wrong};
 use crate::error::{Error, Result};
-use crate::judge::{Judge, Template};
+use crate::judge::{Judge, Reply, Template, Verdict};
 
 /// A judge against labels.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
@@ -68,8 +68,8 @@ pub fn judge_agreement(judge: &dyn Judge, template: &Template, file: &Path, limi
         .0
         .iter()
         .map(|[a, b]| {
-            let first = |v: Option<crate::judge::Verdict>| v.map_or(0.5, |v| v.first);
-            BothOrders { shown_first: first(a.verdict), shown_second: 1.0 - first(b.verdict) }
+            let first = |r: &Reply| r.verdict.as_ref().and_then(Verdict::first).unwrap_or(0.5);
+            BothOrders { shown_first: first(a), shown_second: 1.0 - first(b) }
         })
         .collect();
     let sign = |p: f64| if p > 0.5 { 1i8 } else { -1 };

@@ -16,12 +16,13 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::data::ledger::Shape;
 use crate::data::rows;
 use crate::error::{Error, Result};
 
 /// Rows of a file as objects, with their places.
 fn objects(file: &Path) -> Result<Vec<(String, Value)>> {
-    rows::open(file)?.map(|row| row.map(|row| (row.place, row.columns))).collect()
+    rows::open(file, Shape::Verdicts)?.map(|row| row.map(|row| (row.place, row.columns))).collect()
 }
 
 fn wrong(file: &Path, place: &str, message: impl std::fmt::Display) -> Error {

@@ -2,10 +2,11 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rehearsal_actors::{Judged, Reward, RewardError, Sample};
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 
 /// How to speak to a server.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,10 +29,40 @@ const PAUSE_MAX: Duration = Duration::from_secs(60);
 /// Pause before the first new try.
 const PAUSE: Duration = Duration::from_millis(250);
 
+/// A pause looks this often whether the job is to stop.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// A time that no job sees the end of.
+pub const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
+/// Why a request came to nothing.
+#[derive(Debug, Clone, PartialEq)]
+pub enum PostError {
+    Failed(String),
+    /// The job was asked to stop.
+    Stopped,
+}
+
+impl PostError {
+    /// As the error of a reward.
+    pub fn of(self, name: &str, row: u64) -> RewardError {
+        match self {
+            Self::Failed(reason) => RewardError::Failed { name: name.into(), row, reason },
+            Self::Stopped => RewardError::Stopped { name: name.into() },
+        }
+    }
+}
+
 impl Endpoint {
     /// Sends a JSON body and reads a JSON answer that `read` understands; tries again on timeouts, lost connections, 408,
     /// 429, 5xx, and answers that `read` refuses.
-    pub fn post<T>(&self, body: &Value, read: impl Fn(&Value) -> Result<T, String>) -> Result<T, String> {
+    /// An end of the job is waited for no longer than the request under way.
+    pub fn post<T>(
+        &self,
+        body: &Value,
+        stop: &CancellationToken,
+        read: impl Fn(&Value) -> Result<T, String>,
+    ) -> Result<T, PostError> {
         let agent: ureq::Agent =
             ureq::Agent::config_builder().timeout_global(Some(self.timeout)).http_status_as_error(false).build().into();
         let mut tried = 0;
@@ -44,12 +75,23 @@ impl Endpoint {
                 Err(failure) => (failure.reason, failure.pause, failure.final_),
             };
             if final_ || (tried >= self.retries && !self.wait) {
-                return Err(format!("{}: {reason}, after {} tries", self.url, tried + 1));
+                return Err(PostError::Failed(format!("{}: {reason}, after {} tries", self.url, tried + 1)));
             }
             tracing::warn!(url = self.url, reason, tried, "a request failed and is tried again");
-            std::thread::sleep(pause.unwrap_or(PAUSE * 2u32.saturating_pow(tried.min(16))).min(PAUSE_MAX));
+            let until = Instant::now() + pause.unwrap_or(PAUSE * 2u32.saturating_pow(tried.min(16))).min(PAUSE_MAX);
+            while Instant::now() < until && !stop.is_cancelled() {
+                std::thread::sleep(LOOK.min(until.saturating_duration_since(Instant::now())));
+            }
+            if stop.is_cancelled() {
+                return Err(PostError::Stopped);
+            }
             tried += 1;
         }
+    }
+
+    /// For ever, if it waits for its server for ever.
+    pub fn patience(&self) -> Option<Duration> {
+        self.wait.then_some(FOREVER)
     }
 
     fn once(&self, agent: &ureq::Agent, body: &Value) -> Result<Value, Failure> {
@@ -79,10 +121,10 @@ impl Endpoint {
     pub fn all<I: Sync, T: Send>(
         &self,
         items: &[I],
-        one: impl Fn(&I) -> Result<T, String> + Sync,
-    ) -> Result<Vec<T>, String> {
+        one: impl Fn(&I) -> Result<T, PostError> + Sync,
+    ) -> Result<Vec<T>, PostError> {
         let next = AtomicUsize::new(0);
-        let done: Mutex<Vec<Option<Result<T, String>>>> = Mutex::new(items.iter().map(|_| None).collect());
+        let done: Mutex<Vec<Option<Result<T, PostError>>>> = Mutex::new(items.iter().map(|_| None).collect());
         std::thread::scope(|scope| {
             for _ in 0..self.concurrency.clamp(1, items.len().max(1)) {
                 scope.spawn(|| {
@@ -107,7 +149,7 @@ impl Endpoint {
                 None => continue, // another failed, and its error comes
             }
         }
-        if all.len() == items.len() { Ok(all) } else { Err("a request was not made".into()) }
+        if all.len() == items.len() { Ok(all) } else { Err(PostError::Failed("a request was not made".into())) }
     }
 }
 
@@ -134,18 +176,23 @@ pub struct HttpScorer {
     endpoint: Endpoint,
     /// Samples of one request.
     batch: usize,
+    stop: CancellationToken,
 }
 
 impl HttpScorer {
-    /// A server, asked about so many samples at a time.
-    pub fn new(endpoint: Endpoint, batch: usize) -> Self {
-        Self { endpoint, batch: batch.max(1) }
+    /// A server, asked about so many samples at a time, until the job is to stop.
+    pub fn new(endpoint: Endpoint, batch: usize, stop: CancellationToken) -> Self {
+        Self { endpoint, batch: batch.max(1), stop }
     }
 }
 
 impl Reward for HttpScorer {
     fn name(&self) -> &str {
         &self.endpoint.url
+    }
+
+    fn patience(&self) -> Option<Duration> {
+        self.endpoint.patience()
     }
 
     fn score(&self, samples: &[Sample]) -> Result<Vec<Judged>, RewardError> {
@@ -155,7 +202,7 @@ impl Reward for HttpScorer {
                 .iter()
                 .map(|s| json!({"prompt": s.prompt, "completion": s.completion, "answer": s.answer}))
                 .collect();
-            self.endpoint.post(&json!({"samples": rows}), |value| {
+            self.endpoint.post(&json!({"samples": rows}), &self.stop, |value| {
                 let scores: Option<Vec<f64>> =
                     value["scores"].as_array().and_then(|all| all.iter().map(Value::as_f64).collect());
                 match scores {
@@ -166,7 +213,13 @@ impl Reward for HttpScorer {
             })
         };
         let row = samples.first().map_or(0, |s| s.row);
-        let failed = |reason| RewardError::Failed { name: self.endpoint.url.clone(), row, reason };
-        Ok(self.endpoint.all(&parts, ask).map_err(failed)?.into_iter().flatten().map(Judged::from).collect())
+        Ok(self
+            .endpoint
+            .all(&parts, ask)
+            .map_err(|e| e.of(&self.endpoint.url, row))?
+            .into_iter()
+            .flatten()
+            .map(Judged::from)
+            .collect())
     }
 }

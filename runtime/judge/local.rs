@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rehearsal_actors::{Devices, FrozenModel, Placement, RewardError};
 use rehearsal_lm::{Checkpoint, Message};
 
-use super::{Judge, Question, QuestionKind, Reply, grade, preference};
+use super::{Judge, Question, QuestionKind, Reply, Usage, understand};
 
 /// A frozen language model that is asked for one token.
 pub struct LocalJudge {
@@ -46,8 +46,9 @@ impl LocalJudge {
         let context = self.checkpoint.architecture.context;
         if prompt.len() >= context {
             let raw = format!("too long for the judge: {} tokens, and its context is {context}", prompt.len());
-            return Ok(Reply { raw, verdict: None });
+            return Ok(Reply { raw, verdict: None, usage: Usage::default() });
         }
+        let usage = Usage { calls: 1, input_tokens: prompt.len() as u64, output_tokens: 1, money: 0.0 };
         let raw = match question.kind {
             QuestionKind::Pair => {
                 let said = self.model.next(&prompt, &self.digits[..2]).map_err(|e| e.to_string())?;
@@ -60,9 +61,18 @@ impl LocalJudge {
                 let mean = weights.iter().zip(1..).map(|(w, d)| w * f64::from(d)).sum::<f64>();
                 format!("grade = {}", mean / weights.iter().sum::<f64>())
             }
+            QuestionKind::Ranking(answers) => {
+                let digits = self.digits.get(..answers);
+                let digits =
+                    digits.ok_or_else(|| format!("a local judge ranks 9 answers at most, and has {answers}"))?;
+                let said = self.model.next(&prompt, digits).map_err(|e| e.to_string())?;
+                let weights: Vec<f64> = said.iter().map(|l| f64::from(*l).exp()).collect();
+                let sum: f64 = weights.iter().sum();
+                let shares: Vec<String> = weights.iter().map(|w| (w / sum).to_string()).collect();
+                format!("p(best) = {}", shares.join(" "))
+            }
         };
-        let verdict = if question.kind == QuestionKind::Pair { preference(&raw) } else { grade(&raw) };
-        Ok(Reply { raw, verdict })
+        Ok(Reply { verdict: understand(question.kind, &raw), raw, usage })
     }
 }
 

@@ -9,17 +9,18 @@ mod local;
 mod template;
 mod verdict;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use rehearsal_actors::{Judged, Reward, RewardError, Sample};
 use rehearsal_learn::evaluation::judge::BothOrders;
+use rehearsal_store::{Exchange, KeptReply, Usage};
 
-pub use api::ApiJudge;
-pub use http::{Endpoint, HttpScorer};
+pub use api::{ApiJudge, Prices};
+pub use http::{Endpoint, FOREVER, HttpScorer, PostError};
 pub use local::LocalJudge;
 pub use template::{NAMES, Template};
-pub use verdict::{Verdict, grade, preference};
+pub use verdict::{Verdict, understand};
 
 /// What a judge is asked.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,6 +39,8 @@ pub enum QuestionKind {
     Pair,
     /// A grade from 1 to 10.
     Grade,
+    /// So many answers from best to worst.
+    Ranking(usize),
 }
 
 /// What a judge said.
@@ -47,6 +50,8 @@ pub struct Reply {
     pub raw: String,
     /// What was understood; `None` for what could not be.
     pub verdict: Option<Verdict>,
+    /// What it cost.
+    pub usage: Usage,
 }
 
 /// Something that answers questions about answers.
@@ -54,17 +59,25 @@ pub trait Judge: Send + Sync {
     /// Names the judge and its version, so that verdicts of different judges are told apart.
     fn id(&self) -> &str;
 
+    /// How long a reply may take; `None` leaves it to the job's limits.
+    fn patience(&self) -> Option<Duration> {
+        None
+    }
+
     /// A reply to each question, in order.
     fn ask(&self, questions: &[Question]) -> Result<Vec<Reply>, RewardError>;
 }
 
-/// Where verdicts are remembered by the hash of what was asked.
+/// Where replies are remembered by the hash of what was asked, and what they cost is added up.
 pub trait Memory: Send + Sync {
-    /// The raw replies to those that were asked before.
-    fn recall(&self, keys: &[String]) -> Result<Vec<Option<String>>, RewardError>;
+    /// The replies to those that were asked before.
+    fn recall(&self, keys: &[String]) -> Result<Vec<Option<KeptReply>>, RewardError>;
 
-    /// Keeps raw replies, before anything is done with them.
-    fn remember(&self, entries: Vec<(String, String)>) -> Result<(), RewardError>;
+    /// Keeps replies and what was spent, before anything is done with them.
+    fn remember(&self, entries: Vec<(String, KeptReply)>, spent: Usage) -> Result<(), RewardError>;
+
+    /// What has been spent since the job began.
+    fn spent(&self) -> Result<Usage, RewardError>;
 }
 
 /// How verdicts on pairs become scores.
@@ -83,8 +96,34 @@ pub enum Orders {
 pub enum Mode {
     /// Every completion of a prompt against every other: its score is the share it wins.
     Pairwise(Orders),
+    /// All completions of a prompt at once, in order and in reverse: the score is the share of the others it beats.
+    Ranking,
     /// Every completion by itself, from 1 to 10.
     Grade,
+}
+
+/// What a job may spend on a judge, all its runs together; 0 for no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Budget {
+    pub calls: u64,
+    /// Of questions and replies.
+    pub tokens: u64,
+    pub money: f64,
+}
+
+impl Budget {
+    /// What it cannot bear: so many calls beyond what is spent, or the next one.
+    fn exceeded(&self, spent: &Usage, calls: u64) -> Option<(String, &'static str)> {
+        let tokens = spent.input_tokens + spent.output_tokens;
+        if self.calls > 0 && spent.calls + calls > self.calls {
+            return Some((format!("{} of {} calls, {calls} more wanted", spent.calls, self.calls), "judge.calls_max"));
+        }
+        if self.tokens > 0 && tokens >= self.tokens {
+            return Some((format!("{tokens} of {} tokens", self.tokens), "judge.spend_tokens_max"));
+        }
+        (self.money > 0.0 && spent.money >= self.money)
+            .then(|| (format!("{:.4} of {}", spent.money, self.money), "judge.spend_max"))
+    }
 }
 
 /// A judge as a reward.
@@ -93,59 +132,104 @@ pub struct JudgeReward {
     template: Template,
     mode: Mode,
     memory: Option<Arc<dyn Memory>>,
-    /// Questions that may be asked in all; 0 for any number.
-    calls_max: u64,
-    calls: AtomicU64,
+    budget: Budget,
+    /// Since the job began; read from memory at the first question.
+    spent: Mutex<Option<Usage>>,
+}
+
+/// A question with the places of the completions it shows, in order.
+struct Asked {
+    question: Question,
+    shown: Vec<usize>,
+}
+
+/// What became of a question.
+struct Answer {
+    verdict: Option<Verdict>,
+    exchange: Exchange,
 }
 
 impl JudgeReward {
-    /// A judge with its way of asking. `calls_max` bounds the questions that this process may ask; 0 does not.
+    /// A judge with its way of asking.
     pub fn new(
         judge: Box<dyn Judge>,
         template: Template,
         mode: Mode,
         memory: Option<Arc<dyn Memory>>,
-        calls_max: u64,
+        budget: Budget,
     ) -> Self {
-        Self { judge, template, mode, memory, calls_max, calls: AtomicU64::new(0) }
+        Self { judge, template, mode, memory, budget, spent: Mutex::new(None) }
     }
 
     /// Replies, from memory where the same was asked before. What cannot be understood is asked once more.
-    fn ask(&self, questions: &[Question]) -> Result<Vec<Reply>, RewardError> {
-        let keys: Vec<String> = questions.iter().map(|q| self.key(q)).collect();
+    fn ask(&self, asked: &[Asked]) -> Result<Vec<Answer>, RewardError> {
+        let keys: Vec<String> = asked.iter().map(|a| self.key(&a.question)).collect();
         let known = match &self.memory {
             Some(memory) => memory.recall(&keys)?,
             None => vec![None; keys.len()],
         };
-        let understood = |question: &Question, raw: String| {
-            let verdict = match question.kind {
-                QuestionKind::Pair => preference(&raw),
-                QuestionKind::Grade => grade(&raw),
-            };
-            Reply { raw, verdict }
+        // What was remembered is settled, readable or not, and costs nothing now.
+        let settled = |(kept, a): (Option<KeptReply>, &Asked)| {
+            let raw = kept?.reply;
+            Some(Reply { verdict: understand(a.question.kind, &raw), raw, usage: Usage::default() })
         };
-        let mut replies: Vec<Option<Reply>> =
-            known.into_iter().zip(questions).map(|(raw, q)| raw.map(|raw| understood(q, raw))).collect();
-        // What was remembered is settled, readable or not; what is new and cannot be read is asked once more.
-        let mut open: Vec<usize> = (0..questions.len()).filter(|&i| replies[i].is_none()).collect();
+        let mut replies: Vec<Option<Reply>> = known.into_iter().zip(asked).map(settled).collect();
+        let mut open: Vec<usize> = (0..asked.len()).filter(|&i| replies[i].is_none()).collect();
         for last in [false, true] {
             if open.is_empty() {
                 break;
             }
-            let asked = self.calls.fetch_add(open.len() as u64, Ordering::Relaxed) + open.len() as u64;
-            if self.calls_max > 0 && asked > self.calls_max {
-                return Err(RewardError::Budget { name: self.judge.id().into(), calls: self.calls_max });
+            let fresh = self.pay(&open.iter().map(|&i| asked[i].question.clone()).collect::<Vec<_>>(), |fresh| {
+                let settled = open.iter().zip(fresh).filter(|(_, r)| last || r.verdict.is_some());
+                settled.map(|(&i, r)| (keys[i].clone(), KeptReply { reply: r.raw.clone(), usage: r.usage })).collect()
+            })?;
+            for (&i, reply) in open.iter().zip(fresh) {
+                let before = replies[i].take().map(|r| r.usage).unwrap_or_default();
+                let reply = replies[i].insert(reply);
+                reply.usage += before;
             }
-            let fresh = self.judge.ask(&open.iter().map(|&i| questions[i].clone()).collect::<Vec<_>>())?;
-            if let Some(memory) = &self.memory {
-                let settled = open.iter().zip(&fresh).filter(|(_, r)| last || r.verdict.is_some());
-                memory.remember(settled.map(|(&i, r)| (keys[i].clone(), r.raw.clone())).collect())?;
-            }
-            open.iter().zip(fresh).for_each(|(&i, reply)| replies[i] = Some(reply));
             open.retain(|&i| replies[i].as_ref().is_some_and(|r| r.verdict.is_none()));
         }
-        let lost = Reply { raw: String::new(), verdict: None };
-        Ok(replies.into_iter().map(|r| r.unwrap_or(lost.clone())).collect())
+        let lost = || Reply { raw: String::new(), verdict: None, usage: Usage::default() };
+        let answer = |(reply, asked): (Option<Reply>, &Asked)| {
+            let Reply { raw, verdict, usage } = reply.unwrap_or_else(lost);
+            let exchange = Exchange {
+                judge: self.judge.id().into(),
+                template: self.template.id().into(),
+                shown: asked.shown.iter().map(|&i| i as u32).collect(),
+                reply: raw,
+                first: verdict.as_ref().and_then(Verdict::first),
+                usage,
+            };
+            Answer { verdict, exchange }
+        };
+        Ok(replies.into_iter().zip(asked).map(answer).collect())
+    }
+
+    /// Asks the judge within its budget, and keeps what it said together with what it cost.
+    fn pay(
+        &self,
+        questions: &[Question],
+        keep: impl Fn(&[Reply]) -> Vec<(String, KeptReply)>,
+    ) -> Result<Vec<Reply>, RewardError> {
+        let mut spent = self.spent.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut total = match (*spent, &self.memory) {
+            (Some(total), _) => total,
+            (None, Some(memory)) => memory.spent()?,
+            (None, None) => Usage::default(),
+        };
+        if let Some((spent, key)) = self.budget.exceeded(&total, questions.len() as u64) {
+            return Err(RewardError::Budget { name: self.judge.id().into(), spent, key });
+        }
+        let replies = self.judge.ask(questions)?;
+        let mut now = Usage::default();
+        replies.iter().for_each(|r| now += r.usage);
+        if let Some(memory) = &self.memory {
+            memory.remember(keep(&replies), now)?;
+        }
+        total += now;
+        *spent = Some(total);
+        Ok(replies)
     }
 
     fn key(&self, question: &Question) -> String {
@@ -160,25 +244,25 @@ impl JudgeReward {
     fn compare(&self, group: &[Sample], orders: Orders) -> Result<Vec<Judged>, RewardError> {
         let pairs: Vec<(usize, usize)> =
             (0..group.len()).flat_map(|i| (i + 1..group.len()).map(move |j| (i, j))).collect();
-        let ask = |a: usize, b: usize| self.template.pair(&group[a], &group[b]);
-        let mut questions: Vec<Question> = Vec::new();
+        let ask = |a: usize, b: usize| Asked { question: self.template.pair(&group[a], &group[b]), shown: vec![a, b] };
+        let mut questions: Vec<Asked> = Vec::new();
         for &(a, b) in &pairs {
             questions.push(ask(a, b));
             if orders != Orders::First {
                 questions.push(ask(b, a));
             }
         }
-        let replies = self.ask(&questions)?;
-        let step = if orders == Orders::First { 1 } else { 2 };
+        let mut replies = self.ask(&questions)?.into_iter();
         let mut wins = vec![0.0; group.len()];
         let mut reasons = vec![Vec::new(); group.len()];
-        for (&(a, b), said) in pairs.iter().zip(replies.chunks(step)) {
-            let first = |r: &Reply| r.verdict.map_or(0.5, |v| v.first);
+        let mut exchanges = vec![Vec::new(); group.len()];
+        for &(a, b) in &pairs {
+            let said: Vec<Answer> = replies.by_ref().take(if orders == Orders::First { 1 } else { 2 }).collect();
+            let first = |at: usize| said.get(at)?.verdict.as_ref()?.first();
             let unreadable = said.iter().filter(|r| r.verdict.is_none()).count();
-            let both = BothOrders {
-                shown_first: first(&said[0]),
-                shown_second: said.get(1).map_or(first(&said[0]), |r| 1.0 - first(r)),
-            };
+            let shown_first = first(0).unwrap_or(0.5);
+            let shown_second = if orders == Orders::First { shown_first } else { 1.0 - first(1).unwrap_or(0.5) };
+            let both = BothOrders { shown_first, shown_second };
             let won = match orders {
                 Orders::Agree if (both.shown_first - 0.5) * (both.shown_second - 0.5) <= 0.0 => 0.5,
                 Orders::Agree => f64::from(both.shown_first > 0.5),
@@ -190,26 +274,69 @@ impl JudgeReward {
             let seen = format!("{:.3} shown first, {:.3} second", both.shown_first, both.shown_second);
             reasons[a].push(format!("{won:.3} against #{b} ({seen}{note})"));
             reasons[b].push(format!("{:.3} against #{a}{note}", 1.0 - won));
+            exchanges[a].extend(said.into_iter().map(|s| s.exchange));
         }
         let others = (group.len() - 1).max(1) as f64;
         let name = self.judge.id();
-        let judged = |(wins, reasons): (f64, Vec<String>)| Judged {
+        let judged = |((wins, reasons), exchanges): ((f64, Vec<String>), Vec<Exchange>)| Judged {
             score: wins / others,
             reason: format!("{name}: {}", reasons.join("; ")),
+            exchanges,
         };
-        Ok(wins.into_iter().zip(reasons).map(judged).collect())
+        Ok(wins.into_iter().zip(reasons).zip(exchanges).map(judged).collect())
+    }
+
+    /// Scores of the completions of one prompt by their places, in the order they come in and in reverse.
+    fn rank(&self, group: &[Sample]) -> Result<Vec<Judged>, RewardError> {
+        let n = group.len();
+        let orders = [(0..n).collect::<Vec<_>>(), (0..n).rev().collect()];
+        let asked = orders.map(|shown| {
+            let answers: Vec<&Sample> = shown.iter().map(|&i| &group[i]).collect();
+            Asked { question: self.template.ranking(&answers), shown }
+        });
+        let answers = if n > 1 { self.ask(&asked)? } else { Vec::new() };
+        let (mut sums, mut read) = (vec![0.0; n], 0.0);
+        for answer in &answers {
+            if let Some(Verdict::Ranking(shares)) = &answer.verdict {
+                read += 1.0;
+                answer.exchange.shown.iter().zip(shares).for_each(|(&i, share)| sums[i as usize] += share);
+            }
+        }
+        let mut judged: Vec<Judged> = sums
+            .into_iter()
+            .map(|sum| {
+                let score = if read > 0.0 { sum / read } else { 0.5 };
+                Judged::new(score, format!("{}: beats {score:.3} of the others, by {read} rankings", self.judge.id()))
+            })
+            .collect();
+        if let Some(first) = judged.first_mut() {
+            first.exchanges = answers.into_iter().map(|a| a.exchange).collect();
+        }
+        Ok(judged)
     }
 
     fn grades(&self, samples: &[Sample]) -> Result<Vec<Judged>, RewardError> {
-        let questions: Vec<Question> = samples.iter().map(|s| self.template.grade(s)).collect();
-        let replies = self.ask(&questions)?;
-        let judged = |reply: Reply| match reply.verdict {
-            Some(verdict) => Judged { score: verdict.grade, reason: reply.raw },
-            // The middle of the scale: nothing is known.
-            None => Judged { score: 5.5, reason: format!("unreadable: {}", reply.raw) },
+        let asked: Vec<Asked> = samples
+            .chunk_by(same_prompt)
+            .flat_map(|group| group.iter().enumerate())
+            .map(|(place, s)| Asked { question: self.template.grade(s), shown: vec![place] })
+            .collect();
+        let judged = |answer: Answer| {
+            let reply = answer.exchange.reply.clone();
+            let (score, reason) = match answer.verdict {
+                Some(Verdict::Grade(grade)) => (grade, reply),
+                // The middle of the scale: nothing is known.
+                _ => (5.5, format!("unreadable: {reply}")),
+            };
+            Judged { score, reason, exchanges: vec![answer.exchange] }
         };
-        Ok(replies.into_iter().map(judged).collect())
+        Ok(self.ask(&asked)?.into_iter().map(judged).collect())
     }
+}
+
+/// Whether two samples, side by side, answer the same prompt.
+pub(crate) fn same_prompt(a: &Sample, b: &Sample) -> bool {
+    a.ids.prompt == b.ids.prompt && a.prompt == b.prompt && a.row == b.row
 }
 
 impl Reward for JudgeReward {
@@ -217,18 +344,26 @@ impl Reward for JudgeReward {
         self.judge.id()
     }
 
+    fn compares(&self) -> bool {
+        self.mode != Mode::Grade
+    }
+
+    fn patience(&self) -> Option<Duration> {
+        self.judge.patience()
+    }
+
     fn score(&self, samples: &[Sample]) -> Result<Vec<Judged>, RewardError> {
+        let by_prompt = |one: &dyn Fn(&[Sample]) -> Result<Vec<Judged>, RewardError>| {
+            let mut all = Vec::with_capacity(samples.len());
+            for group in samples.chunk_by(same_prompt) {
+                all.extend(one(group)?);
+            }
+            Ok(all)
+        };
         match self.mode {
             Mode::Grade => self.grades(samples),
-            Mode::Pairwise(orders) => {
-                // Completions of one prompt stand side by side.
-                let groups = samples.chunk_by(|a, b| a.ids.prompt == b.ids.prompt && a.row == b.row);
-                let mut all = Vec::with_capacity(samples.len());
-                for group in groups {
-                    all.extend(self.compare(group, orders)?);
-                }
-                Ok(all)
-            }
+            Mode::Ranking => by_prompt(&|group| self.rank(group)),
+            Mode::Pairwise(orders) => by_prompt(&|group| self.compare(group, orders)),
         }
     }
 }

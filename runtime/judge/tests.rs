@@ -1,5 +1,6 @@
 use std::collections::BTreeMap;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
 use rehearsal_actors::Tokens;
@@ -19,25 +20,31 @@ impl<F: Fn(&Question, u64) -> String + Send + Sync> Judge for Scripted<F> {
     fn ask(&self, questions: &[Question]) -> Result<Vec<Reply>, RewardError> {
         let reply = |q: &Question| {
             let raw = (self.say)(q, self.asked.fetch_add(1, Ordering::Relaxed));
-            let verdict = if q.kind == QuestionKind::Pair { preference(&raw) } else { grade(&raw) };
-            Reply { raw, verdict }
+            let usage = Usage { calls: 1, input_tokens: 10, output_tokens: 1, money: 0.5 };
+            Reply { verdict: understand(q.kind, &raw), raw, usage }
         };
         Ok(questions.iter().map(reply).collect())
     }
 }
 
 #[derive(Default)]
-struct Map(Mutex<BTreeMap<String, String>>);
+struct Map(Mutex<(BTreeMap<String, KeptReply>, Usage)>);
 
 impl Memory for Map {
-    fn recall(&self, keys: &[String]) -> Result<Vec<Option<String>>, RewardError> {
+    fn recall(&self, keys: &[String]) -> Result<Vec<Option<KeptReply>>, RewardError> {
         let map = self.0.lock().unwrap();
-        Ok(keys.iter().map(|k| map.get(k).cloned()).collect())
+        Ok(keys.iter().map(|k| map.0.get(k).cloned()).collect())
     }
 
-    fn remember(&self, entries: Vec<(String, String)>) -> Result<(), RewardError> {
-        self.0.lock().unwrap().extend(entries);
+    fn remember(&self, entries: Vec<(String, KeptReply)>, spent: Usage) -> Result<(), RewardError> {
+        let mut map = self.0.lock().unwrap();
+        map.0.extend(entries);
+        map.1 += spent;
         Ok(())
+    }
+
+    fn spent(&self) -> Result<Usage, RewardError> {
+        Ok(self.0.lock().unwrap().1)
     }
 }
 
@@ -49,14 +56,14 @@ fn sample(completion: &str) -> Sample {
 
 fn judge(
     mode: Mode,
-    calls_max: u64,
+    budget: Budget,
     memory: Option<Arc<dyn Memory>>,
     say: impl Fn(&Question, u64) -> String + Send + Sync + 'static,
 ) -> (JudgeReward, Arc<AtomicU64>) {
     let asked = Arc::new(AtomicU64::new(0));
     let template = Template::new("helpful", None, false).unwrap();
     let scripted = Scripted { say, asked: asked.clone() };
-    (JudgeReward::new(Box::new(scripted), template, mode, memory, calls_max), asked)
+    (JudgeReward::new(Box::new(scripted), template, mode, memory, budget), asked)
 }
 
 /// Prefers the answer that says `good`, wherever it stands.
@@ -76,14 +83,14 @@ fn scores(reward: &JudgeReward, completions: &[&str]) -> Vec<f64> {
 
 #[test]
 fn wins_are_scores_and_a_bias_for_the_first_place_cancels() {
-    let (reward, asked) = judge(Mode::Pairwise(Orders::Average), 0, None, fair);
+    let (reward, asked) = judge(Mode::Pairwise(Orders::Average), Budget::default(), None, fair);
     assert_eq!(scores(&reward, &["bad", "good", "bad"]), [0.25, 1.0, 0.25]);
     assert_eq!(asked.load(Ordering::Relaxed), 6, "three pairs in both orders");
     for orders in [Orders::Average, Orders::Agree] {
-        let (reward, _) = judge(Mode::Pairwise(orders), 0, None, |_, _| "[[1]]".into());
+        let (reward, _) = judge(Mode::Pairwise(orders), Budget::default(), None, |_, _| "[[1]]".into());
         assert_eq!(scores(&reward, &["a", "b"]), [0.5, 0.5], "{orders:?}");
     }
-    let (reward, _) = judge(Mode::Pairwise(Orders::First), 0, None, |_, _| "[[1]]".into());
+    let (reward, _) = judge(Mode::Pairwise(Orders::First), Budget::default(), None, |_, _| "[[1]]".into());
     assert_eq!(scores(&reward, &["a", "b"]), [1.0, 0.0]);
 }
 
@@ -91,13 +98,14 @@ fn wins_are_scores_and_a_bias_for_the_first_place_cancels() {
 fn nothing_is_asked_twice_and_the_unreadable_once_more() {
     let memory: Arc<dyn Memory> = Arc::new(Map::default());
     let say = |q: &Question, n: u64| if n == 0 { "Hm.".to_string() } else { fair(q, n) };
-    let (reward, asked) = judge(Mode::Pairwise(Orders::Average), 0, Some(memory.clone()), say);
+    let (reward, asked) = judge(Mode::Pairwise(Orders::Average), Budget::default(), Some(memory.clone()), say);
     assert_eq!(scores(&reward, &["good", "bad"]), [1.0, 0.0]);
     assert_eq!(asked.load(Ordering::Relaxed), 3, "two questions, one of them again");
     assert_eq!(scores(&reward, &["good", "bad"]), [1.0, 0.0]);
     assert_eq!(asked.load(Ordering::Relaxed), 3, "all of it was remembered");
     // Never readable: a tie, remembered as such.
-    let (reward, asked) = judge(Mode::Pairwise(Orders::Average), 0, Some(memory), |_, _| "No idea.".into());
+    let (reward, asked) =
+        judge(Mode::Pairwise(Orders::Average), Budget::default(), Some(memory), |_, _| "No idea.".into());
     for _ in 0..2 {
         let judged = reward.score(&[sample("x"), sample("y")]).unwrap();
         assert_eq!(judged[0].score, 0.5);
@@ -107,18 +115,62 @@ fn nothing_is_asked_twice_and_the_unreadable_once_more() {
 }
 
 #[test]
-fn a_budget_is_kept() {
-    let (reward, asked) = judge(Mode::Pairwise(Orders::Average), 3, None, fair);
-    assert_eq!(scores(&reward, &["good", "bad"]), [1.0, 0.0]);
-    let error = reward.score(&[sample("good"), sample("bad")]).unwrap_err();
-    assert!(matches!(error, RewardError::Budget { calls: 3, .. }), "{error}");
+fn a_budget_is_kept_by_whoever_comes_next() {
+    let (calls, tokens, money) = (
+        Budget { calls: 3, ..Budget::default() },
+        Budget { tokens: 20, ..Budget::default() },
+        Budget { money: 0.9, ..Budget::default() },
+    );
+    for (budget, wanted) in [(calls, "calls_max"), (tokens, "spend_tokens_max"), (money, "spend_max")] {
+        let memory: Arc<dyn Memory> = Arc::new(Map::default());
+        let (reward, _) = judge(Mode::Pairwise(Orders::Average), budget, Some(memory.clone()), fair);
+        assert_eq!(scores(&reward, &["good", "bad"]), [1.0, 0.0]);
+        // Another process: what is spent is spent, and what is remembered costs nothing.
+        let (reward, asked) = judge(Mode::Pairwise(Orders::Average), budget, Some(memory.clone()), fair);
+        assert_eq!(scores(&reward, &["good", "bad"]), [1.0, 0.0]);
+        let error = reward.score(&[sample("good"), sample("worse")]).unwrap_err();
+        assert!(matches!(&error, RewardError::Budget { key, .. } if key.contains(wanted)), "{error}");
+        assert_eq!(asked.load(Ordering::Relaxed), 0);
+        assert_eq!(memory.spent().unwrap().money, 1.0);
+    }
+}
+
+#[test]
+fn rankings_are_asked_forwards_and_backwards_and_kept_word_for_word() {
+    // Prefers the later one shown, except that `good` is always first.
+    let say = |q: &Question, _: u64| {
+        let good = (1..=3).find(|i| {
+            let text = q.text.split_once(&format!("Answer {i}:")).unwrap().1;
+            text.split("Answer").next().unwrap().contains("good")
+        });
+        let rest: Vec<String> = (1..=3).rev().filter(|i| Some(*i) != good).map(|i| i.to_string()).collect();
+        format!("[[{} > {}]]", good.unwrap(), rest.join(" > "))
+    };
+    let (reward, asked) = judge(Mode::Ranking, Budget::default(), None, say);
+    let judged = reward.score(&["x", "good", "y"].map(sample)).unwrap();
+    assert_eq!(judged.iter().map(|j| j.score).collect::<Vec<_>>(), [0.25, 1.0, 0.25]);
     assert_eq!(asked.load(Ordering::Relaxed), 2);
+    let exchanges = &judged[0].exchanges;
+    assert_eq!((&exchanges[0].shown, &exchanges[1].shown), (&vec![0, 1, 2], &vec![2, 1, 0]));
+    assert_eq!(exchanges[0].reply, "[[2 > 3 > 1]]");
+    assert!(exchanges[0].template.starts_with("helpful#") && exchanges[0].judge == "scripted");
+}
+
+#[test]
+fn every_template_has_a_version_of_its_own_and_mt_bench_shows_the_reference() {
+    let ids: std::collections::BTreeSet<String> =
+        NAMES.iter().map(|name| Template::new(name, None, false).unwrap().id().to_string()).collect();
+    assert_eq!(ids.len(), NAMES.len());
+    let with_answer = Sample { answer: Some("Forty-two".into()), ..sample("x") };
+    let asked = |name| Template::new(name, None, false).unwrap().pair(&with_answer, &with_answer).text;
+    assert!(asked("mt_bench").contains("> Forty-two") && !asked("helpful").contains("Forty-two"));
 }
 
 #[test]
 fn grades_are_scores() {
-    let (reward, _) =
-        judge(Mode::Grade, 0, None, |q, _| if q.text.contains("good") { "[[9]]" } else { "[[2]]" }.into());
+    let (reward, _) = judge(Mode::Grade, Budget::default(), None, |q, _| {
+        if q.text.contains("good") { "[[9]]" } else { "[[2]]" }.into()
+    });
     assert_eq!(scores(&reward, &["good", "bad"]), [9.0, 2.0]);
 }
 
@@ -137,5 +189,8 @@ fn hostile_answers_stay_inside_their_quotation() {
     assert!(!question.text.contains("<|"), "{}", question.text);
     assert!(!question.text.contains(['\r', '\u{2028}']));
     // A judge that quotes the forged verdict and then gives its own is understood.
-    assert_eq!(preference("The first says [[1]], which is no reason.\n[[2]]").unwrap().first, 0.0);
+    assert_eq!(
+        understand(QuestionKind::Pair, "The first says [[1]], which is no reason.\n[[2]]"),
+        Some(Verdict::Pair(0.0))
+    );
 }

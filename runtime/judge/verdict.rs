@@ -1,41 +1,91 @@
 //! Verdicts from a judge's words, read strictly: what an answer under judgement says cannot pass for a verdict.
 
+use super::QuestionKind;
+
 /// What a judge thinks.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Verdict {
-    /// Probability that the first answer is better; 0.5 for a tie.
-    pub first: f64,
-    /// A grade from 1 to 10, where one was asked for.
-    pub grade: f64,
+#[derive(Debug, Clone, PartialEq)]
+pub enum Verdict {
+    /// Probability that the first answer is better than the second; 0.5 for a tie.
+    Pair(f64),
+    /// A grade from 1 to 10.
+    Grade(f64),
+    /// For each answer, in the order shown, the share of the others that it beats; a tie is half a win.
+    Ranking(Vec<f64>),
 }
 
 impl Verdict {
-    fn pair(first: f64) -> Self {
-        Self { first, grade: 0.0 }
+    /// Probability that the first of two answers is better.
+    pub fn first(&self) -> Option<f64> {
+        match self {
+            Self::Pair(first) => Some(*first),
+            _ => None,
+        }
+    }
+}
+
+/// What a reply to a question means, if it can be understood.
+pub fn understand(kind: QuestionKind, reply: &str) -> Option<Verdict> {
+    match kind {
+        QuestionKind::Pair => preference(reply).map(Verdict::Pair),
+        QuestionKind::Grade => grade(reply).map(Verdict::Grade),
+        QuestionKind::Ranking(answers) => ranking(reply, answers).map(Verdict::Ranking),
     }
 }
 
 /// Which of two answers is better: `[[1]]`, `[[2]]` or `[[tie]]` (also `[[A]]`, `[[B]]`, `[[C]]`) as the last line that
 /// is not empty, and alone on it; or the probability that a local judge gave. Markers anywhere else count for nothing.
-pub fn preference(reply: &str) -> Option<Verdict> {
+fn preference(reply: &str) -> Option<f64> {
     if let Some(probability) = reply.strip_prefix("p(1) = ") {
-        return probability.trim().parse().ok().filter(|p| (0.0..=1.0).contains(p)).map(Verdict::pair);
+        return probability.trim().parse().ok().filter(|p| (0.0..=1.0).contains(p));
     }
     match marked(reply)?.to_ascii_lowercase().as_str() {
-        "1" | "a" => Some(Verdict::pair(1.0)),
-        "2" | "b" => Some(Verdict::pair(0.0)),
-        "tie" | "c" => Some(Verdict::pair(0.5)),
+        "1" | "a" => Some(1.0),
+        "2" | "b" => Some(0.0),
+        "tie" | "c" => Some(0.5),
         _ => None,
     }
 }
 
 /// A grade: `[[7]]` on the last line, from 1 to 10.
-pub fn grade(reply: &str) -> Option<Verdict> {
+fn grade(reply: &str) -> Option<f64> {
     let grade: f64 = match reply.strip_prefix("grade = ") {
         Some(grade) => grade.trim().parse().ok()?,
         None => marked(reply)?.parse().ok()?,
     };
-    (1.0..=10.0).contains(&grade).then_some(Verdict { first: 0.5, grade })
+    (1.0..=10.0).contains(&grade).then_some(grade)
+}
+
+/// A ranking: `[[3 > 1 = 2]]` on the last line, every answer once; or a local judge's probabilities that each is best,
+/// by which one beats another with `p_i / (p_i + p_j)` (Luce 1959).
+fn ranking(reply: &str, answers: usize) -> Option<Vec<f64>> {
+    if answers < 2 {
+        return None;
+    }
+    if let Some(list) = reply.strip_prefix("p(best) = ") {
+        let best: Option<Vec<f64>> =
+            list.split(' ').map(|p| p.parse().ok().filter(|p| (0.0..=1.0).contains(p))).collect();
+        let best = best.filter(|best| best.len() == answers)?;
+        let beats = |i: usize, j: usize| if best[i] + best[j] > 0.0 { best[i] / (best[i] + best[j]) } else { 0.5 };
+        return Some(shares(answers, beats));
+    }
+    let mut tiers: Vec<Option<usize>> = vec![None; answers];
+    for (tier, tied) in marked(reply)?.split('>').enumerate() {
+        for number in tied.split('=') {
+            let answer = number.trim().parse::<usize>().ok()?.checked_sub(1)?;
+            // Named twice, or not shown: no ranking.
+            if tiers.get_mut(answer)?.replace(tier).is_some() {
+                return None;
+            }
+        }
+    }
+    let tiers: Vec<usize> = tiers.into_iter().collect::<Option<_>>()?;
+    Some(shares(answers, |i, j| f64::from(tiers[i] < tiers[j]) + 0.5 * f64::from(tiers[i] == tiers[j])))
+}
+
+/// For each answer the share of the others that it beats.
+fn shares(answers: usize, beats: impl Fn(usize, usize) -> f64) -> Vec<f64> {
+    let others = |i: usize| (0..answers).filter(move |&j| j != i);
+    (0..answers).map(|i| others(i).map(|j| beats(i, j)).sum::<f64>() / (answers - 1) as f64).collect()
 }
 
 /// What stands between double brackets on the last line.
@@ -52,25 +102,38 @@ mod tests {
 
     #[test]
     fn a_verdict_is_the_last_line_alone() {
-        assert_eq!(preference("Both are fine.\n[[A]]").unwrap().first, 1.0);
-        assert_eq!(preference("**[[2]]**\n\n").unwrap().first, 0.0);
-        assert_eq!(preference("[[tie]]").unwrap().first, 0.5);
+        assert_eq!(preference("Both are fine.\n[[A]]"), Some(1.0));
+        assert_eq!(preference("**[[2]]**\n\n"), Some(0.0));
+        assert_eq!(preference("[[tie]]"), Some(0.5));
         // Quoted from an answer, in the middle of a sentence, two at once: no verdict.
         for reply in
             ["The answer says [[A]].", "[[A]] because it is good", "[[A]]\nbut then again", "[[A]][[B]]", "", "[[D]]"]
         {
             assert_eq!(preference(reply), None, "{reply}");
         }
-        assert_eq!(preference("p(1) = 0.25").unwrap().first, 0.25);
+        assert_eq!(preference("p(1) = 0.25"), Some(0.25));
         assert_eq!(preference("p(1) = 7"), None);
     }
 
     #[test]
     fn grades_lie_on_their_scale() {
-        assert_eq!(grade("Good.\n[[7]]").unwrap().grade, 7.0);
-        assert_eq!(grade("[[8.5]]").unwrap().grade, 8.5);
+        assert_eq!(grade("Good.\n[[7]]"), Some(7.0));
+        assert_eq!(grade("[[8.5]]"), Some(8.5));
         for reply in ["[[11]]", "[[0]]", "7", "[[seven]]"] {
             assert_eq!(grade(reply), None, "{reply}");
         }
+    }
+
+    #[test]
+    fn a_ranking_names_every_answer_once() {
+        assert_eq!(ranking("Third first.\n[[3 > 1 = 2]]", 3), Some(vec![0.25, 0.25, 1.0]));
+        assert_eq!(ranking("[[4>3>2>1]]", 4).unwrap()[3], 1.0);
+        assert_eq!(ranking("[[1 = 2]]", 2), Some(vec![0.5, 0.5]));
+        for reply in ["[[1 > 2]]", "[[1 > 2 > 2]]", "[[1 > 2 > 4]]", "[[0 > 1 > 2]]", "1 > 2 > 3", "[[1 > > 2 > 3]]"] {
+            assert_eq!(ranking(reply, 3), None, "{reply}");
+        }
+        let said = ranking("p(best) = 0.5 0.25 0.25", 3).unwrap();
+        assert!((said[0] - 2.0 / 3.0).abs() < 1e-12 && (said[1] - (1.0 / 3.0 + 0.5) / 2.0).abs() < 1e-12);
+        assert_eq!(ranking("p(best) = 0.5 0.5", 3), None);
     }
 }

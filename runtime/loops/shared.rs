@@ -77,6 +77,8 @@ pub fn entry(run: &Run, prompt: &PromptRow, group: &Group, pair: Option<Pair>, p
         reasons: group.completions.iter().map(|c| c.judged.reason.clone()).collect(),
         pair: pair.map(|p| (p.chosen as u32, p.rejected as u32)),
         time_ms: now_ms(),
+        judge: run.roles.reward.as_ref().map_or_else(String::new, |r| r.name().to_string()),
+        exchanges: group.completions.iter().flat_map(|c| c.judged.exchanges.iter().cloned()).collect(),
     }
 }
 

@@ -68,6 +68,8 @@ struct Manifest {
     state: Vec<u8>,
 }
 
+impl record::Record for Manifest {}
+
 #[derive(Serialize, Deserialize)]
 struct Shard {
     hash: String,

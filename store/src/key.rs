@@ -15,6 +15,11 @@ pub fn job(name: &str) -> Vec<u8> {
     with(b"j/", &[name.as_bytes()])
 }
 
+/// A judge's reply, by the hash of the question.
+pub fn reply(hash: &str) -> Vec<u8> {
+    job(&format!("judge/{hash}"))
+}
+
 pub fn checkpoint(step: u64) -> Vec<u8> {
     with(CHECKPOINT, &[&step.to_be_bytes()])
 }

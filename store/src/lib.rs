@@ -16,7 +16,7 @@ mod sled_kv;
 pub use checkpoint::{CheckpointSummary, LoadedCheckpoint, OwnedTensor, SavedCheckpoint, TensorBytes};
 pub use error::{Error, Result};
 pub use kv::{Changes, KeyValue, MemoryKv};
-pub use ledger::{Preference, Prompt, Turn};
+pub use ledger::{Exchange, KeptReply, Preference, Prompt, Query, Turn, Usage};
 pub use rollout::{Rollout, Verdict};
 
 use std::fs::{self, File, TryLockError};
@@ -76,21 +76,8 @@ impl Store {
 
     /// A named piece of job state.
     pub fn get_job<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>> {
-        record::get(&*self.kv, &key::job(name), record::JOB)
-    }
-
-    /// What a judge said when it was asked the same, by the hash of the question.
-    pub fn recall(&self, key: &str) -> Result<Option<String>> {
-        record::get(&*self.kv, &key::job(&format!("judge/{key}")), record::JOB)
-    }
-
-    /// Keeps what a judge said; all of it, or nothing.
-    pub fn remember(&mut self, entries: &[(String, String)]) -> Result<()> {
-        let mut changes = Changes::default();
-        for (key, said) in entries {
-            record::put(&mut changes, key::job(&format!("judge/{key}")), record::JOB, said)?;
-        }
-        self.kv.apply(changes)
+        let plain: Option<record::Plain<T>> = record::get(&*self.kv, &key::job(name), record::JOB)?;
+        Ok(plain.map(|p| p.0))
     }
 
     /// Reads everything back and checks every checksum; returns what is wrong, and how many records are right.

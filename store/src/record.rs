@@ -2,7 +2,7 @@
 //!
 //! sled keeps values above about 7 KiB in separate files that its flush does not sync; parts stay below that.
 
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::kv::{Changes, KeyValue};
 use crate::{Error, Result, key};
@@ -17,8 +17,24 @@ pub struct Kind {
 pub const JOB: Kind = Kind { name: "job state", version: 1 };
 pub const CHECKPOINT: Kind = Kind { name: "checkpoint manifest", version: 1 };
 pub const ROLLOUT: Kind = Kind { name: "rollout", version: 1 };
-pub const VERDICT: Kind = Kind { name: "verdict", version: 1 };
-pub const LEDGER: Kind = Kind { name: "preference", version: 1 };
+pub const VERDICT: Kind = Kind { name: "verdict", version: 2 };
+pub const REPLY: Kind = Kind { name: "judge's reply", version: 2 };
+pub const LEDGER: Kind = Kind { name: "preference", version: 2 };
+
+/// A record; one that older programs wrote otherwise says how to read theirs.
+pub trait Record: DeserializeOwned {
+    /// Decodes what a program that knew `version` wrote.
+    fn decode(_version: u8, bytes: &[u8]) -> postcard::Result<Self> {
+        postcard::from_bytes(bytes)
+    }
+}
+
+/// A record of whatever type.
+#[derive(Deserialize)]
+#[serde(transparent)]
+pub struct Plain<T>(pub T);
+
+impl<T: DeserializeOwned> Record for Plain<T> {}
 
 /// Bytes of a value at most.
 pub const PART_BYTES: usize = 6 * 1024;
@@ -62,7 +78,7 @@ pub fn remove(kv: &dyn KeyValue, changes: &mut Changes, key: Vec<u8>) -> Result<
 }
 
 /// Reads a record.
-pub fn get<T: DeserializeOwned>(kv: &dyn KeyValue, key: &[u8], kind: Kind) -> Result<Option<T>> {
+pub fn get<T: Record>(kv: &dyn KeyValue, key: &[u8], kind: Kind) -> Result<Option<T>> {
     match kv.get(key)? {
         Some(value) => decode(kv, key, &value, kind).map(Some),
         None => Ok(None),
@@ -70,13 +86,13 @@ pub fn get<T: DeserializeOwned>(kv: &dyn KeyValue, key: &[u8], kind: Kind) -> Re
 }
 
 /// Decodes a value found under `key`.
-pub fn decode<T: DeserializeOwned>(kv: &dyn KeyValue, key: &[u8], value: &[u8], kind: Kind) -> Result<T> {
+pub fn decode<T: Record>(kv: &dyn KeyValue, key: &[u8], value: &[u8], kind: Kind) -> Result<T> {
     let what = || format!("{} {}", kind.name, name(key));
     let (version, payload) = payload(kv, key, value)?;
     if version > kind.version {
         return Err(Error::TooNew { what: what(), found: version, known: kind.version });
     }
-    postcard::from_bytes(&payload).map_err(|e| Error::Corrupt { what: what(), reason: e.to_string() })
+    T::decode(version, &payload).map_err(|e| Error::Corrupt { what: what(), reason: e.to_string() })
 }
 
 /// Checks a value's checksum without decoding it.
@@ -149,7 +165,7 @@ mod tests {
         for len in [0, 10, PART_BYTES - 20, PART_BYTES, 5 * PART_BYTES + 1] {
             let value: Vec<u8> = (0..len).map(|i| i as u8).collect();
             let mut kv = written(&value);
-            assert_eq!(get::<Vec<u8>>(&kv, b"j/x", JOB).unwrap().unwrap(), value);
+            assert_eq!(get::<Plain<Vec<u8>>>(&kv, b"j/x", JOB).unwrap().unwrap().0, value);
             let mut changes = Changes::default();
             remove(&kv, &mut changes, b"j/x".to_vec()).unwrap();
             kv.apply(changes).unwrap();
@@ -164,8 +180,8 @@ mod tests {
         for at in 0..value.len() {
             let mut flipped = value.clone();
             flipped[at] ^= 0x40;
-            let result: Result<Vec<u8>> = decode(&kv, b"j/x", &flipped, JOB);
-            assert!(matches!(result, Err(Error::Corrupt { .. } | Error::TooNew { .. })), "byte {at}: {result:?}");
+            let result: Result<Plain<Vec<u8>>> = decode(&kv, b"j/x", &flipped, JOB);
+            assert!(matches!(result, Err(Error::Corrupt { .. } | Error::TooNew { .. })), "byte {at}");
         }
     }
 
@@ -175,7 +191,7 @@ mod tests {
         let mut changes = Changes::default();
         put(&mut changes, b"j/x".to_vec(), Kind { version: 2, ..JOB }, &1u8).unwrap();
         kv.apply(changes).unwrap();
-        let error = get::<u8>(&kv, b"j/x", JOB).unwrap_err().to_string();
+        let error = get::<Plain<u8>>(&kv, b"j/x", JOB).err().unwrap().to_string();
         assert!(error.contains("newer version"), "{error}");
     }
 }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::kv::Changes;
-use crate::{Result, Store, key, record};
+use crate::{Exchange, Result, Store, key, record};
 
 /// A finished completion.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -30,6 +30,20 @@ pub struct Verdict {
     pub score: f64,
     /// Why, in the scorer's words.
     pub reason: String,
+    /// What was asked about it, and what the scorer said.
+    pub exchanges: Vec<Exchange>,
+}
+
+impl record::Record for Rollout {}
+
+impl record::Record for Verdict {
+    fn decode(version: u8, bytes: &[u8]) -> postcard::Result<Self> {
+        if version > 1 {
+            return postcard::from_bytes(bytes);
+        }
+        let (step, index, score, reason) = postcard::from_bytes(bytes)?;
+        Ok(Self { step, index, score, reason, exchanges: Vec::new() })
+    }
 }
 
 impl Store {
@@ -77,12 +91,7 @@ impl Store {
         if changes.0.is_empty() { Ok(()) } else { self.kv.apply(changes) }
     }
 
-    pub(crate) fn of_step<T: serde::de::DeserializeOwned>(
-        &self,
-        kind: &[u8],
-        step: u64,
-        record: record::Kind,
-    ) -> Result<Vec<T>> {
+    pub(crate) fn of_step<T: record::Record>(&self, kind: &[u8], step: u64, record: record::Kind) -> Result<Vec<T>> {
         self.kv
             .scan(&key::step(kind, step))?
             .map(|entry| entry.and_then(|(key, value)| record::decode(&*self.kv, &key, &value, record)))
@@ -107,7 +116,9 @@ mod tests {
         for step in 0..3 {
             // The second is long enough to be split.
             store.log_rollouts(&[rollout(step, 0, 5), rollout(step, 1, 4000)]).unwrap();
-            store.log_verdicts(&[Verdict { step, index: 0, score: 0.1, reason: "short".into() }]).unwrap();
+            store
+                .log_verdicts(&[Verdict { step, index: 0, score: 0.1, reason: "short".into(), exchanges: Vec::new() }])
+                .unwrap();
         }
         assert_eq!(store.rollouts(1).unwrap(), [rollout(1, 0, 5), rollout(1, 1, 4000)]);
         store.forget_rollouts_before(2).unwrap();

@@ -53,9 +53,10 @@ pub struct Options {
 }
 
 /// Why a completion ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Finish {
     /// An end-of-sequence token.
+    #[default]
     Eos,
     /// A stop text.
     Stop,
