@@ -9,11 +9,13 @@ use rehearsal_store::{KeptReply, Usage};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::config::judges::JudgeSource;
+use crate::config::judges::{JudgeSource, PeopleConfig};
 use crate::config::methods::Algorithm;
 use crate::error::{At, Error, Result};
 use crate::inputs::Inputs;
 use crate::judge::{ApiJudge, HttpScorer, Judge, JudgeReward, LocalJudge, Memory, Template};
+use crate::label::people::MemoryBook;
+use crate::label::{self, Access, Board, Desk, PeopleReward, Served};
 use crate::rules::WholeReward;
 use crate::run::Roles;
 
@@ -29,8 +31,16 @@ pub(crate) async fn start(
 ) -> Result<Roles> {
     let algorithm = config.job.algorithm;
     let trained = |placement| config.trained(placement);
-    let mut roles =
-        Roles { director, archivist, policy: None, reference: None, reward: None, critic: None, buffer: None };
+    let mut roles = Roles {
+        director,
+        archivist,
+        policy: None,
+        reference: None,
+        reward: None,
+        critic: None,
+        buffer: None,
+        page: None,
+    };
     let director = &roles.director;
     if algorithm == Algorithm::RewardModel {
         let model = inputs.critic.clone().unwrap_or_else(|| inputs.policy.clone());
@@ -56,6 +66,11 @@ pub(crate) async fn start(
         }
         if let Some(scorer) = &config.scorer {
             parts.push((scorer.weight, Arc::new(HttpScorer::new(scorer.endpoint.clone(), scorer.batch, stop.clone()))));
+        }
+        if let Some(settings) = &config.people {
+            let (people, page) = people(settings, &roles.archivist, stop).await?;
+            parts.push((settings.weight, Arc::new(people)));
+            roles.page = Some(page);
         }
         let limits = &config.limits;
         roles.reward = Some(director.reward(Arc::new(WholeReward::new(parts))).await?);
@@ -105,6 +120,21 @@ fn judge(
     let memory = StoreMemory { archivist: archivist.clone(), runtime: tokio::runtime::Handle::current() };
     let memory: Arc<dyn Memory> = Arc::new(memory);
     Ok(Some(JudgeReward::new(judge, template, settings.mode, Some(memory), settings.budget)))
+}
+
+/// People, the page for them, and where it is.
+async fn people(
+    settings: &PeopleConfig,
+    archivist: &ArchivistHandle,
+    stop: &CancellationToken,
+) -> Result<(PeopleReward, (Served, String))> {
+    let memory: Arc<dyn Memory> =
+        Arc::new(StoreMemory { archivist: archivist.clone(), runtime: tokio::runtime::Handle::current() });
+    let desk = Arc::new(Desk::new(Board::new(settings.labels), Box::new(MemoryBook(memory.clone()))));
+    let access = Access::from_env(settings.listen, settings.token_env.as_deref())?;
+    let served = label::serve(desk.clone(), settings.listen, access.clone(), true).await?;
+    let url = access.url(served.address);
+    Ok((PeopleReward::new(desk, memory, stop.clone()), (served, url)))
 }
 
 /// A judge's memory in the job's store. The reward's thread is not one of the host's, so it may wait for the archivist.

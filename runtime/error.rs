@@ -27,8 +27,10 @@ pub enum Error {
     Offending { path: PathBuf, error: Box<Error> },
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },
-    #[error("metrics cannot be served on {address}: {reason}")]
-    Listen { address: std::net::SocketAddr, reason: String },
+    #[error("{what} cannot be served on {address}: {reason}")]
+    Listen { what: &'static str, address: std::net::SocketAddr, reason: String },
+    #[error("{0}")]
+    Usage(String),
     #[error("the job's saved state cannot be read: {0}")]
     State(String),
     #[error(transparent)]

@@ -14,6 +14,8 @@ use crate::state::Evaluation;
 pub enum Event {
     /// The roles are up and the job begins or goes on.
     Started { step: u64, steps: u64, parameters: u64, rows: usize, dropped: Dropped },
+    /// People are to rank answers on this page; the job waits for them.
+    PeopleWanted { url: String },
     /// A completion is there.
     Rollout { step: u64, done: usize, of: usize },
     /// A step is done.

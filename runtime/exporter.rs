@@ -41,7 +41,7 @@ impl Drop for Server {
 
 /// Serves `GET /metrics` on an address.
 pub async fn serve(handle: PrometheusHandle, address: SocketAddr) -> Result<Server> {
-    let error = |e: std::io::Error| Error::Listen { address, reason: e.to_string() };
+    let error = |e: std::io::Error| Error::Listen { what: "metrics", address, reason: e.to_string() };
     let listener = TcpListener::bind(address).await.map_err(error)?;
     let bound = listener.local_addr().map_err(error)?;
     let upkeep = handle.clone();

@@ -67,7 +67,10 @@ impl JobBuilder {
             None if config.rules.is_empty() => None,
             None => Some(Arc::new(Rules::new(config).map_err(Error::Rules)?) as Arc<dyn Reward>),
         };
-        let others = !config.models.models.is_empty() || self.config.judge.is_some() || self.config.scorer.is_some();
+        let others = !config.models.models.is_empty()
+            || self.config.judge.is_some()
+            || self.config.scorer.is_some()
+            || self.config.people.is_some();
         if rules.is_none() && !others && !self.config.job.algorithm.is_offline() {
             return Err(Error::NoReward);
         }
@@ -195,6 +198,9 @@ impl Job {
         let devices = Devices::new(config.placement.threads)?;
         let archivist = director.archivist(store, full_disk).await?;
         let roles = cast::start(&config, &inputs, reward, director, archivist, devices, &cancel).await?;
+        if let Some((_, url)) = &roles.page {
+            let _ = events.send(Event::PeopleWanted { url: url.clone() }); // not logged: it may hold the token
+        }
         let Inputs { policy, prompts, data, pretraining, dropped, .. } = inputs;
         let budget = match config.job.algorithm {
             Algorithm::OnlineDpo => MemoryBudget::predict(&config, &policy.architecture, prompts.mean_tokens()),

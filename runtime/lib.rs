@@ -29,6 +29,7 @@ pub mod exporter;
 mod inputs;
 mod job;
 pub mod judge;
+pub mod label;
 mod loops;
 mod memory;
 pub mod metrics;

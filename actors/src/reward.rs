@@ -12,7 +12,7 @@ use crate::{Result, Tokens};
 /// A completion to be judged.
 #[derive(Debug, Clone, Default)]
 pub struct Sample {
-    /// The prompt as text: its last message, for a conversation.
+    /// The prompt as text; a conversation of several turns as `role: content`, turn by turn.
     pub prompt: String,
     /// What the policy said, without special tokens and stop texts.
     pub completion: String,

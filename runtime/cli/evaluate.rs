@@ -154,7 +154,7 @@ impl WhichJudge {
             return Ok((Box::new(judge), template(true)?));
         }
         let Some(url) = &self.judge_url else {
-            return Err(Error::Rules("say who judges: --judge-model or --judge-url".into()));
+            return Err(Error::Usage("say who judges: --judge-model or --judge-url".into()));
         };
         let endpoint = Endpoint {
             url: url.clone(),

@@ -75,7 +75,7 @@ impl Which {
 pub fn export(export: Export) -> Result<ExitCode> {
     let Export { directory, model, dtype, ledger, rows, which } = export;
     if model.is_none() && ledger.is_none() {
-        return Err(Error::State("say what to export: --model DIR, --ledger FILE, or both".into()));
+        return Err(Error::Usage("say what to export: --model DIR, --ledger FILE, or both".into()));
     }
     saved::is_job(&directory)?;
     let (store, _) = Store::open(&directory)?;
@@ -104,7 +104,7 @@ pub fn export(export: Export) -> Result<ExitCode> {
             }
         }
         if written.is_empty() {
-            return Err(Error::State(format!("the ledger has no {name} of that kind ({others} verdicts are none)")));
+            return Err(Error::Usage(format!("the ledger has no {name} of that kind ({others} verdicts are none)")));
         }
         write::write(&written, &out, &mut std::io::stdout().lock())?;
         eprintln!("wrote {} {name} ({others} left out: ties, or of another kind)", written.len());

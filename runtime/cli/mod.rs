@@ -3,6 +3,7 @@
 mod evaluate;
 mod export;
 mod generate;
+mod label;
 mod progress;
 mod run;
 mod saved;
@@ -39,12 +40,12 @@ const EXAMPLES: &str = "Examples:
   rehearsal generate runs/quickstart 'What does the fox do?'
   rehearsal export runs/quickstart --model out/ --ledger pairs.jsonl
   rehearsal verify runs/quickstart            check every checksum
+  rehearsal label labels --items answers.jsonl
   rehearsal evaluate models runs/quickstart embedded --prompts p.jsonl --judge-model judge/
 
 Exit codes: 0 done, 1 the job failed, 2 the input is wrong, 3 verify found damage, 130 stopped by a signal.";
 
 #[derive(Subcommand)]
-#[expect(clippy::large_enum_variant, reason = "one of them exists, once")]
 enum Command {
     /// Run a job from its configuration.
     Run {
@@ -98,6 +99,8 @@ enum Command {
         #[arg(long, default_value = "imported")]
         judge: String,
     },
+    /// Serve a page on which people rank answers from best to worst, or write their own.
+    Label(label::Label),
     /// Check every checksum of a job's store.
     Verify {
         /// The job's directory.
@@ -127,6 +130,7 @@ pub fn main() -> ExitCode {
         Command::Evaluate(what) => evaluate::evaluate(what),
         Command::Export(export) => export::export(export),
         Command::Import { directory, files, judge } => export::import(&directory, &files, &judge),
+        Command::Label(settings) => label::label(settings),
         Command::Verify { directory } => status::verify(&directory),
         Command::MakeEmbedded { out, steps } => make_embedded(&out, steps),
     };
@@ -139,7 +143,7 @@ pub fn main() -> ExitCode {
 fn exit_code(error: &Error) -> u8 {
     match error {
         Error::Config(_) | Error::Prompts { .. } | Error::NoReward | Error::Rules(_) | Error::Exists(_) => WRONG_INPUT,
-        Error::NothingToResume(_) | Error::Changed { .. } | Error::Model(_) => WRONG_INPUT,
+        Error::Usage(_) | Error::NothingToResume(_) | Error::Changed { .. } | Error::Model(_) => WRONG_INPUT,
         _ => FAILED,
     }
 }

@@ -57,6 +57,7 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
                 line(format!("{} rows left out: each {reason}{first}", d.rows));
             }
         }
+        Event::PeopleWanted { url } => line(format!("waiting for people at {url}")),
         Event::Rollout { done, of, .. } => {
             if let Some(bar) = bar {
                 bar.set_message(format!("completions {done}/{of}"));

@@ -35,18 +35,7 @@ pub fn saved_config(directory: &Path) -> Result<Config> {
 
 fn work(chain: Chain, resume: bool) -> Result<ExitCode> {
     let runtime = tokio::runtime::Runtime::new().map_err(|e| Error::State(e.to_string()))?;
-    let cancel = CancellationToken::new();
-    let on_signal = cancel.clone();
-    // The second signal does not wait.
-    let handled = ctrlc::set_handler(move || {
-        if on_signal.is_cancelled() {
-            std::process::exit(i32::from(STOPPED));
-        }
-        on_signal.cancel();
-    });
-    if let Err(e) = handled {
-        tracing::warn!("signals are not handled: {e}");
-    }
+    let cancel = on_signal();
     let several = chain.stages().len() > 1;
     let outcome = runtime.block_on(async {
         let mut shown: Vec<Progress> = Vec::new();
@@ -71,6 +60,22 @@ fn work(chain: Chain, resume: bool) -> Result<ExitCode> {
     } else {
         ExitCode::SUCCESS
     })
+}
+
+/// Cancelled by the first signal to stop; the second does not wait.
+pub fn on_signal() -> CancellationToken {
+    let cancel = CancellationToken::new();
+    let signalled = cancel.clone();
+    let handled = ctrlc::set_handler(move || {
+        if signalled.is_cancelled() {
+            std::process::exit(i32::from(STOPPED));
+        }
+        signalled.cancel();
+    });
+    if let Err(e) = handled {
+        tracing::warn!("signals are not handled: {e}");
+    }
+    cancel
 }
 
 /// What changed between the first evaluation and the last.

@@ -1,5 +1,6 @@
-//! `[judge]` and `[scorer]`: models and servers that know better.
+//! `[judge]`, `[scorer]` and `[people]`: models, servers and people that know better.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -44,6 +45,46 @@ pub struct ScorerConfig {
     pub endpoint: Endpoint,
     pub batch: usize,
     pub weight: f64,
+}
+
+/// `[people]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct PeopleConfig {
+    /// Where the page is served.
+    pub listen: SocketAddr,
+    /// Environment variable with the token.
+    pub token_env: Option<String>,
+    /// Verdicts that every prompt waits for.
+    pub labels: usize,
+    pub weight: f64,
+}
+
+pub(super) fn people(mut s: Section<'_>) -> Option<PeopleConfig> {
+    let listen = s.text(
+        "listen",
+        "an address such as \"127.0.0.1:8765\"",
+        "Where people rank the policy's answers in a browser; the job waits for them. An address beyond this machine needs a token, which is made and shown where `token_env` names none.",
+    );
+    let token_env = s.text(
+        "token_env",
+        "a variable's name",
+        "Environment variable with a token of 16 characters or more; it is never stored or logged.",
+    );
+    let labels = s.integer(
+        "labels",
+        1,
+        Range::within(1.0, 100.0),
+        "People whose ranking every prompt waits for; their scores are averaged.",
+    ) as usize;
+    let weight = s.number("weight", 1.0, Range::from(f64::MIN), "Weight of their score beside other rewards.");
+    let listen = listen?;
+    match listen.parse() {
+        Ok(listen) => Some(PeopleConfig { listen, token_env, labels, weight }),
+        Err(_) => {
+            s.problem("listen", format!("= \"{listen}\" must be an address with a port, such as \"127.0.0.1:8765\""));
+            None
+        }
+    }
 }
 
 pub(super) fn judge(mut s: Section<'_>, base: &Path) -> Option<JudgeConfig> {

@@ -2,9 +2,9 @@
 //! of the seed.
 
 mod demonstrations;
-mod encode;
+pub mod encode;
 pub mod ledger;
-mod preferences;
+pub mod preferences;
 mod prompts;
 pub mod rows;
 pub mod write;
@@ -215,7 +215,7 @@ pub fn prompts_of(file: &std::path::Path) -> Result<Vec<Vec<rehearsal_lm::Messag
 }
 
 /// Why a row cannot be used.
-enum Unusable {
+pub(crate) enum Unusable {
     Bad(String),
     Long { tokens: usize },
 }

@@ -19,7 +19,7 @@ pub struct PromptRow {
     /// Line in its file, from 0.
     pub row: u64,
     pub prompt: Prompt,
-    /// The last message, for scorers.
+    /// For scorers: the message, or what was said by turns where there are several.
     pub text: String,
     pub tokens: Arc<Vec<u32>>,
     pub answer: Option<String>,
@@ -110,7 +110,7 @@ impl Prompts {
             }
             rows.push(PromptRow {
                 row: source.index,
-                text: row.last,
+                text: transcript(&row.prompt),
                 prompt: row.prompt,
                 tokens: Arc::new(tokens),
                 answer: row.answer,
@@ -173,6 +173,18 @@ fn parse(value: &Value, config: &Config) -> std::result::Result<Parsed, String> 
     let answer =
         value.get(&config.prompts.answer_column).map(|a| a.as_str().map_or_else(|| a.to_string(), String::from));
     Ok(Parsed { prompt, last, answer })
+}
+
+/// A prompt as scorers read it: its one message, or every turn behind its role. A system message is no turn.
+fn transcript(prompt: &Prompt) -> String {
+    let turns: Vec<&Turn> = match prompt {
+        Prompt::Text(text) => return text.clone(),
+        Prompt::Conversation(turns) => turns.iter().filter(|t| t.role != "system").collect(),
+    };
+    match turns.as_slice() {
+        [only] => only.content.clone(),
+        turns => turns.iter().map(|t| format!("{}: {}", t.role, t.content)).collect::<Vec<_>>().join("\n\n"),
+    }
 }
 
 fn encode(row: &Parsed, config: &Config, text: &Text) -> Result<Vec<u32>> {

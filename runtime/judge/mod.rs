@@ -353,17 +353,12 @@ impl Reward for JudgeReward {
     }
 
     fn score(&self, samples: &[Sample]) -> Result<Vec<Judged>, RewardError> {
-        let by_prompt = |one: &dyn Fn(&[Sample]) -> Result<Vec<Judged>, RewardError>| {
-            let mut all = Vec::with_capacity(samples.len());
-            for group in samples.chunk_by(same_prompt) {
-                all.extend(one(group)?);
-            }
-            Ok(all)
-        };
+        let groups = || samples.chunk_by(same_prompt);
+        let together = |all: Result<Vec<Vec<Judged>>, RewardError>| Ok(all?.concat());
         match self.mode {
             Mode::Grade => self.grades(samples),
-            Mode::Ranking => by_prompt(&|group| self.rank(group)),
-            Mode::Pairwise(orders) => by_prompt(&|group| self.compare(group, orders)),
+            Mode::Ranking => together(groups().map(|group| self.rank(group)).collect()),
+            Mode::Pairwise(orders) => together(groups().map(|group| self.compare(group, orders)).collect()),
         }
     }
 }

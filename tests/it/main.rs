@@ -9,6 +9,7 @@ mod embed;
 mod evaluate;
 mod golden;
 mod judges;
+mod label;
 mod ledger;
 mod loops;
 mod oracle;
