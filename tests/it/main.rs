@@ -16,4 +16,5 @@ mod oracle;
 mod prometheus;
 mod roles;
 mod round_trip;
+mod served_judge;
 mod support;

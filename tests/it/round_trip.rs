@@ -5,18 +5,7 @@ use std::process::Command;
 use rehearsal::lm::Checkpoint;
 use serde_json::Value;
 
-use crate::support::{job_file, rehearsal, stderr};
-
-/// A Python that has `transformers` and `torch` (`REHEARSAL_PYTHON`, or `python3`).
-fn python() -> Option<String> {
-    let python = std::env::var("REHEARSAL_PYTHON").unwrap_or_else(|_| "python3".into());
-    let found =
-        Command::new(&python).args(["-c", "import transformers, torch"]).output().is_ok_and(|o| o.status.success());
-    if !found {
-        crate::support::skipped!("{python} has no transformers and torch; set REHEARSAL_PYTHON to one that has");
-    }
-    found.then_some(python)
-}
+use crate::support::{job_file, python, rehearsal, stderr};
 
 const LOGITS: &str = "
 import json, sys, torch

@@ -15,6 +15,17 @@ macro_rules! skipped {
 }
 pub(crate) use skipped;
 
+/// A Python that has `transformers` and `torch` (`REHEARSAL_PYTHON`, or `python3`).
+pub fn python() -> Option<String> {
+    let python = std::env::var("REHEARSAL_PYTHON").unwrap_or_else(|_| "python3".into());
+    let found =
+        Command::new(&python).args(["-c", "import transformers, torch"]).output().is_ok_and(|o| o.status.success());
+    if !found {
+        skipped!("{python} has no transformers and torch; set REHEARSAL_PYTHON to one that has");
+    }
+    found.then_some(python)
+}
+
 /// A job of a few seconds. `steps` and what `more` says (whole sections) can be chosen.
 pub fn toml(directory: &Path, steps: u64, more: &str) -> String {
     format!(

@@ -1,0 +1,105 @@
+//! A judge behind a real server that speaks the OpenAI-compatible API over a real model: `transformers serve`.
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rehearsal::Config;
+use rehearsal::store::Store;
+
+use crate::support::{job_file, program, python, rehearsal, resume, skipped, stderr, toml};
+
+struct Served(Child);
+
+impl Served {
+    fn start(python: &str, port: u16, folder: &Path) -> Self {
+        let log = std::fs::File::options().create(true).append(true).open(folder.join("serve.log")).unwrap();
+        let program =
+            "import sys; sys.argv[0] = 'transformers'; from transformers.cli.transformers import main; main()";
+        let child = Command::new(python)
+            .args(["-c", program, "serve", "--host", "127.0.0.1", "--port", &port.to_string()])
+            .env("HF_HUB_OFFLINE", "1")
+            .current_dir(folder)
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        Self(child)
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_served_model_judges_dies_returns_and_is_paid_once() {
+    let Some(python) = python() else { return };
+    if !Command::new(&python).args(["-c", "import fastapi, uvicorn"]).output().is_ok_and(|o| o.status.success()) {
+        skipped!("{python} has no fastapi and uvicorn, which `transformers serve` needs");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    // A model for the server: the embedded one, as `transformers` reads it.
+    let (file, directory) = job_file(folder.path(), 1, "");
+    assert!(rehearsal(&["run", file.to_str().unwrap()]).status.success());
+    let model = directory.join("model");
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let judge = format!(
+        "[judge]\nurl = \"http://127.0.0.1:{port}/v1/chat/completions\"\napi_model = \"{}\"\ntokens_max = 8\n\
+         unreachable = \"wait\"\nprice_input = 1.0\nprice_output = 2.0\n[evaluation]\nevery_steps = 0\n",
+        model.display()
+    );
+    let judged = folder.path().join("judged");
+    let rules = "[reward]\nrules = [\"distinct_words\", \"ends_properly\"]\nweights = [0.1, 1.0]\n";
+    let text = toml(&judged, 3, "").replace(rules, &judge);
+    let file = folder.path().join("judged.toml");
+    std::fs::write(&file, &text).unwrap();
+
+    // The job begins before its server is there, and the server dies on the way.
+    let mut job = program().args(["run", file.to_str().unwrap()]).stdout(Stdio::null()).spawn().unwrap();
+    let mut server = Some(Served::start(&python, port, folder.path()));
+    let deadline = Instant::now() + Duration::from_secs(240);
+    let mut died = false;
+    let status = loop {
+        if let Some(status) = job.try_wait().unwrap() {
+            break status;
+        }
+        assert!(Instant::now() < deadline, "{}", std::fs::read_to_string(folder.path().join("serve.log")).unwrap());
+        let steps = std::fs::read_to_string(judged.join("history.jsonl")).map_or(0, |text| text.lines().count());
+        if steps >= 1 && !died {
+            died = true;
+            drop(server.take());
+            std::thread::sleep(Duration::from_millis(500));
+            server = Some(Served::start(&python, port, folder.path()));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert!(status.success() && died, "{status}");
+
+    let (store, _) = Store::open(&judged).unwrap();
+    let verdicts: Vec<_> = store.preferences().unwrap().map(Result::unwrap).collect();
+    assert_eq!(verdicts.len(), 12);
+    let exchanges: Vec<_> = verdicts.iter().flat_map(|v| &v.exchanges).collect();
+    assert_eq!(exchanges.len(), 24, "both orders of every pair");
+    let mut paid = rehearsal::store::Usage::default();
+    for exchange in &exchanges {
+        assert!(exchange.template.starts_with("helpful#") && exchange.judge.contains(&format!("127.0.0.1:{port}")));
+        paid += exchange.usage;
+    }
+    // The server's own count of tokens, and each question paid for once.
+    let spent = store.spent().unwrap();
+    assert!(spent.input_tokens > 0 && spent.output_tokens > 0 && spent.calls >= paid.calls, "{spent:?}");
+    let money = (spent.input_tokens as f64 + 2.0 * spent.output_tokens as f64) / 1e6;
+    assert!((spent.money - money).abs() < 1e-9, "{spent:?}");
+    drop(store);
+    drop(server);
+    // All of it is known: resumed without a server, the job is done at once.
+    let config = Config::from_toml(&text, Path::new(".")).unwrap();
+    let outcome = resume(config).unwrap_or_else(|e| panic!("{e} {}", stderr(&rehearsal(&["status", "judged"]))));
+    assert_eq!(outcome.step, 3);
+}
