@@ -67,6 +67,9 @@ pub(crate) async fn start(
         if let Some(scorer) = &config.scorer {
             parts.push((scorer.weight, Arc::new(HttpScorer::new(scorer.endpoint.clone(), scorer.batch, stop.clone()))));
         }
+        if let (Some(settings), Some(encoder)) = (&config.encoder, &inputs.encoder) {
+            parts.push((settings.weight, encoder.clone()));
+        }
         if let Some(settings) = &config.people {
             let (people, page) = people(settings, &roles.archivist, stop).await?;
             parts.push((settings.weight, Arc::new(people)));

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::DType;
-use rehearsal_actors::Marked;
+use rehearsal_actors::{Marked, Reward as _};
 use rehearsal_lm::{Checkpoint, HeadKind};
 
 use crate::config::judges::JudgeSource;
@@ -12,6 +12,7 @@ use crate::config::methods::{Advantages, Algorithm};
 use crate::config::{Config, ModelSource};
 use crate::data::{self, Data, Dropped, Prompts};
 use crate::embedded;
+use crate::encoder::Encoder;
 use crate::error::{Error, Result};
 use crate::job::blocking;
 
@@ -25,6 +26,7 @@ pub(crate) struct Inputs {
     pub critic: Option<Arc<Checkpoint>>,
     pub reward_models: Vec<Arc<Checkpoint>>,
     pub judge: Option<Arc<Checkpoint>>,
+    pub encoder: Option<Arc<Encoder>>,
     pub prompts: Prompts,
     pub data: Option<Data>,
     pub pretraining: Vec<Marked>,
@@ -84,6 +86,13 @@ impl Inputs {
         if let Some(judge) = &judge {
             fingerprint.push(("judge, its weights".into(), judge.fingerprint()?));
         }
+        let encoder = match config.encoder.as_ref().filter(|_| !algorithm.is_offline()) {
+            Some(settings) => Some(Arc::new(Encoder::open(&settings.model)?)),
+            None => None,
+        };
+        if let Some(encoder) = &encoder {
+            fingerprint.push(("encoder, its weights".into(), encoder.name().into()));
+        }
         let (data, mut dropped) = Data::load(config, &policy.text, &policy.architecture)?;
         let mut prompts = Prompts::default();
         if let Some(data) = &data {
@@ -122,6 +131,7 @@ impl Inputs {
             critic,
             reward_models,
             judge,
+            encoder,
             prompts,
             data,
             pretraining,

@@ -70,6 +70,7 @@ impl JobBuilder {
         let others = !config.models.models.is_empty()
             || self.config.judge.is_some()
             || self.config.scorer.is_some()
+            || self.config.encoder.is_some()
             || self.config.people.is_some();
         if rules.is_none() && !others && !self.config.job.algorithm.is_offline() {
             return Err(Error::NoReward);

@@ -1,4 +1,4 @@
-//! `[judge]`, `[scorer]` and `[people]`: models, servers and people that know better.
+//! `[judge]`, `[scorer]`, `[encoder]` and `[people]`: models, servers and people that know better.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -45,6 +45,23 @@ pub struct ScorerConfig {
     pub endpoint: Endpoint,
     pub batch: usize,
     pub weight: f64,
+}
+
+/// `[encoder]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct EncoderConfig {
+    pub model: PathBuf,
+    pub weight: f64,
+}
+
+pub(super) fn encoder(mut s: Section<'_>, base: &Path) -> Option<EncoderConfig> {
+    let model = s.existing(
+        "model",
+        base,
+        "A BERT in Hugging Face's form: one for sequence classification scores prompt and answer by its logit (of two labels, the log odds of the second); any other, such as MiniLM, scores the cosine of the answer and the prompt's reference answer.",
+    );
+    let weight = s.number("weight", 1.0, Range::from(f64::MIN), "Weight of its score beside other rewards.");
+    model.map(|model| EncoderConfig { model, weight })
 }
 
 /// `[people]`

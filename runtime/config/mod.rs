@@ -14,7 +14,7 @@ use std::net::SocketAddr;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-use judges::{JudgeConfig, PeopleConfig, ScorerConfig};
+use judges::{EncoderConfig, JudgeConfig, PeopleConfig, ScorerConfig};
 use methods::{
     Algorithm, CriticConfig, DataConfig, LoraSettings, PpoConfig, RewardModelConfig, RewardModelsConfig, RsoConfig,
     UpdateConfig,
@@ -43,6 +43,7 @@ pub struct Config {
     pub reward: RewardConfig,
     pub judge: Option<JudgeConfig>,
     pub scorer: Option<ScorerConfig>,
+    pub encoder: Option<EncoderConfig>,
     pub people: Option<PeopleConfig>,
     pub loss: LossConfig,
     pub optimizer: OptimizerConfig,
@@ -315,6 +316,7 @@ impl Config {
                 section("[reward]", &reward),
                 section("[judge]", &self.judge.as_ref().map(|j| (j.source.name(), &j.template, j.mode, j.weight))),
                 section("[scorer]", &self.scorer.as_ref().map(|s| s.weight)),
+                section("[encoder]", &self.encoder.as_ref().map(|e| e.weight)),
                 section("[people]", &self.people.as_ref().map(|p| (p.labels, p.weight))),
             ]),
         }

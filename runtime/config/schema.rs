@@ -31,6 +31,7 @@ pub fn read(r: &mut Reader, base: &Path) -> Config {
         reward: reward(r.section("reward"), base),
         judge: judges::judge(r.section("judge"), base),
         scorer: judges::scorer(r.section("scorer")),
+        encoder: judges::encoder(r.section("encoder"), base),
         people: judges::people(r.section("people")),
         loss: loss(r.section("loss")),
         optimizer: optimizer(r.section("optimizer")),

@@ -253,3 +253,79 @@ fn an_exported_ledger_is_a_preference_dataset() {
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), lines.len().to_string());
 }
+
+const ENCODERS: &str = "
+import json, sys, torch
+from pathlib import Path
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, BertForSequenceClassification, PreTrainedTokenizerFast
+torch.manual_seed(1)
+words = '[PAD] [UNK] [CLS] [SEP] the fox is quick dog sleeps who what a and . ?'.split()
+inner = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token='[UNK]'))
+inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+inner.post_processor = processors.BertProcessing(('[SEP]', 3), ('[CLS]', 2))
+tok = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]', sep_token='[SEP]',
+                              model_input_names=['input_ids', 'token_type_ids', 'attention_mask'])
+sizes = dict(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+             max_position_embeddings=24, initializer_range=0.5)
+rows = json.load(open(sys.argv[2]))
+out = {}
+for name, labels in [('similarity', 0), ('one', 1), ('two', 2)]:
+    config = BertConfig(**sizes, **({'num_labels': labels} if labels else {}))
+    model = (BertForSequenceClassification if labels else BertModel)(config).eval()
+    folder = Path(sys.argv[1]) / name
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    with torch.no_grad():
+        if labels:
+            def score(r):
+                x = tok(r['prompt'], r['completion'], return_tensors='pt', truncation=True, max_length=24)
+                logits = model(**x).logits[0].double()
+                return (logits[1] - logits[0]).item() if labels == 2 else logits[0].item()
+        else:
+            def mean(t):
+                return model(**tok(t, return_tensors='pt', truncation=True, max_length=24)).last_hidden_state[0].double().mean(0)
+            def score(r):
+                return torch.cosine_similarity(mean(r['completion']), mean(r['answer']), dim=0).item()
+        out[name] = [score(r) for r in rows]
+print(json.dumps(out))
+";
+
+#[test]
+fn encoders_score_as_transformers_does() {
+    use rehearsal::{Reward, Sample, encoder::Encoder};
+    let Some(python) = python() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let samples: Vec<Sample> = [
+        ("who is quick ?", "the fox is quick .", "the fox"),
+        ("what sleeps ?", "a dog and a fox and unknown", "the dog sleeps ."),
+        ("who ?", &"the fox and the dog ".repeat(9), "the fox and the dog"),
+    ]
+    .into_iter()
+    .map(|(prompt, completion, answer)| Sample {
+        prompt: prompt.into(),
+        completion: completion.into(),
+        answer: Some(answer.into()),
+        ..Sample::default()
+    })
+    .collect();
+    let rows: Vec<Value> = samples
+        .iter()
+        .map(|s| serde_json::json!({"prompt": s.prompt, "completion": s.completion, "answer": s.answer}))
+        .collect();
+    let file = folder.path().join("rows.json");
+    std::fs::write(&file, Value::from(rows).to_string()).unwrap();
+    let output = Command::new(python).args(["-c", ENCODERS]).arg(folder.path()).arg(&file).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let wanted: Value = serde_json::from_slice(&output.stdout).unwrap();
+    for name in ["similarity", "one", "two"] {
+        let encoder = Encoder::open(&folder.path().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let scores = encoder.score(&samples).unwrap();
+        for (got, want) in scores.iter().zip(wanted[name].as_array().unwrap()) {
+            let want = want.as_f64().unwrap();
+            assert!((got.score - want).abs() < 1e-4, "{name}: {} for {want}", got.score);
+        }
+        let bare = Sample { answer: None, ..samples[0].clone() };
+        assert_eq!(encoder.score(&[bare]).is_err(), name == "similarity");
+    }
+}
