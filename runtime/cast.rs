@@ -114,9 +114,9 @@ fn judge(
         (JudgeSource::Api { model, endpoint, tokens_max, prices }, _) => {
             Box::new(ApiJudge::new(model, endpoint.clone(), *tokens_max, *prices, stop.clone()))
         }
-        (JudgeSource::Local(_), Some(checkpoint)) => {
+        (JudgeSource::Local(_), Some(model)) => {
             let (placement, dtype) = (config.placement.reward, config.model.dtype);
-            Box::new(LocalJudge::new(checkpoint.clone(), placement, dtype, devices).map_err(Error::Rules)?)
+            Box::new(LocalJudge::new(model.clone(), placement, dtype, devices).map_err(Error::Rules)?)
         }
         (JudgeSource::Local(_), None) => return Ok(None),
     };

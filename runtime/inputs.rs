@@ -15,6 +15,7 @@ use crate::embedded;
 use crate::encoder::Encoder;
 use crate::error::{Error, Result};
 use crate::job::blocking;
+use crate::judge::{Foreign, JudgeModel};
 
 /// What a job reads before it begins.
 pub(crate) struct Inputs {
@@ -25,7 +26,7 @@ pub(crate) struct Inputs {
     /// With a score head.
     pub critic: Option<Arc<Checkpoint>>,
     pub reward_models: Vec<Arc<Checkpoint>>,
-    pub judge: Option<Arc<Checkpoint>>,
+    pub judge: Option<JudgeModel>,
     pub encoder: Option<Arc<Encoder>>,
     pub prompts: Prompts,
     pub data: Option<Data>,
@@ -80,11 +81,14 @@ impl Inputs {
             fingerprint.push((format!("{name}, its weights"), model.fingerprint()?));
         }
         let judge = match config.judge.as_ref().map(|j| &j.source) {
-            Some(JudgeSource::Local(source)) if !algorithm.is_offline() => Some(models.load(source)?),
+            Some(JudgeSource::Local(ModelSource::Path(path))) if !algorithm.is_offline() && Foreign::is_one(path) => {
+                Some(JudgeModel::Foreign(Arc::new(Foreign::open(path).map_err(Error::Usage)?)))
+            }
+            Some(JudgeSource::Local(source)) if !algorithm.is_offline() => Some(JudgeModel::Ours(models.load(source)?)),
             _ => None,
         };
         if let Some(judge) = &judge {
-            fingerprint.push(("judge, its weights".into(), judge.fingerprint()?));
+            fingerprint.push(("judge, its weights".into(), judge.fingerprint().map_err(Error::Usage)?));
         }
         let encoder = match config.encoder.as_ref().filter(|_| !algorithm.is_offline()) {
             Some(settings) => Some(Arc::new(Encoder::open(&settings.model)?)),

@@ -15,7 +15,9 @@ use tokio_util::sync::CancellationToken;
 use super::saved;
 use crate::error::{At, Error, Result};
 use crate::evaluate::{self, Contest};
-use crate::judge::{ApiJudge, Budget, Endpoint, Judge, JudgeReward, LocalJudge, Mode, Orders, Prices, Template};
+use crate::judge::{
+    ApiJudge, Budget, Endpoint, Foreign, Judge, JudgeModel, JudgeReward, LocalJudge, Mode, Orders, Prices, Template,
+};
 
 #[derive(Subcommand)]
 pub enum Evaluate {
@@ -149,8 +151,13 @@ impl WhichJudge {
     fn judge(&self, precision: Precision, devices: &Devices) -> Result<(Box<dyn Judge>, Template)> {
         let template = |token| Template::new(&self.template, None, token).map_err(Error::Rules);
         if let Some(name) = &self.judge_model {
-            let checkpoint = Arc::new(saved::model(name)?);
-            let judge = LocalJudge::new(checkpoint, Placement::Cpu, precision, devices).map_err(Error::Rules)?;
+            let path = Path::new(name);
+            let model = if Foreign::is_one(path) {
+                JudgeModel::Foreign(Arc::new(Foreign::open(path).map_err(Error::Usage)?))
+            } else {
+                JudgeModel::Ours(Arc::new(saved::model(name)?))
+            };
+            let judge = LocalJudge::new(model, Placement::Cpu, precision, devices).map_err(Error::Rules)?;
             return Ok((Box::new(judge), template(true)?));
         }
         let Some(url) = &self.judge_url else {

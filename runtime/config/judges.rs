@@ -108,7 +108,7 @@ pub(super) fn judge(mut s: Section<'_>, base: &Path) -> Option<JudgeConfig> {
     let local = s.text(
         "model",
         "a path, \"embedded\" or \"stage:NAME\"",
-        "A local model as judge: the probabilities of its verdict tokens count.",
+        "A local model as judge: the probabilities of its verdict tokens count. Beside the architectures that can be trained, Hugging Face directories of Phi 3, OLMo 2, StarCoder 2 and Gemma 1 can judge, on the CPU.",
     );
     let local = local.map(|text| schema::source_of(&mut s, "model", &text, base));
     let name = s.text("api_model", "a model's name", "What `url` calls the judge.");

@@ -4,6 +4,7 @@
 //! Every verdict is remembered by what was asked, so that a resumed job or a second epoch never pays twice.
 
 mod api;
+mod foreign;
 mod http;
 mod local;
 mod template;
@@ -17,8 +18,10 @@ use rehearsal_learn::evaluation::judge::BothOrders;
 use rehearsal_store::{Exchange, KeptReply, Usage};
 
 pub use api::{ApiJudge, Prices};
+pub use foreign::{Foreign, KINDS as FOREIGN_KINDS};
 pub use http::{Endpoint, FOREVER, HttpScorer, PostError};
-pub use local::LocalJudge;
+pub use local::{JudgeModel, LocalJudge};
+pub use rehearsal_actors::{Devices, Placement};
 pub use template::{NAMES, Template};
 pub use verdict::{Verdict, understand};
 

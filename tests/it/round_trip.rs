@@ -329,3 +329,75 @@ fn encoders_score_as_transformers_does() {
         assert_eq!(encoder.score(&[bare]).is_err(), name == "similarity");
     }
 }
+
+const FOREIGN: &str = "
+import json, sys, torch
+from pathlib import Path
+from tokenizers import Tokenizer, models, pre_tokenizers, decoders
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+torch.manual_seed(2)
+alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+inner = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+inner.decoder = decoders.ByteLevel()
+tok = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token='!', pad_token='!')
+tok.chat_template = '{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}assistant:'
+sizes = dict(vocab_size=256, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             intermediate_size=48, max_position_embeddings=2048, initializer_range=0.3, pad_token_id=0, eos_token_id=0, bos_token_id=0)
+more = {
+    'phi3': {}, 'olmo2': {}, 'starcoder2': {}, 'gemma': {'head_dim': 8},
+}
+out = {}
+for kind, extra in more.items():
+    config = AutoConfig.for_model(kind, **sizes, **extra)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    folder = Path(sys.argv[1]) / kind
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    # Older programs, and candle, read the base of the rope at the top of the file.
+    file = folder / 'config.json'
+    written = json.loads(file.read_text())
+    written.setdefault('rope_theta', (written.get('rope_parameters') or {}).get('rope_theta', 10000.0))
+    written['rope_scaling'] = None
+    written.setdefault('hidden_activation', None)
+    file.write_text(json.dumps(written))
+    text = tok.apply_chat_template(json.load(open(sys.argv[2])), tokenize=False)
+    with torch.no_grad():
+        logits = model(torch.tensor([tok(text, add_special_tokens=False).input_ids])).logits[0, -1].double()
+    one, two = (tok(d, add_special_tokens=False).input_ids[0] for d in '12')
+    out[kind] = torch.sigmoid(logits[one] - logits[two]).item()
+print(json.dumps(out))
+";
+
+#[test]
+fn models_that_cannot_be_trained_judge_as_they_do_in_transformers() {
+    use rehearsal::Sample;
+    use rehearsal::judge::{Foreign, Judge, JudgeModel, LocalJudge, Template};
+    use std::sync::Arc;
+    let Some(python) = python() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let sample =
+        |completion: &str| Sample { prompt: "Who?".into(), completion: completion.into(), ..Sample::default() };
+    let question = Template::new("brief", None, true).unwrap().pair(&sample("The fox."), &sample("I do not know."));
+    let messages = serde_json::json!([
+        {"role": "system", "content": question.system}, {"role": "user", "content": question.text}
+    ]);
+    let file = folder.path().join("messages.json");
+    std::fs::write(&file, messages.to_string()).unwrap();
+    let output = Command::new(python).args(["-c", FOREIGN]).arg(folder.path()).arg(&file).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let wanted: Value = serde_json::from_slice(&output.stdout).unwrap();
+    for (kind, want) in wanted.as_object().unwrap() {
+        let directory = folder.path().join(kind);
+        assert!(Foreign::is_one(&directory));
+        let model = JudgeModel::Foreign(Arc::new(Foreign::open(&directory).unwrap_or_else(|e| panic!("{kind}: {e}"))));
+        let devices = rehearsal::judge::Devices::new(1).unwrap();
+        let judge = LocalJudge::new(model, Default::default(), Default::default(), &devices).unwrap();
+        // Asked twice: nothing of the first question is left for the second.
+        for _ in 0..2 {
+            let reply = judge.ask(std::slice::from_ref(&question)).unwrap().remove(0);
+            let (got, want) = (reply.verdict.unwrap().first().unwrap(), want.as_f64().unwrap());
+            assert!((got - want).abs() < 1e-4, "{kind}: {got} for {want}");
+        }
+    }
+}
