@@ -171,13 +171,15 @@ impl JudgeReward {
             Some(memory) => memory.recall(&keys)?,
             None => vec![None; keys.len()],
         };
-        // What was remembered is settled, readable or not, and costs nothing now.
+        // What was remembered is settled, readable or not, and is not paid for again.
         let settled = |(kept, a): (Option<KeptReply>, &Asked)| {
-            let raw = kept?.reply;
-            Some(Reply { verdict: understand(a.question.kind, &raw), raw, usage: Usage::default() })
+            let KeptReply { reply: raw, usage } = kept?;
+            Some(Reply { verdict: understand(a.question.kind, &raw), raw, usage })
         };
         let mut replies: Vec<Option<Reply>> = known.into_iter().zip(asked).map(settled).collect();
-        let mut open: Vec<usize> = (0..asked.len()).filter(|&i| replies[i].is_none()).collect();
+        // The same question twice, as when two answers are the same, is one question.
+        let first: Vec<usize> = keys.iter().map(|key| keys.iter().position(|k| k == key).unwrap_or_default()).collect();
+        let mut open: Vec<usize> = (0..asked.len()).filter(|&i| replies[i].is_none() && first[i] == i).collect();
         for last in [false, true] {
             if open.is_empty() {
                 break;
@@ -186,12 +188,13 @@ impl JudgeReward {
                 let settled = open.iter().zip(fresh).filter(|(_, r)| last || r.verdict.is_some());
                 settled.map(|(&i, r)| (keys[i].clone(), KeptReply { reply: r.raw.clone(), usage: r.usage })).collect()
             })?;
-            for (&i, reply) in open.iter().zip(fresh) {
-                let before = replies[i].take().map(|r| r.usage).unwrap_or_default();
-                let reply = replies[i].insert(reply);
-                reply.usage += before;
-            }
+            open.iter().zip(fresh).for_each(|(&i, reply)| replies[i] = Some(reply));
             open.retain(|&i| replies[i].as_ref().is_some_and(|r| r.verdict.is_none()));
+        }
+        for i in 0..asked.len() {
+            if replies[i].is_none() {
+                replies[i] = replies[first[i]].clone();
+            }
         }
         let lost = || Reply { raw: String::new(), verdict: None, usage: Usage::default() };
         let answer = |(reply, asked): (Option<Reply>, &Asked)| {

@@ -84,7 +84,7 @@ fn scores(reward: &JudgeReward, completions: &[&str]) -> Vec<f64> {
 #[test]
 fn wins_are_scores_and_a_bias_for_the_first_place_cancels() {
     let (reward, asked) = judge(Mode::Pairwise(Orders::Average), Budget::default(), None, fair);
-    assert_eq!(scores(&reward, &["bad", "good", "bad"]), [0.25, 1.0, 0.25]);
+    assert_eq!(scores(&reward, &["bad", "good", "worse"]), [0.25, 1.0, 0.25]);
     assert_eq!(asked.load(Ordering::Relaxed), 6, "three pairs in both orders");
     for orders in [Orders::Average, Orders::Agree] {
         let (reward, _) = judge(Mode::Pairwise(orders), Budget::default(), None, |_, _| "[[1]]".into());
@@ -164,6 +164,20 @@ fn every_template_has_a_version_of_its_own_and_mt_bench_shows_the_reference() {
     let with_answer = Sample { answer: Some("Forty-two".into()), ..sample("x") };
     let asked = |name| Template::new(name, None, false).unwrap().pair(&with_answer, &with_answer).text;
     assert!(asked("mt_bench").contains("> Forty-two") && !asked("helpful").contains("Forty-two"));
+}
+
+#[test]
+fn the_same_question_is_asked_once_and_its_price_is_remembered() {
+    let memory: Arc<dyn Memory> = Arc::new(Map::default());
+    let (reward, asked) = judge(Mode::Pairwise(Orders::Average), Budget::default(), Some(memory.clone()), fair);
+    let judged = reward.score(&["good", "good", "bad"].map(sample)).unwrap();
+    assert_eq!(judged.iter().map(|j| j.score).collect::<Vec<_>>(), [0.75, 0.75, 0.0]);
+    // Six questions, of which good against good, good against bad and bad against good differ.
+    assert_eq!(asked.load(Ordering::Relaxed), 3);
+    assert_eq!(memory.spent().unwrap().calls, 3);
+    // Asked again after a resume, the exchanges are the same to the price.
+    assert_eq!(reward.score(&["good", "good", "bad"].map(sample)).unwrap(), judged);
+    assert_eq!(memory.spent().unwrap().calls, 3);
 }
 
 #[test]

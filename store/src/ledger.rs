@@ -36,7 +36,8 @@ pub struct Exchange {
     /// Probability that the first one shown is better than the second; `None` for grades, rankings, and what could not
     /// be understood.
     pub first: Option<f64>,
-    /// What it cost; nothing, for what was remembered from before.
+    /// What it cost when it was asked. One that was remembered from before carries that again, so that a resumed job's
+    /// ledger is that of a whole one; [`Store::spent`] counts everything once.
     pub usage: Usage,
 }
 

@@ -273,6 +273,21 @@ fn sampling_filters_do_not_leak_into_the_update() {
 }
 
 #[test]
+fn a_step_ends_early_once_the_policy_has_moved_far_enough() {
+    let minibatches = |stop_kl: &str| -> Vec<f64> {
+        let update = format!("[update]\nepochs = 6\nminibatches = 2\n[ppo]\n{stop_kl}\n");
+        let (folder, _) = outcome("ppo", 3, &format!("{ROLLOUTS}{update}"));
+        let history = std::fs::read_to_string(folder.path().join("job/history.jsonl")).unwrap();
+        let row =
+            |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["minibatches"].as_f64().unwrap();
+        history.lines().map(row).collect()
+    };
+    assert_eq!(minibatches(""), [12.0; 3]);
+    // The first minibatch sees the policy that sampled; the second one sees a policy that has moved.
+    assert_eq!(minibatches("stop_kl = 1e-12"), [2.0; 3]);
+}
+
+#[test]
 fn accumulated_micro_batches_are_the_large_batch() {
     let remains = |micro: u64| {
         let folder = tempfile::tempdir().unwrap();
