@@ -14,7 +14,7 @@ use rehearsal::lm::kernels::attention::{self, Family, Heads};
 use rehearsal::lm::kernels::gemm::{Packed, Precision, View, gemm};
 use rehearsal::lm::kernels::head::{self, Targets};
 use rehearsal::lm::kernels::rope::{Angles, rotate};
-use rehearsal::lm::kernels::{norm, swiglu};
+use rehearsal::lm::kernels::{activation, norm};
 use rehearsal::lm::ops::{self, AttentionShape, Positions};
 use rehearsal::lm::random::Stream;
 
@@ -99,8 +99,8 @@ fn rows(c: &mut Criterion) {
     against_graph(
         c,
         "swiglu 512x1536",
-        || swiglu::swiglu(&x, 1536, &mut out),
-        || swiglu::swiglu_backward(&mut gate_up, 1536, &grad),
+        || activation::forward(Activation::Silu, true, 1536, &x, &mut out),
+        || activation::backward(Activation::Silu, true, 1536, &mut gate_up, &grad),
         &[var(&[TOKENS, 1536], 1), var(&[TOKENS, 1536], 2)],
         |x| ops::swiglu(&x[0], &x[1]),
     );
@@ -149,7 +149,7 @@ fn attention(c: &mut Criterion) {
 fn language_model_head(c: &mut Criterion) {
     let tokens: Vec<u32> = (0..128).map(|i| (i * 377) % 49_152).collect();
     let (hidden, weight, grad) = (random(128 * 576, 1), random(49_152 * 576, 2), random(128, 3));
-    let targets = Targets { tokens: &tokens, temperature: 1.0 };
+    let targets = Targets { tokens: &tokens, temperature: 1.0, softcap: None };
     for (name, precision) in [("head 128x49152", Precision::F32), ("head 128x49152 bf16", Precision::Bf16)] {
         let view = View::new(&weight, 49_152, 576);
         let (_, lse) = head::logprobs(&hidden, view, targets, precision);

@@ -39,12 +39,9 @@ impl MemoryBudget {
         // The best and the worst of each prompt's completions are learned from.
         let tokens = prompts * (prompt_tokens + 2 * new);
         let micro_batch = tokens.min(config.optimizer.micro_batch_tokens as u64);
-        let moment = match config.optimizer.adamw.moments {
-            rehearsal_learn::MomentType::Full => 4,
-            rehearsal_learn::MomentType::Bf16 => 2,
-        };
+        let moments = parameters * 2 * config.optimizer.adamw.moments.bits() / 8;
         let (weights, reference) = (4 * parameters, precision.dtype().size_in_bytes() as u64 * parameters);
-        let (moments, gradients) = (2 * moment * parameters, 4 * parameters);
+        let gradients = 4 * parameters;
         let activations = model.activation_bytes(micro_batch, precision, config.optimizer.gradient_checkpointing);
         let generation = model.packed_bytes(precision)
             + model.cache_bytes(completions.min(rollout.batch as u64), prompt_tokens + new);

@@ -109,6 +109,7 @@ impl Archivist {
                 Storage::Cpu(CpuStorage::F32(x)) => ("F32", bytemuck::cast_slice(&x[from..to])),
                 Storage::Cpu(CpuStorage::F64(x)) => ("F64", bytemuck::cast_slice(&x[from..to])),
                 Storage::Cpu(CpuStorage::BF16(x)) => ("BF16", bytemuck::cast_slice(&x[from..to])),
+                Storage::Cpu(CpuStorage::U8(x)) => ("U8", &x[from..to]),
                 _ => {
                     return Err(Error::Unsaved(format!(
                         "`{name}` has a type that checkpoints do not hold: {:?}",
@@ -197,6 +198,7 @@ fn tensor(t: OwnedTensor) -> Result<Tensor> {
         "F32" => DType::F32,
         "F64" => DType::F64,
         "BF16" => DType::BF16,
+        "U8" => DType::U8,
         other => return Err(Error::Unsaved(format!("`{}` has the unknown type {other}", t.name))),
     };
     Ok(Tensor::from_raw_buffer(&t.data, dtype, &t.shape, &Device::Cpu)?)

@@ -18,7 +18,7 @@ pub mod schedule;
 pub mod sft;
 pub mod token;
 
-pub use adamw::{AdamRule, AdamW, AdamWConfig, MomentType, clip_scale, global_norm};
+pub use adamw::{ADAMW_CUDA, AdamRule, AdamW, AdamWConfig, MomentType, clip_scale, global_norm};
 pub use kl::{AdaptiveKl, KlEstimator};
 pub use pairs::{Pair, TieRule, select_pairs};
 pub use preference::{PreferenceConfig, PreferenceKind, PreferenceLogprobs, PreferenceLoss, preference_loss};

@@ -2,14 +2,15 @@
 //!
 //! This crate knows no objective, no actor, no store, no clock and no log.
 
-mod cpu;
 pub mod error;
 pub mod generate;
+pub mod gpu;
 pub mod kernels;
 pub mod load;
 pub mod lora;
 pub mod model;
 pub mod ops;
+mod pass;
 pub mod random;
 #[cfg(test)]
 mod testing;

@@ -11,11 +11,11 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor, Var, safetensors};
 use serde_json::{Value, json};
 
-use crate::cpu::with_matrices;
 use crate::error::{Error, Result};
 use crate::kernels::gemm::{Packed, Precision, gemm};
 use crate::load::Checkpoint;
 use crate::model::{Decoder, HeadKind, Parameters};
+use crate::pass::with_views;
 use crate::random::Stream;
 
 /// Streams of random numbers of new adapters.
@@ -254,7 +254,7 @@ fn product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     if !a.device().is_cpu() {
         return Ok(a.matmul(b)?);
     }
-    Ok(with_matrices::<f32, _>(&[a, b], |views| {
+    Ok(with_views::<f32, _>(&[a, b], |views| {
         let (rows, columns) = (views[0].shape().0, views[1].shape().1);
         let mut out = vec![0.0; rows * columns];
         gemm(views[0], &Packed::new(views[1], Precision::F32), &mut out, false);

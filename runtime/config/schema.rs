@@ -294,8 +294,8 @@ fn optimizer(mut s: Section<'_>) -> OptimizerConfig {
             weight_decay: s.number("weight_decay", 0.0, Range::from(0.0), "AdamW: decoupled decay of matrices."),
             moments: s.choice(
                 "moments",
-                &[("f32", MomentType::Full), ("bf16", MomentType::Bf16)],
-                "AdamW: what both moments are stored as. `bf16`, rounded at random, takes half the memory.",
+                &[("f32", MomentType::Full), ("bf16", MomentType::Bf16), ("int8", MomentType::Int8)],
+                "AdamW: what both moments are stored as. `bf16` takes half the memory, `int8` (with a scale for each block of 256) a quarter; both are rounded at random.",
             ),
             rule: s.choice(
                 "adam_rule",

@@ -8,6 +8,7 @@ mod docs;
 mod embed;
 mod evaluate;
 mod golden;
+mod gpu;
 mod judges;
 mod label;
 mod ledger;

@@ -2,14 +2,49 @@
 //!
 //! Weights are packed once per policy version; nothing is allocated per token but small scratch rows.
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::cache::{Cache, Row};
-use crate::cpu::{Buffers, PackedWeights, Rows, lookup};
 use crate::error::Result;
-use crate::kernels::gemm::{View, gemm};
-use crate::kernels::{attention, norm};
+use crate::kernels::attention::{self, Heads};
+use crate::kernels::gemm::{Packed, View, gemm};
+use crate::kernels::math::softcap;
 use crate::model::Decoder;
+use crate::pass::{Buffers, Cpu, Norm, Ops, PreparedBlock, Rows, norm, pack_into};
+
+/// All weights of a decoder, packed.
+pub struct PackedWeights {
+    ops: Cpu,
+    blocks: Vec<PreparedBlock<Cpu>>,
+    norm: Norm<Vec<f32>>,
+    head: Packed,
+}
+
+impl PackedWeights {
+    /// Packs a decoder's weights as they are now.
+    pub fn new(decoder: &Decoder) -> Result<Self> {
+        let (layers, ops) = (decoder.layers(), Cpu(decoder.precision()));
+        let mut head = Packed::empty(decoder.precision());
+        pack_into(&mut head, &[&layers.head], true)?;
+        let blocks = layers.blocks.iter().map(|b| PreparedBlock::new(&ops, b)).collect::<candle_core::Result<_>>()?;
+        Ok(Self { blocks, norm: norm(&ops, &layers.norm)?, head, ops })
+    }
+}
+
+/// Buffers that passes reuse.
+pub struct Room {
+    pass: Buffers<Cpu>,
+    wanted: Vec<f32>,
+    logits: Vec<f32>,
+}
+
+impl Room {
+    pub fn new(weights: &PackedWeights) -> Self {
+        Self { pass: Buffers::new(&weights.ops), wanted: Vec::new(), logits: Vec::new() }
+    }
+}
 
 /// Runs rows through the model, appends their keys and values to the cache, and returns the logits of the rows
 /// that want them, in order.
@@ -18,31 +53,38 @@ pub fn forward<'a>(
     weights: &PackedWeights,
     cache: &mut Cache,
     rows: &[Row],
-    b: &'a mut Buffers,
+    room: &'a mut Room,
 ) -> Result<&'a [f32]> {
+    let (arch, ops) = (decoder.architecture(), &weights.ops);
     let positions: Vec<u32> = rows.iter().map(|r| r.position as u32).collect();
-    let pass = Rows::new(decoder, &positions);
-    let (heads, hidden) = (pass.heads, decoder.architecture().hidden);
-    lookup(&decoder.layers().embed, rows.iter().map(|r| r.token as usize), &mut b.x)?;
+    let ids: Vec<u32> = rows.iter().map(|r| r.token).collect();
+    let pass = Rows::new(ops, decoder, &positions, &Arc::default())?;
+    let b = &mut room.pass;
+    ops.embed(decoder.layers(), decoder.embedding_scale()?, &ids, &positions, &mut b.x)?;
     for (layer, block) in weights.blocks.iter().enumerate() {
-        block.forward(&pass, b, |qkv, attended| {
+        let heads = pass.heads(layer);
+        block.forward(ops, &pass, layer, b, false, |qkv, attended, _| {
+            attended.resize(rows.len() * heads.query_width(), 0.0);
             cache.append(layer, rows, qkv);
-            attend(cache, layer, rows, qkv, &heads, attended);
-        });
+            attend(cache, layer, rows, qkv, heads, attended);
+            Ok(())
+        })?;
     }
-    let wanted = rows.iter().zip(b.x.chunks_exact(hidden)).filter(|(row, _)| row.wants_logits);
-    b.projected.clear();
-    wanted.for_each(|(_, x)| b.projected.extend_from_slice(x));
-    b.normed.resize(b.projected.len(), 0.0);
-    norm::rms_norm(&b.projected, &weights.norm, pass.eps, &mut b.normed);
-    let wanted = b.projected.len() / hidden;
-    b.logits.resize(wanted * weights.head.cols(), 0.0);
-    gemm(View::new(&b.normed, wanted, hidden), &weights.head, &mut b.logits, false);
-    Ok(&b.logits)
+    room.wanted.clear();
+    let wanted = rows.iter().zip(b.x.chunks_exact(arch.hidden)).filter(|(row, _)| row.wants_logits);
+    wanted.for_each(|(_, x)| room.wanted.extend_from_slice(x));
+    ops.norm(&room.wanted, &weights.norm, &mut b.normed)?;
+    let wanted = room.wanted.len() / arch.hidden;
+    room.logits.resize(wanted * weights.head.cols(), 0.0);
+    gemm(View::new(&b.normed, wanted, arch.hidden), &weights.head, &mut room.logits, false);
+    if let Some(cap) = arch.final_softcap {
+        room.logits.par_chunks_mut(arch.vocab).for_each(|row| softcap(row, cap as f32));
+    }
+    Ok(&room.logits)
 }
 
 /// One task for each row and key head, whose query heads are neighbours in the output.
-fn attend(cache: &Cache, layer: usize, rows: &[Row], qkv: &[f32], heads: &attention::Heads, out: &mut [f32]) {
+fn attend(cache: &Cache, layer: usize, rows: &[Row], qkv: &[f32], heads: &Heads, out: &mut [f32]) {
     out.par_chunks_mut(heads.group() * heads.dim).enumerate().for_each_init(
         || vec![0.0; cache.capacity()],
         |scores, (task, out)| {

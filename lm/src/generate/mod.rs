@@ -6,6 +6,7 @@
 
 mod cache;
 mod cpu;
+mod gpu;
 mod plain;
 mod sampling;
 
@@ -16,14 +17,16 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use crate::cpu::{Buffers, PackedWeights, serves};
 use crate::error::{Error, Result};
 use crate::kernels::head::logprob;
 use crate::kernels::math::log_sum_exp;
 use crate::model::Decoder;
+use crate::pass::{Machine, machine};
 use crate::random::Stream;
 use crate::text::Text;
 use cache::{Cache, Row};
+use cpu::{PackedWeights, Room};
+use gpu::GpuGenerator;
 
 /// One completion to generate.
 #[derive(Debug, Clone)]
@@ -80,12 +83,13 @@ const PREFILL_ROWS: usize = 512;
 enum Backend {
     Packed(Box<PackedBackend>),
     Plain { cache: plain::PlainCache },
+    Gpu(Box<GpuGenerator>),
 }
 
 /// Weights of one version with the buffers and cache that passes reuse.
 struct PackedBackend {
     weights: PackedWeights,
-    buffers: Buffers,
+    room: Room,
     cache: Cache,
 }
 
@@ -108,12 +112,15 @@ struct Active {
 impl Generator {
     /// Packs the weights (CPU) or uses them in place (other devices).
     pub fn new(decoder: &Decoder) -> Result<Self> {
-        let backend = if serves(decoder) {
-            let weights = PackedWeights::new(decoder)?;
-            let cache = Cache::new(decoder.architecture(), 0, 0);
-            Backend::Packed(Box::new(PackedBackend { weights, buffers: Buffers::default(), cache }))
-        } else {
-            Backend::Plain { cache: plain::PlainCache::new(decoder, 0) }
+        let backend = match machine(decoder) {
+            Some(Machine::Cpu(_)) => {
+                let weights = PackedWeights::new(decoder)?;
+                let cache = Cache::new(decoder.architecture(), 0, 0);
+                let room = Room::new(&weights);
+                Backend::Packed(Box::new(PackedBackend { weights, room, cache }))
+            }
+            Some(Machine::Gpu(gpu)) => Backend::Gpu(Box::new(GpuGenerator::new(gpu, decoder)?)),
+            None => Backend::Plain { cache: plain::PlainCache::new(decoder, 0) },
         };
         Ok(Self { decoder: decoder.clone(), backend })
     }
@@ -132,6 +139,9 @@ impl Generator {
     ) -> Result<()> {
         options.sampling.validate()?;
         self.check(&requests, options)?;
+        if let Backend::Gpu(gpu) = &mut self.backend {
+            return gpu.generate(&self.decoder, requests, options, text, cancelled, finished);
+        }
         let slots = options.batch.clamp(1, requests.len().max(1));
         let longest = requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0) + options.max_new_tokens;
         self.reserve(slots, longest);
@@ -204,6 +214,7 @@ impl Generator {
             Backend::Packed(packed) if packed.cache.fits(slots, len) => {}
             Backend::Packed(packed) => packed.cache = Cache::new(self.decoder.architecture(), slots, len),
             Backend::Plain { cache } => *cache = plain::PlainCache::new(&self.decoder, slots),
+            Backend::Gpu(_) => {}
         }
     }
 
@@ -244,16 +255,18 @@ impl Generator {
                 Ok(())
             }
             Backend::Plain { cache } => cache.copy_prefix(from, to, len),
+            Backend::Gpu(_) => Ok(()),
         }
     }
 
     fn forward(&mut self, rows: &[Row]) -> Result<std::borrow::Cow<'_, [f32]>> {
         match &mut self.backend {
             Backend::Packed(packed) => {
-                let PackedBackend { weights, buffers, cache } = &mut **packed;
-                Ok(cpu::forward(&self.decoder, weights, cache, rows, buffers)?.into())
+                let PackedBackend { weights, room, cache } = &mut **packed;
+                Ok(cpu::forward(&self.decoder, weights, cache, rows, room)?.into())
             }
             Backend::Plain { cache } => Ok(plain::forward(&self.decoder, cache, rows)?.into()),
+            Backend::Gpu(_) => Ok(Vec::new().into()),
         }
     }
 }
@@ -303,17 +316,38 @@ impl Active {
     }
 
     fn finish(&self, options: &Options, text: Option<&Text>) -> Result<Option<Finish>> {
-        let Some(last) = self.tokens.last() else { return Ok(None) };
-        if options.eos.contains(last) {
-            return Ok(Some(Finish::Eos));
+        ended(&self.tokens, options, text)
+    }
+}
+
+/// Whether a completion ends with the last of these tokens, and why.
+fn ended(tokens: &[u32], options: &Options, text: Option<&Text>) -> Result<Option<Finish>> {
+    let Some(last) = tokens.last() else { return Ok(None) };
+    if options.eos.contains(last) {
+        return Ok(Some(Finish::Eos));
+    }
+    if let (Some(text), false) = (text, options.stop.is_empty()) {
+        let said = text.decode(tokens)?;
+        if options.stop.iter().any(|stop| said.contains(stop)) {
+            return Ok(Some(Finish::Stop));
         }
-        if let (Some(text), false) = (text, options.stop.is_empty()) {
-            let said = text.decode(&self.tokens)?;
-            if options.stop.iter().any(|stop| said.contains(stop)) {
-                return Ok(Some(Finish::Stop));
+    }
+    Ok((tokens.len() >= options.max_new_tokens).then_some(Finish::Length))
+}
+
+impl Active {
+    /// Where a sequence ends first, if it does: its length there, and why.
+    fn first_end(&self, options: &Options, text: Option<&Text>) -> Result<Option<(usize, Finish)>> {
+        if options.stop.is_empty() {
+            return Ok(self.finish(options, text)?.map(|finish| (self.tokens.len(), finish)));
+        }
+        // A stop text may have come anywhere since the host looked last.
+        for length in 1..=self.tokens.len() {
+            if let Some(finish) = ended(&self.tokens[..length], options, text)? {
+                return Ok(Some((length, finish)));
             }
         }
-        Ok((self.tokens.len() >= options.max_new_tokens).then_some(Finish::Length))
+        Ok(None)
     }
 }
 

@@ -7,7 +7,7 @@
 mod packed;
 
 use super::isa::per_isa;
-use super::math::{exp_row, max, tanh};
+use super::math::{bend, exp_row, max};
 
 pub use packed::{Family, Saved, backward, forward};
 
@@ -99,14 +99,6 @@ fn softmax(row: &mut [f32], heads: &Heads) -> (f32, f32) {
             let top = max(row);
             (top, exp_row(row, 1.0, top))
         }
-    }
-}
-
-/// `x = cap * tanh(x * scale / cap)`.
-#[inline(always)]
-fn bend(row: &mut [f32], scale: f32, cap: f32) {
-    for x in row {
-        *x = cap * tanh(*x * (scale / cap));
     }
 }
 

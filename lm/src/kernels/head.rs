@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::gemm::{Element, Packed, Precision, View, gemm};
 use super::isa::per_isa;
-use super::math::{LANES, LSE_BLOCK, LogSumExp, exp, sum};
+use super::math::{LANES, LSE_BLOCK, LogSumExp, exp, softcap, sum};
 
 /// Rows that go through the vocabulary together: with [`LSE_BLOCK`] columns, 32 MiB of logits.
 const ROWS: usize = 2048;
@@ -15,6 +15,8 @@ const ROWS: usize = 2048;
 pub struct Targets<'a> {
     pub tokens: &'a [u32],
     pub temperature: f32,
+    /// Logits are bent to `cap · tanh(logit / cap)` first.
+    pub softcap: Option<f32>,
 }
 
 impl Targets<'_> {
@@ -32,6 +34,7 @@ pub fn logprob(logits: &[f32], token: u32, temperature: f32, lse: f32) -> f32 {
 fn blocks<E: Element>(
     hidden: &[f32],
     weight: View<'_, E>,
+    cap: Option<f32>,
     precision: Precision,
     mut f: impl FnMut(std::ops::Range<usize>, std::ops::Range<usize>, &mut [f32]),
 ) {
@@ -47,6 +50,9 @@ fn blocks<E: Element>(
             packed.fill(&[weight.rows(column.clone()).t()], true);
             let logits = &mut logits[..row.len() * column.len()];
             gemm(hidden.rows(row.clone()), &packed, logits, false);
+            if let Some(cap) = cap {
+                logits.par_chunks_mut(column.len()).for_each(|logits| softcap(logits, cap));
+            }
             f(row.clone(), column, logits);
         }
     }
@@ -64,7 +70,7 @@ pub fn logprobs<E: Element>(
     let scale = targets.scale();
     let mut sums = vec![LogSumExp::default(); targets.tokens.len()];
     let mut chosen = vec![0.0; targets.tokens.len()];
-    blocks(hidden, weight, precision, |rows, columns, logits| {
+    blocks(hidden, weight, targets.softcap, precision, |rows, columns, logits| {
         let parts = sums[rows.clone()].par_iter_mut().zip(&mut chosen[rows.clone()]).zip(&targets.tokens[rows]);
         parts.zip(logits.par_chunks(columns.len())).for_each(|(((sum, chosen), &token), logits)| {
             sum.add(logits, scale);
@@ -82,14 +88,14 @@ pub fn entropies<E: Element>(
     hidden: &[f32],
     weight: View<'_, E>,
     lse: &[f32],
-    temperature: f32,
+    targets: Targets<'_>,
     precision: Precision,
 ) -> Vec<f32> {
     let mut sums = vec![0.0; lse.len()];
-    blocks(hidden, weight, precision, |rows, columns, logits| {
+    blocks(hidden, weight, targets.softcap, precision, |rows, columns, logits| {
         let parts = sums[rows.clone()].par_iter_mut().zip(&lse[rows]);
         parts.zip(logits.par_chunks(columns.len())).for_each(|((sum, &lse), logits)| {
-            *sum += entropy_part(logits, 1.0 / temperature, lse);
+            *sum += entropy_part(logits, targets.scale(), lse);
         });
     });
     sums
@@ -136,11 +142,12 @@ pub fn backward<E: Element>(
     let scale = targets.scale();
     let mut d_hidden = vec![0.0; saved.hidden.len()];
     let (mut down, mut input) = (Packed::empty(precision), Packed::empty(precision));
-    blocks(saved.hidden, weight, precision, |rows, columns, logits| {
+    blocks(saved.hidden, weight, targets.softcap, precision, |rows, columns, logits| {
         logits.par_chunks_mut(columns.len()).zip(rows.clone().into_par_iter()).for_each(|(logits, row)| {
             let target = (targets.tokens[row] as usize).checked_sub(columns.start);
             let (entropy, d_entropy) = saved.entropy.map_or((0.0, 0.0), |(h, grad)| (h[row], grad[row]));
-            softmax_backward(logits, target, scale, saved.lse[row], saved.grad[row], entropy, d_entropy);
+            let row = Row { scale, lse: saved.lse[row], grad: saved.grad[row], entropy, d_entropy, cap: targets.softcap };
+            softmax_backward(logits, target, row);
         });
         let d_logits = View::new(&*logits, rows.len(), columns.len());
         let elements = rows.start * width..rows.end * width;
@@ -154,23 +161,36 @@ pub fn backward<E: Element>(
     d_hidden
 }
 
+/// What is known of a row on the way back.
+#[derive(Clone, Copy)]
+struct Row {
+    scale: f32,
+    lse: f32,
+    grad: f32,
+    entropy: f32,
+    d_entropy: f32,
+    cap: Option<f32>,
+}
+
+impl Row {
+    /// Slope of the softcap at a bent logit.
+    #[inline(always)]
+    fn slope(&self, bent: f32) -> f32 {
+        self.cap.map_or(1.0, |cap| 1.0 - (bent / cap) * (bent / cap))
+    }
+}
+
 per_isa! {
     /// Turns some columns of the logits into the gradient of `grad * logprob(target) + d_entropy * entropy`.
-    fn softmax_backward(
-        logits: &mut [f32],
-        target: Option<usize>,
-        scale: f32,
-        lse: f32,
-        grad: f32,
-        entropy: f32,
-        d_entropy: f32,
-    ) {
+    fn softmax_backward(logits: &mut [f32], target: Option<usize>, row: Row) {
+        let chosen = target.and_then(|t| logits.get(t).copied());
         for x in logits.iter_mut() {
-            let log = x.mul_add(scale, -lse);
-            *x = -scale * exp(log) * (log + entropy).mul_add(d_entropy, grad);
+            let log = x.mul_add(row.scale, -row.lse);
+            let d = -row.scale * exp(log) * (log + row.entropy).mul_add(row.d_entropy, row.grad);
+            *x = d * row.slope(*x);
         }
-        if let Some(x) = target.and_then(|t| logits.get_mut(t)) {
-            *x += grad * scale;
+        if let (Some(bent), Some(x)) = (chosen, target.and_then(|t| logits.get_mut(t))) {
+            *x += row.grad * row.scale * row.slope(bent);
         }
     }
 }

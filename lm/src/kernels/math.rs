@@ -55,6 +55,21 @@ pub fn tanh(x: f32) -> f32 {
     ((1.0 - e) / (1.0 + e)).copysign(x)
 }
 
+/// `x = cap * tanh(x * scale / cap)`.
+#[inline(always)]
+pub fn bend(row: &mut [f32], scale: f32, cap: f32) {
+    for x in row {
+        *x = cap * tanh(*x * (scale / cap));
+    }
+}
+
+super::isa::per_isa! {
+    /// Logits bent to `cap · tanh(logit / cap)` (Gemma 2).
+    pub fn softcap(row: &mut [f32], cap: f32) {
+        bend(row, 1.0, cap);
+    }
+}
+
 /// Folds lanes pairwise: (0,8) (1,9) … then (0,4) … and so on.
 #[inline(always)]
 fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {

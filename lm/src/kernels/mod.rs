@@ -9,6 +9,7 @@
 //!
 //! A fused multiply-add rounds once everywhere, so AVX2, AVX-512 and the portable code agree bit for bit.
 
+pub mod activation;
 pub mod attention;
 pub mod gemm;
 pub mod head;
@@ -17,7 +18,6 @@ pub mod math;
 pub mod norm;
 pub mod rope;
 mod shared;
-pub mod swiglu;
 
 pub use isa::Isa;
 pub use shared::Shared;

@@ -1,4 +1,6 @@
-//! RMSNorm (Zhang & Sennrich 2019): `y = x / sqrt(mean(x²) + eps) * w`, row by row.
+//! Normalisation of rows.
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -8,7 +10,7 @@ use super::math::{LANES, dot, sum};
 /// Rows a task takes at a time.
 const ROWS: usize = 32;
 
-/// `out` and `x` are `[rows, w.len()]`.
+/// RMSNorm (Zhang & Sennrich 2019): `y = x / sqrt(mean(x²) + eps) * w`, row by row. `out` and `x` are `[rows, w.len()]`.
 pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
     let block = ROWS * w.len();
     out.par_chunks_mut(block).zip(x.par_chunks(block)).for_each(|(out, x)| rows(x, w, eps, out));
@@ -64,6 +66,131 @@ per_isa! {
             let r = inverse_rms(x, eps);
             for i in 0..n {
                 dw[i] = (grad[i] * r).mul_add(x[i], dw[i]);
+            }
+        }
+    }
+}
+
+/// LayerNorm (Ba et al. 2016): `y = (x - mean) / sqrt(var + eps) * w + b`, row by row. `out` and `x` are
+/// `[rows, w.len()]`.
+pub fn layer_norm(x: &[f32], w: &[f32], b: &[f32], eps: f32, out: &mut [f32]) {
+    let block = ROWS * w.len();
+    out.par_chunks_mut(block).zip(x.par_chunks(block)).for_each(|(out, x)| layer_rows(x, w, b, eps, out));
+}
+
+/// Adds the gradients of [`layer_norm`] with respect to `x`, `w` and `b`, given `grad` with respect to its result.
+pub fn layer_norm_backward(
+    x: &[f32],
+    w: &[f32],
+    eps: f32,
+    grad: &[f32],
+    dx: &mut [f32],
+    dw: &mut [f32],
+    db: &mut [f32],
+) {
+    let block = ROWS * w.len();
+    dx.par_chunks_mut(block)
+        .zip(x.par_chunks(block).zip(grad.par_chunks(block)))
+        .for_each(|(dx, (x, grad))| layer_rows_backward(x, w, eps, grad, dx));
+    layer_weight_backward(x, eps, grad, dw, db);
+}
+
+/// RMSNorm, in place, of every head of `w.len()` columns in some columns of rows.
+pub fn head_norm(x: &mut [f32], width: usize, columns: Range<usize>, w: &[f32], eps: f32) {
+    x.par_chunks_mut(ROWS * width).for_each(|x| {
+        for row in x.chunks_exact_mut(width) {
+            heads(&mut row[columns.clone()], w, eps);
+        }
+    });
+}
+
+/// Turns the gradient of [`head_norm`]'s result in those columns of `grad` into that of `before`, and adds that of the
+/// weight to `dw`.
+pub fn head_norm_backward(
+    before: &[f32],
+    width: usize,
+    columns: Range<usize>,
+    w: &[f32],
+    eps: f32,
+    grad: &mut [f32],
+    dw: &mut [f32],
+) {
+    for (x, grad) in before.chunks_exact(width).zip(grad.chunks_exact(width)) {
+        weight_backward(&x[columns.clone()], eps, &grad[columns.clone()], dw);
+    }
+    grad.par_chunks_mut(ROWS * width).zip(before.par_chunks(ROWS * width)).for_each_init(
+        || vec![0.0; columns.len()],
+        |dx, (grad, x)| {
+            for (x, grad) in x.chunks_exact(width).zip(grad.chunks_exact_mut(width)) {
+                dx.fill(0.0);
+                rows_backward(&x[columns.clone()], w, eps, &grad[columns.clone()], dx);
+                grad[columns.clone()].copy_from_slice(dx);
+            }
+        },
+    );
+}
+
+/// A row's mean and the inverse of its standard deviation.
+#[inline(always)]
+fn moments(x: &[f32], eps: f32) -> (f32, f32) {
+    let n = x.len() as f32;
+    let mean = sum(x) / n;
+    let mut lanes = [0.0f32; LANES];
+    for (i, &x) in x.iter().enumerate() {
+        lanes[i % LANES] += (x - mean) * (x - mean);
+    }
+    (mean, 1.0 / (sum(&lanes) / n + eps).sqrt())
+}
+
+per_isa! {
+    fn layer_rows(x: &[f32], w: &[f32], b: &[f32], eps: f32, out: &mut [f32]) {
+        for (x, out) in x.chunks_exact(w.len()).zip(out.chunks_exact_mut(w.len())) {
+            let (mean, r) = moments(x, eps);
+            for i in 0..w.len() {
+                out[i] = ((x[i] - mean) * r).mul_add(w[i], b[i]);
+            }
+        }
+    }
+}
+
+per_isa! {
+    fn layer_rows_backward(x: &[f32], w: &[f32], eps: f32, grad: &[f32], dx: &mut [f32]) {
+        let n = w.len();
+        for ((x, grad), dx) in x.chunks_exact(n).zip(grad.chunks_exact(n)).zip(dx.chunks_exact_mut(n)) {
+            let (mean, r) = moments(x, eps);
+            let (mut plain, mut along) = ([0.0f32; LANES], [0.0f32; LANES]);
+            for i in 0..n {
+                let g = grad[i] * w[i];
+                plain[i % LANES] += g;
+                along[i % LANES] += g * (x[i] - mean);
+            }
+            let (plain, along) = (sum(&plain) / n as f32, sum(&along) / n as f32 * r * r);
+            for i in 0..n {
+                dx[i] += r * (grad[i] * w[i] - plain - (x[i] - mean) * along);
+            }
+        }
+    }
+}
+
+per_isa! {
+    fn layer_weight_backward(x: &[f32], eps: f32, grad: &[f32], dw: &mut [f32], db: &mut [f32]) {
+        let n = dw.len();
+        for (x, grad) in x.chunks_exact(n).zip(grad.chunks_exact(n)) {
+            let (mean, r) = moments(x, eps);
+            for i in 0..n {
+                dw[i] = (grad[i] * r).mul_add(x[i] - mean, dw[i]);
+                db[i] += grad[i];
+            }
+        }
+    }
+}
+
+per_isa! {
+    fn heads(row: &mut [f32], w: &[f32], eps: f32) {
+        for x in row.chunks_exact_mut(w.len()) {
+            let r = inverse_rms(x, eps);
+            for (x, w) in x.iter_mut().zip(w) {
+                *x = *x * r * w;
             }
         }
     }

@@ -29,6 +29,11 @@ impl Angles {
         self.cos.len() / self.half.max(1)
     }
 
+    /// All cosines and sines.
+    pub fn tables(&self) -> (&[f32], &[f32]) {
+        (&self.cos, &self.sin)
+    }
+
     /// Cosines and sines of one position.
     pub fn at(&self, position: usize) -> (&[f32], &[f32]) {
         let range = position * self.half..(position + 1) * self.half;

@@ -212,27 +212,4 @@ impl Architecture {
         self.tied &= head == HeadKind::Language;
         self
     }
-
-    /// Whether the model has the features of Llama alone, which the pass by hand covers.
-    pub(crate) fn is_plain(&self) -> bool {
-        let sizes = Self {
-            model_type: self.model_type.clone(),
-            position: self.position.clone(),
-            sliding: self.sliding.clone(),
-            eos: self.eos.clone(),
-            norm: NormKind::Rms,
-            activation: Activation::Silu,
-            gated: true,
-            qk_norm: false,
-            sandwich: false,
-            scaled_embedding: false,
-            query_scalar: None,
-            attention_softcap: None,
-            final_softcap: None,
-            ..*self
-        };
-        // Windows and frequencies are those of all layers.
-        let uniform = (0..self.layers).all(|layer| self.slides(layer) == self.window.is_some());
-        sizes == *self && uniform && matches!(self.position, Position::Rotary { sliding: None, .. })
-    }
 }

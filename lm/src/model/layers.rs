@@ -1,9 +1,10 @@
 //! A decoder's weights in the order of the forward pass, and a block as a candle graph.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::{Activation, Architecture, NormKind, Parameters};
 use crate::error::Error;
+use crate::kernels::attention::Heads;
 use crate::ops::{self, Positions};
 
 /// All weights, in the order of the forward pass.
@@ -11,7 +12,7 @@ use crate::ops::{self, Positions};
 pub(crate) struct Layers {
     pub embed: Tensor,
     /// Learned positions.
-    positions: Option<Tensor>,
+    pub positions: Option<Tensor>,
     pub blocks: Vec<Block>,
     pub norm: Norm,
     pub head: Tensor,
@@ -20,10 +21,12 @@ pub(crate) struct Layers {
 /// A normalisation of rows.
 #[derive(Clone)]
 pub(crate) struct Norm {
+    /// Its parameters' name, without `.weight` or `.bias`.
+    pub name: String,
     pub weight: Tensor,
-    bias: Option<Tensor>,
-    kind: NormKind,
-    eps: f64,
+    pub bias: Option<Tensor>,
+    pub kind: NormKind,
+    pub eps: f64,
 }
 
 impl Norm {
@@ -46,8 +49,13 @@ impl Norm {
 /// A linear layer.
 #[derive(Clone)]
 pub(crate) struct Projection {
+    /// Its parameters' name, without `.weight` or `.bias`.
+    pub name: String,
+    /// `[outputs, inputs]`.
     pub weight: Tensor,
     pub bias: Option<Tensor>,
+    /// The parameter is the transpose of the weight (GPT-2).
+    pub turned: bool,
 }
 
 impl Projection {
@@ -58,41 +66,32 @@ impl Projection {
             None => Ok(y),
         }
     }
-
-    /// Some of the outputs.
-    fn outputs(&self, from: usize, n: usize) -> Result<Self> {
-        Ok(Self {
-            weight: self.weight.narrow(0, from, n)?,
-            bias: self.bias.as_ref().map(|b| b.narrow(0, from, n)).transpose()?,
-        })
-    }
 }
 
 /// One transformer block.
 #[derive(Clone)]
 pub(crate) struct Block {
     pub input_norm: Norm,
-    pub q: Projection,
-    pub k: Projection,
-    pub v: Projection,
+    /// Projections whose results, side by side, are queries, keys and values.
+    pub qkv: Vec<Projection>,
     /// Norms of queries and keys, head by head.
-    qk_norm: Option<(Norm, Norm)>,
+    pub qk_norm: Option<(Norm, Norm)>,
     pub o: Projection,
     /// Norm of the attention's output.
-    attention_norm: Option<Norm>,
+    pub attention_norm: Option<Norm>,
     /// Norm of the MLP's input.
     pub post_norm: Norm,
     pub gate: Option<Projection>,
     pub up: Projection,
     pub down: Projection,
     /// Norm of the MLP's output.
-    mlp_norm: Option<Norm>,
+    pub mlp_norm: Option<Norm>,
     activation: Activation,
 }
 
 /// What a block works with beside its weights.
 pub(crate) struct LayerContext {
-    pub head_dim: usize,
+    pub heads: Heads,
     /// Rotary positions of the rows.
     pub positions: Option<Positions>,
 }
@@ -107,12 +106,21 @@ impl Block {
     ) -> Result<Tensor> {
         let normed = |norm: &Option<Norm>, x: Tensor| norm.as_ref().map_or(Ok(x.clone()), |n| n.forward(&x));
         let h = self.input_norm.forward(x)?;
-        let (mut q, mut k, v) = (self.q.forward(&h)?, self.k.forward(&h)?, self.v.forward(&h)?);
+        let parts = self.qkv.iter().map(|p| p.forward(&h)).collect::<Result<Vec<_>>>()?;
+        let (q_width, k_width) = (cx.heads.query_width(), cx.heads.key_width());
+        let (mut q, mut k, v) = match <[Tensor; 3]>::try_from(parts) {
+            Ok([q, k, v]) => (q, k, v),
+            Err(parts) => {
+                let all = Tensor::cat(&parts, 1)?;
+                let part = |at, n| all.narrow(1, at, n)?.contiguous();
+                (part(0, q_width)?, part(q_width, k_width)?, part(q_width + k_width, k_width)?)
+            }
+        };
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             (q, k) = (q_norm.heads(&q)?, k_norm.heads(&k)?);
         }
         if let Some(positions) = &cx.positions {
-            (q, k) = (ops::rope(&q, cx.head_dim, positions)?, ops::rope(&k, cx.head_dim, positions)?);
+            (q, k) = (ops::rope(&q, cx.heads.dim, positions)?, ops::rope(&k, cx.heads.dim, positions)?);
         }
         let attended = self.o.forward(&attend(&q, &k, &v)?)?;
         let x = (x + normed(&self.attention_norm, attended)?)?;
@@ -125,6 +133,11 @@ impl Block {
             (None, Activation::GeluTanh) => up.gelu()?,
         };
         x + normed(&self.mlp_norm, self.down.forward(&mlp)?)?
+    }
+
+    /// The projections into the MLP, as they stand side by side.
+    pub fn mlp_in(&self) -> Vec<&Projection> {
+        self.gate.iter().chain([&self.up]).collect()
     }
 }
 
@@ -144,15 +157,22 @@ impl Layers {
     pub fn embed(&self, architecture: &Architecture, ids: &[u32], positions: &[u32]) -> crate::Result<Tensor> {
         let device = self.embed.device();
         let mut x = self.embed.index_select(&Tensor::new(ids, device)?, 0)?;
-        if let Some(scale) = architecture.embedding_scale() {
-            // transformers rounds the factor to the type of the weights.
-            let scale = Tensor::new(scale, device)?.to_dtype(x.dtype())?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        let scale = self.embedding_scale(architecture)?;
+        if scale != 1.0 {
             x = (x * scale)?;
         }
         if let Some(table) = &self.positions {
             x = (x + table.index_select(&Tensor::new(positions, device)?, 0)?)?;
         }
         Ok(x)
+    }
+}
+
+impl Layers {
+    /// Factor on the embeddings, which transformers rounds to the type of the weights.
+    pub fn embedding_scale(&self, architecture: &Architecture) -> Result<f64> {
+        let scale = architecture.embedding_scale().unwrap_or(1.0);
+        Tensor::new(scale, &Device::Cpu)?.to_dtype(self.embed.dtype())?.to_dtype(DType::F64)?.to_scalar::<f64>()
     }
 }
 
@@ -169,6 +189,7 @@ impl Parts<'_> {
 
     fn norm(&self, name: &str) -> crate::Result<Norm> {
         Ok(Norm {
+            name: name.into(),
             weight: self.get(&format!("{name}.weight"))?,
             bias: self.parameters.get(&format!("{name}.bias")).cloned(),
             kind: self.architecture.norm,
@@ -185,15 +206,13 @@ impl Parts<'_> {
             let weight = self.get(&format!("{name}.weight"))?;
             let bias = self.parameters.get(&format!("{name}.bias")).cloned();
             // GPT-2 keeps its matrices as inputs by outputs.
-            Ok(Projection { weight: if arch.model_type == "gpt2" { weight.t()? } else { weight }, bias })
+            let turned = arch.model_type == "gpt2";
+            Ok(Projection { name, weight: if turned { weight.t()? } else { weight }, bias, turned })
         };
         if arch.model_type == "gpt2" {
-            let (qkv, h) = (projection("attn.c_attn")?, arch.hidden);
             return Ok(Block {
                 input_norm: norm("ln_1")?,
-                q: qkv.outputs(0, h)?,
-                k: qkv.outputs(h, h)?,
-                v: qkv.outputs(2 * h, h)?,
+                qkv: vec![projection("attn.c_attn")?],
                 qk_norm: None,
                 o: projection("attn.c_proj")?,
                 attention_norm: None,
@@ -214,9 +233,11 @@ impl Parts<'_> {
         let qk_norm = if arch.qk_norm { Some((norm("self_attn.q_norm")?, norm("self_attn.k_norm")?)) } else { None };
         Ok(Block {
             input_norm: norm("input_layernorm")?,
-            q: projection("self_attn.q_proj")?,
-            k: projection("self_attn.k_proj")?,
-            v: projection("self_attn.v_proj")?,
+            qkv: vec![
+                projection("self_attn.q_proj")?,
+                projection("self_attn.k_proj")?,
+                projection("self_attn.v_proj")?,
+            ],
             qk_norm,
             o: projection("self_attn.o_proj")?,
             attention_norm: after_attention,

@@ -37,7 +37,8 @@ impl Architecture {
         let heads = self.attention(0);
         let (hidden, qkv, q, mlp) =
             (self.hidden as u64, heads.width() as u64, heads.query_width() as u64, self.mlp as u64);
-        let block = (2 * hidden + qkv + q + 2 * mlp) * width(precision) + heads.queries as u64 * F32;
+        let (gates, outer) = (if self.gated { 2 } else { 1 }, if self.sandwich { 2 } else { 0 });
+        let block = ((2 + outer) * hidden + qkv + q + gates * mlp) * width(precision) + heads.queries as u64 * F32;
         let layers = self.layers as u64;
         let kept = if gradient_checkpointing { layers * hidden * F32 + block } else { layers * block };
         // Buffers of the pass itself, forward and backward, and a packed copy of a product's input.

@@ -12,7 +12,7 @@ mod trace;
 pub use architecture::{Activation, Architecture, HeadKind, NormKind, Position, Rope, Scaling};
 pub use batch::{Batch, Sequence};
 pub(crate) use config::with_head;
-pub(crate) use layers::{Block, Layers, Projection};
+pub(crate) use layers::{Block, Layers, Norm, Projection};
 pub use trace::{Forward, Gradients};
 
 use std::collections::BTreeMap;
@@ -20,10 +20,11 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use crate::cpu;
 use crate::error::{Error, Result};
 use crate::kernels::gemm::Precision;
 use crate::kernels::rope::Angles;
+use crate::gpu::Board;
+use crate::pass::{self, Machine};
 use crate::ops::{self, AttentionShape, Kernels, Positions};
 use layers::LayerContext;
 
@@ -49,6 +50,8 @@ pub struct Decoder {
     kernels: Kernels,
     precision: Precision,
     recompute: bool,
+    /// The GPU that runs its passes.
+    board: Option<Arc<dyn Board>>,
 }
 
 impl Decoder {
@@ -78,6 +81,7 @@ impl Decoder {
             Position::Rotary { rope, sliding } => (table(rope), sliding.as_ref().map(table)),
             Position::Learned => (Arc::new(Angles::new(&[], 0)), None),
         };
+        let board = board(frozen.embed.device())?;
         Ok(Self {
             angles,
             sliding_angles,
@@ -89,6 +93,7 @@ impl Decoder {
             kernels: Kernels::Fused,
             precision,
             recompute: false,
+            board,
         })
     }
 
@@ -110,6 +115,16 @@ impl Decoder {
     pub fn with_gradient_checkpointing(mut self, recompute: bool) -> Self {
         self.recompute = recompute;
         self
+    }
+
+    /// The same model with its passes run by a board, which its tensors must be within reach of.
+    pub fn with_board(mut self, board: Arc<dyn Board>) -> Self {
+        self.board = Some(board);
+        self
+    }
+
+    pub(crate) fn board(&self) -> Option<&Arc<dyn Board>> {
+        self.board.as_ref()
     }
 
     /// What the model is made of.
@@ -137,8 +152,19 @@ impl Decoder {
         &self.variables
     }
 
-    pub(crate) fn angles(&self) -> &Arc<Angles> {
-        &self.angles
+    /// Angles of a layer's rotary positions, where it has them.
+    pub(crate) fn angles(&self, layer: usize) -> Option<&Arc<Angles>> {
+        let arch = &self.architecture;
+        match &self.sliding_angles {
+            _ if !matches!(arch.position, Position::Rotary { .. }) => None,
+            Some(angles) if arch.slides(layer) => Some(angles),
+            _ => Some(&self.angles),
+        }
+    }
+
+    /// Factor on the embeddings.
+    pub(crate) fn embedding_scale(&self) -> candle_core::Result<f32> {
+        Ok(self.frozen.embedding_scale(&self.architecture)? as f32)
     }
 
     pub(crate) fn layers(&self) -> &Layers {
@@ -172,8 +198,10 @@ impl Decoder {
 
     fn output(&self, batch: &Batch, temperature: f64) -> Result<Tensor> {
         self.check(batch)?;
-        if cpu::serves(self) {
-            return Ok(Tensor::new(cpu::output(self, batch, temperature)?, self.device())?);
+        match pass::machine(self) {
+            Some(Machine::Cpu(cpu)) => return Ok(pass::output(&cpu, self, batch, temperature)?),
+            Some(Machine::Gpu(gpu)) => return Ok(pass::output(&gpu, self, batch, temperature)?),
+            None => {}
         }
         let x = self.hidden(batch)?;
         self.head(&self.frozen, &x, batch, temperature)
@@ -251,15 +279,9 @@ impl Decoder {
 
     /// What a layer of a pass over rows at `positions` works with.
     pub(crate) fn layer(&self, layer: usize, positions: &[u32]) -> LayerContext {
-        let arch = &self.architecture;
-        let angles = match &self.sliding_angles {
-            Some(angles) if arch.slides(layer) => angles,
-            _ => &self.angles,
-        };
-        let rotary = matches!(arch.position, Position::Rotary { .. });
         LayerContext {
-            head_dim: arch.head_dim,
-            positions: rotary.then(|| Positions::new(angles.clone(), positions.to_vec())),
+            heads: self.architecture.attention(layer),
+            positions: self.angles(layer).map(|angles| Positions::new(angles.clone(), positions.to_vec())),
         }
     }
 
@@ -268,4 +290,18 @@ impl Decoder {
         let families = batch.families.clone();
         move |layer| AttentionShape { heads: self.architecture.attention(layer), families: families.clone() }
     }
+}
+
+/// The board of a device that is a GPU.
+#[cfg(feature = "cuda")]
+fn board(device: &Device) -> Result<Option<Arc<dyn Board>>> {
+    match device {
+        Device::Cuda(device) => Ok(Some(Arc::new(crate::gpu::Cuda::new(device)?))),
+        _ => Ok(None),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn board(_: &Device) -> Result<Option<Arc<dyn Board>>> {
+    Ok(None)
 }

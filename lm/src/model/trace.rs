@@ -1,6 +1,6 @@
 //! Forward with a memory, and the backward pass through it, one block at a time.
 //!
-//! On the CPU the [kernels](crate::cpu) keep what they need. Elsewhere each block is a candle graph of its own from a
+//! Where a decoder is [served by hand](crate::pass), the pass keeps what it needs. Elsewhere each block is a candle graph of its own from a
 //! variable to its output; the backward pass takes the graphs from the last to the first and drops each as soon as
 //! its gradients are added up, so activations are freed on the way.
 
@@ -9,10 +9,11 @@ use std::collections::BTreeMap;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 
-use super::{Batch, Decoder, HeadKind, Layers};
-use crate::cpu;
+use super::{Batch, Decoder, HeadKind, Layers, Norm, Projection};
 use crate::error::{Error, Result};
-use crate::ops::{self, with_floats_mut};
+use crate::ops;
+use crate::gpu::Gpu;
+use crate::pass::{self, Cpu, Machine};
 
 /// Gradients by parameter name, summed over micro-batches.
 #[derive(Default)]
@@ -28,17 +29,35 @@ impl Gradients {
         Ok(())
     }
 
-    /// Runs `f` on the sum of one parameter's gradients, on the CPU in f32, for it to add to.
-    pub(crate) fn with<T>(
+    /// The sum of one parameter's gradients in f32, to be added to in place.
+    pub(crate) fn sum(&mut self, name: &str, like: &Tensor) -> candle_core::Result<Tensor> {
+        if let Some(sum) = self.0.get(name) {
+            return Ok(sum.clone());
+        }
+        let sum = Tensor::zeros(like.shape(), DType::F32, like.device())?;
+        self.0.insert(name.to_string(), sum.clone());
+        Ok(sum)
+    }
+
+    /// The sums of a norm's weight and bias.
+    pub(crate) fn sums_of_norm(&mut self, norm: &Norm) -> candle_core::Result<(Tensor, Option<Tensor>)> {
+        self.sums(&norm.name, &norm.weight, norm.bias.as_ref())
+    }
+
+    /// The sums of a projection's weight, in the parameter's own shape, and bias.
+    pub(crate) fn sums_of_projection(&mut self, p: &Projection) -> candle_core::Result<(Tensor, Option<Tensor>)> {
+        let weight = if p.turned { p.weight.t()? } else { p.weight.clone() };
+        self.sums(&p.name, &weight, p.bias.as_ref())
+    }
+
+    fn sums(
         &mut self,
         name: &str,
-        like: &Tensor,
-        f: impl FnOnce(&mut [f32]) -> candle_core::Result<T>,
-    ) -> candle_core::Result<T> {
-        if !self.0.contains_key(name) {
-            self.0.insert(name.to_string(), Tensor::zeros(like.shape(), DType::F32, like.device())?);
-        }
-        with_floats_mut(&self.0[name], f)
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> candle_core::Result<(Tensor, Option<Tensor>)> {
+        let bias = bias.map(|bias| self.sum(&format!("{name}.bias"), bias)).transpose()?;
+        Ok((self.sum(&format!("{name}.weight"), weight)?, bias))
     }
 
     /// The gradients, one for each variable of the model; a variable without one is an error.
@@ -54,7 +73,8 @@ impl Gradients {
 pub struct Forward<'a>(Trace<'a>);
 
 enum Trace<'a> {
-    Cpu { trace: Box<cpu::Trace<'a>>, output: Tensor },
+    Cpu(Box<pass::Trace<'a, Cpu>>),
+    Gpu(Box<pass::Trace<'a, Gpu>>),
     Graph(Graph<'a>),
 }
 
@@ -77,12 +97,10 @@ impl Decoder {
         let layers =
             self.trained.as_ref().ok_or_else(|| Error::Config("the model is frozen; load it as trainable".into()))?;
         self.check(batch)?;
-        Ok(Forward(if cpu::serves(self) && self.dtype() == DType::F32 {
-            let trace = cpu::Trace::forward(self, batch, temperature)?;
-            let output = Tensor::new(trace.output(), self.device())?;
-            Trace::Cpu { trace: Box::new(trace), output }
-        } else {
-            Trace::Graph(Graph::forward(self, layers, batch, temperature)?)
+        Ok(Forward(match pass::machine(self).filter(|_| self.dtype() == DType::F32) {
+            Some(Machine::Cpu(cpu)) => Trace::Cpu(Box::new(pass::Trace::forward(cpu, self, batch, temperature)?)),
+            Some(Machine::Gpu(gpu)) => Trace::Gpu(Box::new(pass::Trace::forward(gpu, self, batch, temperature)?)),
+            None => Trace::Graph(Graph::forward(self, layers, batch, temperature)?),
         }))
     }
 }
@@ -93,7 +111,8 @@ impl Forward<'_> {
     /// [`Forward::backward`].
     pub fn output(&self) -> Tensor {
         match &self.0 {
-            Trace::Cpu { output, .. } => output.clone(),
+            Trace::Cpu(trace) => trace.output().clone(),
+            Trace::Gpu(trace) => trace.output().clone(),
             Trace::Graph(graph) => graph.output.detach(),
         }
     }
@@ -101,7 +120,8 @@ impl Forward<'_> {
     /// Adds the gradient of an objective to `gradients`, given its gradient with respect to the output.
     pub fn backward(self, grad: &Tensor, gradients: &mut Gradients) -> Result<()> {
         match self.0 {
-            Trace::Cpu { trace, .. } => Ok(trace.backward(&grad.to_dtype(DType::F32)?.to_vec1::<f32>()?, gradients)?),
+            Trace::Cpu(trace) => Ok(trace.backward(grad, gradients)?),
+            Trace::Gpu(trace) => Ok(trace.backward(grad, gradients)?),
             Trace::Graph(graph) => graph.backward(grad, gradients),
         }
     }

@@ -42,15 +42,20 @@ mod tests {
     #[test]
     fn the_kernel_equals_the_graph() {
         let tokens: Vec<u32> = (0..70).map(|i| (i * 371) % 5000).collect();
-        for temperature in [1.0, 0.7] {
+        for (temperature, cap) in [(1.0, None), (0.7, None), (0.9, Some(1.5))] {
             let inputs = [random(&[70, 24], 1), random(&[5000, 24], 2)];
             for entropy in [false, true] {
-                let want = plain(|x| logprobs(&linear(&x[0], &x[1])?, &tokens, temperature, entropy), &inputs);
+                let graph = |x: &[Tensor]| {
+                    let logits = softcap(linear(&x[0], &x[1])?, cap)?;
+                    logprobs(&logits, &tokens, temperature, entropy)
+                };
+                let want = plain(graph, &inputs);
                 let (h, w) = (floats(&inputs[0]), floats(&inputs[1]));
                 let weight = View::new(&w, 5000, 24);
-                let targets = Targets { tokens: &tokens, temperature: temperature as f32 };
+                let softcap = cap.map(|cap| cap as f32);
+                let targets = Targets { tokens: &tokens, temperature: temperature as f32, softcap };
                 let (mut out, lse) = head::logprobs(&h, weight, targets, Precision::F32);
-                let entropies = head::entropies(&h, weight, &lse, temperature as f32, Precision::F32);
+                let entropies = head::entropies(&h, weight, &lse, targets, Precision::F32);
                 let (grad, d_entropy) = want.upstream.split_at(70);
                 let saved = Saved { hidden: &h, lse: &lse, grad, entropy: entropy.then_some((&entropies, d_entropy)) };
                 let mut dw = vec![0.0; w.len()];

@@ -1,19 +1,19 @@
 //! Differentiable operations as plain candle graphs: what runs on devices and types without kernels of ours, and the
 //! oracle for the kernels on the CPU.
 
+mod activation;
 mod attention;
 mod head;
 mod linear;
 mod norm;
 mod rope;
-mod swiglu;
 
+pub use activation::{geglu, swiglu};
 pub use attention::{AttentionShape, attend_tail, attention};
 pub use head::{logprobs, softcap};
 pub use linear::linear;
 pub use norm::{layer_norm, rms_norm};
 pub use rope::{Positions, rope};
-pub use swiglu::{geglu, swiglu};
 
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Tensor, bail};
 

@@ -8,6 +8,7 @@ use rehearsal_lm::ops::Kernels;
 use rehearsal_lm::{Architecture, Batch, Decoder, Gradients, Parameters, Sequence};
 
 use super::{Golden, flat, folder, rows};
+use crate::gpu::board;
 
 /// A model folder; it has no tokenizer, so the weights are read as they are.
 fn parameters(model: &str) -> (Architecture, Parameters) {
@@ -35,9 +36,32 @@ pub fn unpadded(golden: &Golden, side: &str) -> Vec<Vec<u32>> {
     ids.iter().zip(&mask).map(keep).collect()
 }
 
-pub fn kernels(dtype: DType) -> Vec<Kernels> {
-    // The fused kernels are f32; f64 shows that the plain twins are exact.
-    if dtype == DType::F32 { vec![Kernels::Fused, Kernels::Plain] } else { vec![Kernels::Plain] }
+/// How a decoder runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Machine {
+    Kernels,
+    Graph,
+    /// The kernels of a GPU, on an emulated one.
+    Gpu,
+}
+
+impl Machine {
+    pub fn run(self, decoder: Decoder) -> Decoder {
+        match (self, board()) {
+            (Self::Graph, _) => decoder.with_kernels(Kernels::Plain),
+            (Self::Gpu, Some(board)) => decoder.with_board(board),
+            _ => decoder,
+        }
+    }
+}
+
+/// The kernels are f32; f64 shows that the graph is exact.
+pub fn machines(dtype: DType) -> Vec<Machine> {
+    match dtype {
+        DType::F32 if board().is_some() => vec![Machine::Kernels, Machine::Graph, Machine::Gpu],
+        DType::F32 => vec![Machine::Kernels, Machine::Graph],
+        _ => vec![Machine::Graph],
+    }
 }
 
 const FAMILIES: [&str; 6] = ["tiny-llama", "tiny-gpt2", "tiny-qwen2", "tiny-qwen3", "tiny-gemma2", "tiny-gemma3"];
@@ -51,16 +75,16 @@ fn golden_models_forward_and_gradients() {
     for model in FAMILIES {
         let golden = golden_of(model);
         for dtype in [DType::F32, DType::F64] {
-            for kernels in kernels(dtype) {
-                forward_and_gradients(model, &golden, dtype, kernels);
+            for machine in machines(dtype) {
+                forward_and_gradients(model, &golden, dtype, machine);
             }
         }
     }
 }
 
-fn forward_and_gradients(model: &str, golden: &Golden, dtype: DType, kernels: Kernels) {
+fn forward_and_gradients(model: &str, golden: &Golden, dtype: DType, machine: Machine) {
     let single = dtype == DType::F32;
-    let decoder = trainable(model, dtype).with_kernels(kernels);
+    let decoder = machine.run(trainable(model, dtype));
     for side in ["right", "left"] {
         let sequences = unpadded(golden, side);
         // Every token but the first is a target: the first stands as the prompt.
@@ -109,8 +133,8 @@ fn golden_models_logits() {
         let golden = golden_of(model);
         let want = safetensors::load(folder().join(model).join("expected.safetensors"), &Device::Cpu).unwrap();
         for dtype in [DType::F32, DType::F64] {
-            for kernels in kernels(dtype) {
-                let decoder = trainable(model, dtype).with_kernels(kernels);
+            for machine in machines(dtype) {
+                let decoder = machine.run(trainable(model, dtype));
                 for (row, ids) in unpadded(&golden, "right").iter().enumerate() {
                     let got = decoder.logits(ids).unwrap();
                     let want = want["right_logits"].get(row).unwrap().narrow(0, 0, ids.len()).unwrap();
@@ -124,9 +148,9 @@ fn golden_models_logits() {
 #[test]
 fn golden_models_greedy() {
     for model in FAMILIES {
-        for kernels in [Kernels::Fused, Kernels::Plain] {
+        for machine in machines(DType::F32) {
             let golden = golden_of(model);
-            let decoder = trainable(model, DType::F32).with_kernels(kernels);
+            let decoder = machine.run(trainable(model, DType::F32));
             let want = rows(&golden.value["outputs"]["greedy_new_tokens"]);
             let requests = unpadded(&golden, "right").into_iter().enumerate();
             let requests = requests.map(|(i, p)| Request { id: i as u64, prompt: p.into() }).collect();
@@ -156,9 +180,9 @@ fn golden_models_greedy() {
 fn golden_reward_model_scores_and_gradients() {
     let golden = golden_of("tiny-llama-rm");
     for dtype in [DType::F32, DType::F64] {
-        for kernels in kernels(dtype) {
+        for machine in machines(dtype) {
             let single = dtype == DType::F32;
-            let decoder = trainable("tiny-llama-rm", dtype).with_kernels(kernels);
+            let decoder = machine.run(trainable("tiny-llama-rm", dtype));
             for side in ["right", "left"] {
                 let sequences = unpadded(&golden, side);
                 // Every row is read: a token that nothing sees stands at the end.

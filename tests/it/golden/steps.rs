@@ -11,10 +11,9 @@ use rehearsal_learn::{
     AdamW, AdamWConfig, KlEstimator, NllReduction, PreferenceConfig, PreferenceLogprobs, Whole, clip_scale,
     global_norm, preference_loss, sft, token,
 };
-use rehearsal_lm::ops::Kernels;
 use rehearsal_lm::{Batch, Gradients, Sequence};
 
-use super::models::{kernels, trainable, unpadded};
+use super::models::{Machine, machines, trainable, unpadded};
 use super::{Golden, Packing, flat, folder, rows};
 
 #[test]
@@ -22,18 +21,18 @@ fn golden_dpo_and_rpo_steps() {
     for name in ["tiny-llama/dpo_step", "tiny-llama/rpo_step"] {
         let golden = Golden::load(name);
         for dtype in [DType::F32, DType::F64] {
-            for kernels in kernels(dtype) {
-                preference_step(&golden, dtype, kernels);
+            for machine in machines(dtype) {
+                preference_step(&golden, dtype, machine);
             }
         }
     }
 }
 
-fn preference_step(golden: &Golden, dtype: DType, kernels: Kernels) {
+fn preference_step(golden: &Golden, dtype: DType, machine: Machine) {
     let params = &golden.value["params"];
     let single = dtype == DType::F32;
-    let policy = trainable("tiny-llama", dtype).with_kernels(kernels);
-    let reference = trainable(golden.param_text("reference").trim_start_matches("../"), dtype).with_kernels(kernels);
+    let policy = machine.run(trainable("tiny-llama", dtype));
+    let reference = machine.run(trainable(golden.param_text("reference").trim_start_matches("../"), dtype));
 
     let sequences = unpadded(golden, "");
     let completion_masks = rows(&golden.value["inputs"]["completion_mask"]);
@@ -135,17 +134,17 @@ fn golden_ppo_steps() {
     for name in ["tiny-llama/ppo_step", "tiny-llama/ppo_ptx_step"] {
         let golden = Golden::load(name);
         for dtype in [DType::F32, DType::F64] {
-            for kernels in kernels(dtype) {
-                ppo_step(&golden, dtype, kernels);
+            for machine in machines(dtype) {
+                ppo_step(&golden, dtype, machine);
             }
         }
     }
 }
 
-fn ppo_step(golden: &Golden, dtype: DType, kernels: Kernels) {
+fn ppo_step(golden: &Golden, dtype: DType, machine: Machine) {
     let single = dtype == DType::F32;
-    let model = |key: &str| trainable(golden.param_text(key).trim_start_matches("../"), dtype).with_kernels(kernels);
-    let policy = trainable("tiny-llama", dtype).with_kernels(kernels);
+    let model = |key: &str| machine.run(trainable(golden.param_text(key).trim_start_matches("../"), dtype));
+    let policy = machine.run(trainable("tiny-llama", dtype));
     let (reference, critic) = (model("reference"), model("value"));
     let temperature = golden.param("temperature");
 

@@ -4,11 +4,11 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Heads, bend, softmax};
+use super::{Heads, softmax};
 use crate::kernels::Shared;
 use crate::kernels::gemm::{Packed, Precision, View, gemm_serial, gemm_shared};
 use crate::kernels::isa::per_isa;
-use crate::kernels::math::{dot, exp_row};
+use crate::kernels::math::{bend, dot, exp_row};
 
 /// Queries whose scores exist at a time.
 const BLOCK: usize = 48;

@@ -1,14 +1,24 @@
 //! AdamW (Loshchilov & Hutter 2019), updated in place, with moments that can be saved.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+mod moments;
+mod update;
+
 use std::collections::BTreeMap;
 
-use candle_core::{CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Result as CandleResult, Tensor, Var, bail};
-use half::bf16;
+use candle_core::{CpuStorage, DType, Tensor, Var};
 use rayon::prelude::*;
 
 use crate::{Error, Result};
+pub use moments::MomentType;
+use moments::{Moment, Moments};
+use update::Rule;
 
-/// Elements a task takes at a time; also the grain of the gradient norm, whose order of summation it fixes.
+/// The kernels of AdamW for a CUDA device, to be compiled by NVRTC.
+pub const ADAMW_CUDA: &str = include_str!("adamw.cu");
+
+/// Elements of the gradient norm that a task takes at a time: it fixes the order of summation.
 const BLOCK: usize = 64 * 1024;
 
 /// Settings of [`AdamW`].
@@ -39,17 +49,6 @@ pub enum AdamRule {
     EpsilonHat,
 }
 
-/// What moments are stored as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum MomentType {
-    /// As the parameter is.
-    #[default]
-    Full,
-    /// bfloat16, rounded up or down at random in proportion to what is cut off, so that small changes add up to what
-    /// they should. The random bits are a function of the step and the element alone.
-    Bf16,
-}
-
 impl Default for AdamWConfig {
     fn default() -> Self {
         Self {
@@ -70,25 +69,11 @@ pub struct AdamW {
     moments: BTreeMap<String, Moments>,
 }
 
-struct Moments {
-    first: Tensor,
-    second: Tensor,
-}
-
 impl AdamW {
     /// Zero moments for every variable.
     pub fn new(variables: &BTreeMap<String, Var>, config: AdamWConfig) -> Result<Self> {
-        let moments = variables
-            .iter()
-            .map(|(name, var)| {
-                let dtype = match config.moments {
-                    MomentType::Full => var.dtype(),
-                    MomentType::Bf16 => DType::BF16,
-                };
-                let zeros = || Tensor::zeros(var.shape(), dtype, var.device());
-                Ok((name.clone(), Moments { first: zeros()?, second: zeros()? }))
-            })
-            .collect::<Result<_>>()?;
+        let zeros = |(name, var): (&String, &Var)| Ok((name.clone(), Moments::zeros(var, config.moments)?));
+        let moments = variables.iter().map(zeros).collect::<Result<_>>()?;
         Ok(Self { config, step: 0, moments })
     }
 
@@ -97,28 +82,47 @@ impl AdamW {
         self.step
     }
 
-    /// Moments by name, `exp_avg.NAME` and `exp_avg_sq.NAME`; they share storage with the optimiser.
+    /// Moments by name, `exp_avg.NAME` and `exp_avg_sq.NAME`, and in eight bits `exp_avg_scale.NAME` and
+    /// `exp_avg_sq_scale.NAME`; they share storage with the optimiser.
     pub fn state(&self) -> BTreeMap<String, Tensor> {
-        let pair = |(name, m): (&String, &Moments)| {
-            [(format!("exp_avg.{name}"), m.first.clone()), (format!("exp_avg_sq.{name}"), m.second.clone())]
-        };
-        self.moments.iter().flat_map(pair).collect()
+        let mut state = BTreeMap::new();
+        for (name, Moments { first, second }) in &self.moments {
+            for (kind, moment) in [("exp_avg", first), ("exp_avg_sq", second)] {
+                state.insert(format!("{kind}.{name}"), moment.values.clone());
+                if let Some(scales) = &moment.scales {
+                    state.insert(format!("{kind}_scale.{name}"), scales.clone());
+                }
+            }
+        }
+        state
     }
 
     /// Takes over what [`AdamW::state`] and [`AdamW::steps`] gave.
     pub fn restore(&mut self, steps: u64, state: &BTreeMap<String, Tensor>) -> Result<()> {
         let mut restored = BTreeMap::new();
         for (name, moments) in &self.moments {
-            let get = |kind: &str, like: &Tensor| -> Result<Tensor> {
-                let key = format!("{kind}.{name}");
+            let get = |key: String, like: &Tensor| -> Result<Tensor> {
                 let found = state.get(&key).ok_or_else(|| Error::Moments(format!("`{key}` is missing")))?;
                 if found.dims() != like.dims() {
                     return Err(Error::Moments(format!("`{key}` is {:?}, wanted {:?}", found.dims(), like.dims())));
                 }
+                // Codes of eight bits mean nothing in another type.
+                if found.dtype() != like.dtype() && [found.dtype(), like.dtype()].contains(&DType::U8) {
+                    return Err(Error::Moments(format!(
+                        "`{key}` is kept in {:?}, and the configuration wants {:?}; resume with the `moments` it was begun with",
+                        found.dtype(),
+                        like.dtype()
+                    )));
+                }
                 // A copy: the optimiser writes in place.
                 Ok(found.to_device(like.device())?.to_dtype(like.dtype())?.copy()?)
             };
-            let both = Moments { first: get("exp_avg", &moments.first)?, second: get("exp_avg_sq", &moments.second)? };
+            let moment = |kind: &str, like: &Moment| -> Result<Moment> {
+                let scales = like.scales.as_ref().map(|like| get(format!("{kind}_scale.{name}"), like)).transpose()?;
+                Ok(Moment { values: get(format!("{kind}.{name}"), &like.values)?, scales })
+            };
+            let both =
+                Moments { first: moment("exp_avg", &moments.first)?, second: moment("exp_avg_sq", &moments.second)? };
             restored.insert(name.clone(), both);
         }
         self.step = steps;
@@ -145,140 +149,23 @@ impl AdamW {
         let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
         let correction = |beta: f64| 1.0 - beta.powi(self.step.min(i32::MAX as u64) as i32);
         for (name, var) in variables {
-            let Some(moments) = self.moments.get_mut(name) else { return Err(Error::StrayGradient(name.clone())) };
+            let Some(moments) = self.moments.get(name) else { return Err(Error::StrayGradient(name.clone())) };
             let gradient = gradients[name].contiguous()?;
             let decay = if var.dims().len() > 1 { 1.0 - rate * weight_decay } else { 1.0 };
             let (rate, root) = (rate / correction(beta1), correction(beta2).sqrt());
-            let update = match self.config.rule {
-                AdamRule::Corrected => Update { decay, rate, root, eps },
-                AdamRule::EpsilonHat => Update { decay, rate: rate * root, root: 1.0, eps },
+            let (rate, root) = match self.config.rule {
+                AdamRule::Corrected => (rate, root),
+                AdamRule::EpsilonHat => (rate * root, 1.0),
             };
-            if var.device().is_cpu() {
-                let blend = |beta, square| Blend { beta, square, scale, step: self.step };
-                moments.first.inplace_op2(&gradient, &blend(beta1, false))?;
-                moments.second.inplace_op2(&gradient, &blend(beta2, true))?;
-                var.as_detached_tensor().inplace_op3(&moments.first, &moments.second, &update)?;
-            } else {
-                // On a GPU in candle's operations, where bfloat16 moments are rounded to the nearest.
-                let (gradient, stored) = ((gradient * scale)?, moments.first.dtype());
-                let wide = |m: &Tensor| m.to_dtype(gradient.dtype());
-                let first = ((wide(&moments.first)? * beta1)? + (&gradient * (1.0 - beta1))?)?;
-                let second = ((wide(&moments.second)? * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
-                let denominator = ((second.sqrt()? / update.root)? + eps)?;
-                let change = (first.div(&denominator)? * update.rate)?;
-                (moments.first, moments.second) = (first.to_dtype(stored)?, second.to_dtype(stored)?);
-                var.set(&((var.as_detached_tensor() * decay)? - change)?)?;
+            let salt = (self.step as u32).wrapping_mul(0x9e37_79b9);
+            let rule = Rule { beta1, beta2, decay, rate, root, eps, scale, salts: [salt, salt ^ 0x5bd1_e995] };
+            let parameter = var.as_detached_tensor();
+            #[cfg(feature = "cuda")]
+            if var.device().is_cuda() {
+                cuda::update(&parameter, moments, &gradient, rule)?;
+                continue;
             }
-        }
-        Ok(())
-    }
-}
-
-/// `m ← β m + (1-β) g` or, squared, `m ← β m + (1-β) g²`.
-struct Blend {
-    beta: f64,
-    square: bool,
-    scale: f64,
-    step: u64,
-}
-
-/// One of the two bfloat16 numbers around `x`, each with the probability that makes the mean `x`; `seed` decides.
-#[inline(always)]
-fn round_at_random(x: f32, seed: u32) -> bf16 {
-    // The finaliser of MurmurHash3.
-    let mut h = seed;
-    h = (h ^ (h >> 16)).wrapping_mul(0x85eb_ca6b);
-    h = (h ^ (h >> 13)).wrapping_mul(0xc2b2_ae35);
-    let bits = x.to_bits();
-    let up = bits.wrapping_add((h ^ (h >> 16)) & 0xffff);
-    bf16::from_bits((if x.is_finite() { up } else { bits } >> 16) as u16)
-}
-
-/// The parameter's own change, given its moments.
-struct Update {
-    decay: f64,
-    rate: f64,
-    root: f64,
-    eps: f64,
-}
-
-fn range(l: &Layout) -> CandleResult<std::ops::Range<usize>> {
-    match l.contiguous_offsets() {
-        Some((from, to)) => Ok(from..to),
-        None => bail!("an optimiser's tensor must be contiguous"),
-    }
-}
-
-impl InplaceOp2 for Blend {
-    fn name(&self) -> &'static str {
-        "adamw-moment"
-    }
-
-    fn cpu_fwd(&self, m: &mut CpuStorage, ml: &Layout, g: &CpuStorage, gl: &Layout) -> CandleResult<()> {
-        let (mr, gr, square) = (range(ml)?, range(gl)?, self.square);
-        macro_rules! blend {
-            ($m:expr, $g:expr, $t:ty) => {{
-                let (keep, take, scale) = (self.beta as $t, (1.0 - self.beta) as $t, self.scale as $t);
-                $m[mr].par_chunks_mut(BLOCK).zip($g[gr].par_chunks(BLOCK)).for_each(|(m, g)| {
-                    for (m, &g) in m.iter_mut().zip(g) {
-                        let g = g * scale;
-                        *m = keep * *m + take * if square { g * g } else { g };
-                    }
-                })
-            }};
-        }
-        match (m, g) {
-            (CpuStorage::F32(m), CpuStorage::F32(g)) => blend!(m, g, f32),
-            (CpuStorage::F64(m), CpuStorage::F64(g)) => blend!(m, g, f64),
-            (CpuStorage::BF16(m), CpuStorage::F32(g)) => {
-                let (keep, take, scale) = (self.beta as f32, (1.0 - self.beta) as f32, self.scale as f32);
-                let salt = (self.step as u32).wrapping_mul(0x9e37_79b9) ^ if square { 0x5bd1_e995 } else { 0 };
-                let chunks = m[mr].par_chunks_mut(BLOCK).zip(g[gr].par_chunks(BLOCK)).enumerate();
-                chunks.for_each(|(block, (m, g))| {
-                    for (i, (m, &g)) in m.iter_mut().zip(g).enumerate() {
-                        let g = g * scale;
-                        let next = keep * m.to_f32() + take * if square { g * g } else { g };
-                        *m = round_at_random(next, ((block * BLOCK + i) as u32) ^ salt);
-                    }
-                })
-            }
-            _ => bail!("moments and gradients must both be f32 or f64, or bf16 and f32"),
-        }
-        Ok(())
-    }
-}
-
-impl InplaceOp3 for Update {
-    fn name(&self) -> &'static str {
-        "adamw-update"
-    }
-
-    fn cpu_fwd(
-        &self,
-        p: &mut CpuStorage,
-        pl: &Layout,
-        m: &CpuStorage,
-        ml: &Layout,
-        v: &CpuStorage,
-        vl: &Layout,
-    ) -> CandleResult<()> {
-        let (pr, mr, vr) = (range(pl)?, range(ml)?, range(vl)?);
-        macro_rules! update {
-            ($p:expr, $m:expr, $v:expr, $t:ty, $wide:expr) => {{
-                let (decay, rate, root, eps) = (self.decay as $t, self.rate as $t, self.root as $t, self.eps as $t);
-                let sources = $m[mr].par_chunks(BLOCK).zip($v[vr].par_chunks(BLOCK));
-                $p[pr].par_chunks_mut(BLOCK).zip(sources).for_each(|(p, (m, v))| {
-                    for ((p, &m), &v) in p.iter_mut().zip(m).zip(v) {
-                        *p = *p * decay - rate * $wide(m) / ($wide(v).sqrt() / root + eps);
-                    }
-                })
-            }};
-        }
-        match (p, m, v) {
-            (CpuStorage::F32(p), CpuStorage::F32(m), CpuStorage::F32(v)) => update!(p, m, v, f32, |x: f32| x),
-            (CpuStorage::F64(p), CpuStorage::F64(m), CpuStorage::F64(v)) => update!(p, m, v, f64, |x: f64| x),
-            (CpuStorage::F32(p), CpuStorage::BF16(m), CpuStorage::BF16(v)) => update!(p, m, v, f32, bf16::to_f32),
-            _ => bail!("parameters and moments must all be f32 or f64, or moments bf16"),
+            update::update(&parameter, moments, &gradient, rule)?;
         }
         Ok(())
     }
@@ -380,5 +267,45 @@ mod tests {
         // Rounded to the nearest, the second moment would never come down: a step takes off a thousandth.
         assert!((half / full - 1.0).abs() < 0.01, "{half} against {full}");
         assert_eq!(weights, run(MomentType::Bf16).1);
+    }
+
+    /// Noisy steps down a bowl, from moments of a type.
+    fn descend(kind: MomentType, restart: bool) -> Vec<f32> {
+        let n = 1000;
+        let start: Vec<f32> = (0..n).map(|i| (i as f32 * 0.37).sin()).collect();
+        let variables = BTreeMap::from([("w".to_string(), Var::new(start.as_slice(), &Device::Cpu).unwrap())]);
+        let config = AdamWConfig { moments: kind, ..Default::default() };
+        let mut optimiser = AdamW::new(&variables, config).unwrap();
+        for step in 0..300u32 {
+            let noise: Vec<f32> =
+                (0..n).map(|i| moments::scramble(step * 1000 + i as u32) as f32 / u32::MAX as f32 - 0.5).collect();
+            let noise = Tensor::new(noise.as_slice(), &Device::Cpu).unwrap();
+            let gradient = (variables["w"].as_detached_tensor() + (noise * 0.1).unwrap()).unwrap();
+            optimiser.step(&variables, &[("w".to_string(), gradient)].into(), 1e-2, 1.0).unwrap();
+            if restart && step % 100 == 50 {
+                let mut next = AdamW::new(&variables, config).unwrap();
+                next.restore(optimiser.steps(), &optimiser.state()).unwrap();
+                optimiser = next;
+            }
+        }
+        variables["w"].to_vec1().unwrap()
+    }
+
+    #[test]
+    fn moments_in_eight_bits_lead_to_the_same_place_and_resume_to_the_bit() {
+        let distance = |x: &[f32]| (x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / x.len() as f64).sqrt();
+        let (full, eight) = (descend(MomentType::Full, false), descend(MomentType::Int8, false));
+        assert!(distance(&eight) < distance(&full) + 0.02, "{} against {}", distance(&eight), distance(&full));
+        assert!(distance(&eight) < 0.1);
+        assert_eq!(eight, descend(MomentType::Int8, true));
+    }
+
+    #[test]
+    fn moments_of_another_type_are_refused() {
+        let variables = variables();
+        let with = |moments| AdamW::new(&variables, AdamWConfig { moments, ..Default::default() }).unwrap();
+        let state = with(MomentType::Full).state();
+        let error = with(MomentType::Int8).restore(3, &state).unwrap_err().to_string();
+        assert!(error.contains("exp_avg.a") && error.contains("moments"), "{error}");
     }
 }

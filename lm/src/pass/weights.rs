@@ -4,9 +4,9 @@ use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, WithDType,
 use half::bf16;
 
 use crate::kernels::gemm::{Element, Packed, Precision, View, gemm};
-use crate::model::{Block, Decoder, Projection};
+use crate::model::Projection;
 
-/// Runs `f` on contiguous CPU matrices of one element type.
+/// Runs `f` on CPU matrices of one element type, contiguous or the transposes of such.
 pub fn with_views<E: Element + WithDType, T>(
     tensors: &[&Tensor],
     f: impl FnOnce(&[View<'_, E>]) -> Result<T>,
@@ -28,10 +28,16 @@ fn view<'a, E: Element + WithDType>(storage: &'a CpuStorage, layout: &Layout) ->
         [rows, columns] => (rows, columns),
         _ => bail!("a weight must have one or two dimensions, not {:?}", layout.dims()),
     };
-    match layout.contiguous_offsets() {
-        Some((from, to)) => Ok(View::new(&storage.as_slice::<E>()?[from..to], rows, columns)),
-        None => bail!("a weight must be contiguous"),
+    let data = storage.as_slice::<E>()?;
+    if let Some((from, to)) = layout.contiguous_offsets() {
+        return Ok(View::new(&data[from..to], rows, columns));
     }
+    // GPT-2 keeps its matrices as inputs by outputs.
+    if layout.stride() == [1, rows] {
+        let from = layout.start_offset();
+        return Ok(View::new(&data[from..from + rows * columns], columns, rows).t());
+    }
+    bail!("a weight must be contiguous, or the transpose of such")
 }
 
 /// Packs matrices side by side, as they are or each transposed, in the memory of `packed`.
@@ -50,7 +56,7 @@ pub fn pack_into(packed: &mut Packed, tensors: &[&Tensor], transposed: bool) -> 
 }
 
 /// A vector's elements.
-pub fn vector(tensor: &Tensor) -> Result<Vec<f32>> {
+pub fn as_floats(tensor: &Tensor) -> Result<Vec<f32>> {
     tensor.to_dtype(DType::F32)?.to_vec1()
 }
 
@@ -61,17 +67,19 @@ pub struct PackedProjection {
 }
 
 impl PackedProjection {
-    fn empty(precision: Precision) -> Self {
+    /// Nothing yet; [`PackedProjection::fill`] packs into it.
+    pub fn empty(precision: Precision) -> Self {
         Self { weight: Packed::empty(precision), bias: None }
     }
 
-    fn fill(&mut self, parts: &[&Projection]) -> Result<()> {
+    /// Packs weights as they are now, in place of what was there.
+    pub fn fill(&mut self, parts: &[&Projection]) -> Result<()> {
         let weights: Vec<&Tensor> = parts.iter().map(|p| &p.weight).collect();
         pack_into(&mut self.weight, &weights, true)?;
         let mut bias = Vec::new();
         for part in parts {
             match &part.bias {
-                Some(b) => bias.extend(vector(b)?),
+                Some(b) => bias.extend(as_floats(b)?),
                 None => bias.resize(bias.len() + part.weight.dim(0)?, 0.0),
             }
         }
@@ -91,77 +99,5 @@ impl PackedProjection {
                 }
             }
         }
-    }
-
-    /// Columns of the result.
-    pub fn width(&self) -> usize {
-        self.weight.cols()
-    }
-
-    /// Precision of the product's factors.
-    pub fn precision(&self) -> Precision {
-        self.weight.precision()
-    }
-}
-
-/// One block's weights.
-pub struct PackedBlock {
-    pub input_norm: Vec<f32>,
-    pub qkv: PackedProjection,
-    pub o: PackedProjection,
-    pub post_norm: Vec<f32>,
-    pub gate_up: PackedProjection,
-    pub down: PackedProjection,
-}
-
-impl PackedBlock {
-    /// Nothing yet; [`PackedBlock::fill`] packs into it.
-    pub fn empty(precision: Precision) -> Self {
-        let projection = || PackedProjection::empty(precision);
-        Self {
-            input_norm: Vec::new(),
-            qkv: projection(),
-            o: projection(),
-            post_norm: Vec::new(),
-            gate_up: projection(),
-            down: projection(),
-        }
-    }
-
-    /// Packs a block's weights as they are now, in place of what was there.
-    pub fn fill(&mut self, b: &Block) -> Result<()> {
-        self.input_norm = vector(&b.input_norm.weight)?;
-        self.post_norm = vector(&b.post_norm.weight)?;
-        self.qkv.fill(&[&b.q, &b.k, &b.v])?;
-        self.o.fill(&[&b.o])?;
-        self.gate_up.fill(&[gate(b)?, &b.up])?;
-        self.down.fill(&[&b.down])
-    }
-}
-
-/// The gate of a block that has one, as those that are [served](super::serves) do.
-pub fn gate(block: &Block) -> Result<&Projection> {
-    block.gate.as_ref().ok_or_else(|| candle_core::Error::Msg("the MLP has no gate".into()))
-}
-
-/// All weights of a decoder, for generation.
-pub struct PackedWeights {
-    pub blocks: Vec<PackedBlock>,
-    pub norm: Vec<f32>,
-    pub head: Packed,
-}
-
-impl PackedWeights {
-    /// Packs a decoder's weights as they are now.
-    pub fn new(decoder: &Decoder) -> Result<Self> {
-        let (layers, precision) = (decoder.layers(), decoder.precision());
-        let block = |b: &Block| {
-            let mut packed = PackedBlock::empty(precision);
-            packed.fill(b).map(|()| packed)
-        };
-        let mut head = Packed::empty(precision);
-        pack_into(&mut head, &[&layers.head], true)?;
-        let blocks = layers.blocks.iter().map(block).collect::<Result<_>>()?;
-        Ok(Self { blocks, norm: vector(&layers.norm.weight)?, head })
     }
 }

@@ -1,0 +1,136 @@
+//! What AdamW remembers of each parameter, in 32, 16 or 8 bits.
+//!
+//! Fewer bits are rounded up or down at random in proportion to what is cut off, so that small changes add up to what they
+//! should. The random bits are a function of the step and the element alone.
+
+use candle_core::{DType, Tensor, Var};
+use half::bf16;
+
+use crate::Result;
+
+/// What moments are stored as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MomentType {
+    /// As the parameter is.
+    #[default]
+    Full,
+    /// bfloat16.
+    Bf16,
+    /// Eight bits and, for each block of [`QUANTUM`] numbers, the largest of them (block-wise, after Dettmers et al. 2022): a
+    /// sign, four bits of exponent and three of fraction for the first moment, five and three for the second, which has
+    /// no sign.
+    Int8,
+}
+
+impl MomentType {
+    /// Bits of one moment of an f32 parameter, scales included.
+    pub fn bits(self) -> u64 {
+        match self {
+            Self::Full => 32,
+            Self::Bf16 => 16,
+            Self::Int8 => 8 + 32 / QUANTUM as u64,
+        }
+    }
+}
+
+/// Numbers that share a scale.
+pub const QUANTUM: usize = 256;
+
+/// Both moments of one parameter.
+pub struct Moments {
+    pub first: Moment,
+    pub second: Moment,
+}
+
+/// One moment: its numbers, and the scales of their blocks where they are in eight bits.
+pub struct Moment {
+    pub values: Tensor,
+    pub scales: Option<Tensor>,
+}
+
+impl Moment {
+    fn zeros(var: &Var, kind: MomentType) -> Result<Self> {
+        let dtype = match kind {
+            MomentType::Full => var.dtype(),
+            MomentType::Bf16 => DType::BF16,
+            MomentType::Int8 => DType::U8,
+        };
+        let scales = match kind {
+            MomentType::Int8 => {
+                Some(Tensor::zeros(var.elem_count().div_ceil(QUANTUM), DType::F32, var.device())?)
+            }
+            _ => None,
+        };
+        Ok(Self { values: Tensor::zeros(var.shape(), dtype, var.device())?, scales })
+    }
+}
+
+impl Moments {
+    /// Zeros for a variable.
+    pub fn zeros(var: &Var, kind: MomentType) -> Result<Self> {
+        Ok(Self { first: Moment::zeros(var, kind)?, second: Moment::zeros(var, kind)? })
+    }
+}
+
+/// Thirty-two random bits of a seed: the finaliser of MurmurHash3.
+#[inline(always)]
+pub fn scramble(seed: u32) -> u32 {
+    let mut h = seed;
+    h = (h ^ (h >> 16)).wrapping_mul(0x85eb_ca6b);
+    h = (h ^ (h >> 13)).wrapping_mul(0xc2b2_ae35);
+    h ^ (h >> 16)
+}
+
+/// One of the two bfloat16 numbers around `x`, each with the probability that makes the mean `x`; `seed` decides.
+#[inline(always)]
+pub fn round_at_random(x: f32, seed: u32) -> bf16 {
+    let bits = x.to_bits();
+    let up = bits.wrapping_add(scramble(seed) & 0xffff);
+    bf16::from_bits((if x.is_finite() { up } else { bits } >> 16) as u16)
+}
+
+/// The upper twelve bits of 1.0: sign, exponent and three bits of fraction.
+const ONE: u32 = 0x3f8;
+
+/// A magnitude from 0 to 1 as one of `levels + 1` codes, 0 for zero, `levels` for 1; neighbours are an eighth of their
+/// power of two apart. One of the two around it at random.
+#[inline(always)]
+pub fn encode(x: f32, levels: u32, seed: u32) -> u32 {
+    let base = ONE - levels;
+    let random = scramble(seed);
+    let least = decode(1, levels);
+    // Below the least, nothing or the least.
+    let small = u32::from((random >> 8) as f32 * (1.0 / (1u32 << 24) as f32) < x / least);
+    let code = ((x.to_bits() + (random & 0xf_ffff)) >> 20).saturating_sub(base).clamp(1, levels);
+    if x < least { small } else { code }
+}
+
+/// The magnitude of a code.
+#[inline(always)]
+pub fn decode(code: u32, levels: u32) -> f32 {
+    if code == 0 { 0.0 } else { f32::from_bits((code + ONE - levels) << 20) }
+}
+
+/// Codes of magnitudes beside a sign, and of those that fill the byte.
+pub const SIGNED: u32 = 127;
+pub const UNSIGNED: u32 = 255;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn eight_bits_hold_their_own_numbers_and_are_right_on_average() {
+        for levels in [SIGNED, UNSIGNED] {
+            for code in 0..=levels {
+                assert_eq!(encode(decode(code, levels), levels, 77), code);
+            }
+            assert_eq!(decode(levels, levels), 1.0);
+            for x in [0.9f32, 0.31, 1e-3, decode(1, levels) * 0.3] {
+                let n = 40_000;
+                let mean = (0..n).map(|i| f64::from(decode(encode(x, levels, i), levels))).sum::<f64>() / f64::from(n);
+                assert!((mean / f64::from(x) - 1.0).abs() < 0.02, "{mean} for {x} in {levels} levels");
+            }
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! AdamW's arithmetic on the CPU: parameter and moments in one pass over memory.
+
+use std::cell::Cell;
+use std::ops::Range;
+
+use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Tensor, bail};
+use half::bf16;
+use rayon::prelude::*;
+
+use super::moments::{Moment, Moments, QUANTUM, SIGNED, UNSIGNED, decode, encode, round_at_random};
+
+/// Elements a task takes at a time; whole blocks of eight-bit moments.
+const BLOCK: usize = 64 * 1024;
+
+/// One step's numbers.
+#[derive(Debug, Clone, Copy)]
+pub struct Rule {
+    pub beta1: f64,
+    pub beta2: f64,
+    /// Of the parameter.
+    pub decay: f64,
+    pub rate: f64,
+    /// Divides the root of the second moment.
+    pub root: f64,
+    pub eps: f64,
+    /// Of the gradient.
+    pub scale: f64,
+    /// Seeds of random rounding, of the first and the second moment.
+    pub salts: [u32; 2],
+}
+
+/// Updates a parameter and its moments in place.
+pub fn update(parameter: &Tensor, moments: &Moments, gradient: &Tensor, rule: Rule) -> Result<()> {
+    let (storage, layout) = gradient.storage_and_layout();
+    let Storage::Cpu(gradient) = &*storage else { bail!("a gradient is on another device than its parameter") };
+    let g = range(layout)?;
+    change(parameter, |p, pr| {
+        change(&moments.first.values, |m, mr| {
+            change(&moments.second.values, |v, vr| match (p, m, v, gradient) {
+                (CpuStorage::F32(p), CpuStorage::F32(m), CpuStorage::F32(v), CpuStorage::F32(x)) => {
+                    full_f32(&mut p[pr], &mut m[mr], &mut v[vr], &x[g], rule);
+                    Ok(())
+                }
+                (CpuStorage::F64(p), CpuStorage::F64(m), CpuStorage::F64(v), CpuStorage::F64(x)) => {
+                    full_f64(&mut p[pr], &mut m[mr], &mut v[vr], &x[g], rule);
+                    Ok(())
+                }
+                (CpuStorage::F32(p), CpuStorage::BF16(m), CpuStorage::BF16(v), CpuStorage::F32(x)) => {
+                    half(&mut p[pr], &mut m[mr], &mut v[vr], &x[g], rule);
+                    Ok(())
+                }
+                (CpuStorage::F32(p), CpuStorage::U8(m), CpuStorage::U8(v), CpuStorage::F32(x)) => {
+                    scaled(&moments.first, |ms| {
+                        scaled(&moments.second, |vs| {
+                            let (m, v) = ((&mut m[mr], ms), (&mut v[vr], vs));
+                            eight(&mut p[pr], m, v, &x[g], rule);
+                            Ok(())
+                        })
+                    })
+                }
+                _ => bail!("parameters, moments and gradients of types that do not go together"),
+            })
+        })
+    })
+}
+
+macro_rules! full {
+    ($name:ident, $t:ty) => {
+        fn $name(p: &mut [$t], m: &mut [$t], v: &mut [$t], g: &[$t], rule: Rule) {
+            let r = Numbers::<$t>::new(rule);
+            let chunks = p.par_chunks_mut(BLOCK).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK));
+            chunks.zip(g.par_chunks(BLOCK)).for_each(|(((p, m), v), g)| {
+                for (((p, m), v), &g) in p.iter_mut().zip(m).zip(v).zip(g) {
+                    (*m, *v) = r.blend(*m, *v, g);
+                    *p = r.moved(*p, *m, *v);
+                }
+            });
+        }
+    };
+}
+full!(full_f32, f32);
+full!(full_f64, f64);
+
+fn half(p: &mut [f32], m: &mut [bf16], v: &mut [bf16], g: &[f32], rule: Rule) {
+    let r = Numbers::<f32>::new(rule);
+    let chunks = p.par_chunks_mut(BLOCK).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK));
+    chunks.zip(g.par_chunks(BLOCK)).enumerate().for_each(|(block, (((p, m), v), g))| {
+        for (i, (((p, m), v), &g)) in p.iter_mut().zip(m).zip(v).zip(g).enumerate() {
+            let seed = (block * BLOCK + i) as u32;
+            let (first, second) = r.blend(m.to_f32(), v.to_f32(), g);
+            *m = round_at_random(first, seed ^ rule.salts[0]);
+            *v = round_at_random(second, seed ^ rule.salts[1]);
+            *p = r.moved(*p, m.to_f32(), v.to_f32());
+        }
+    });
+}
+
+fn eight(p: &mut [f32], (m, ms): (&mut [u8], &mut [f32]), (v, vs): (&mut [u8], &mut [f32]), g: &[f32], rule: Rule) {
+    let r = Numbers::<f32>::new(rule);
+    let codes = m.par_chunks_mut(QUANTUM).zip(v.par_chunks_mut(QUANTUM)).zip(ms.par_iter_mut().zip(vs));
+    let blocks = p.par_chunks_mut(QUANTUM).zip(g.par_chunks(QUANTUM)).zip(codes).enumerate();
+    blocks.with_min_len(BLOCK / QUANTUM).for_each(|(block, ((p, g), ((m, v), (m_scale, v_scale))))| {
+        let (mut first, mut second) = ([0.0f32; QUANTUM], [0.0f32; QUANTUM]);
+        let (mut m_top, mut v_top) = (0.0f32, 0.0f32);
+        for i in 0..p.len() {
+            (first[i], second[i]) = r.blend(signed(m[i]) * *m_scale, decode(u32::from(v[i]), UNSIGNED) * *v_scale, g[i]);
+            (m_top, v_top) = (m_top.max(first[i].abs()), v_top.max(second[i]));
+        }
+        (*m_scale, *v_scale) = (m_top, v_top);
+        let inverse = |top: f32| if top > 0.0 { 1.0 / top } else { 0.0 };
+        let (m_inverse, v_inverse) = (inverse(m_top), inverse(v_top));
+        for i in 0..p.len() {
+            let seed = (block * QUANTUM + i) as u32;
+            let x = first[i] * m_inverse;
+            m[i] = encode(x.abs(), SIGNED, seed ^ rule.salts[0]) as u8 | if x < 0.0 { 128 } else { 0 };
+            v[i] = encode(second[i] * v_inverse, UNSIGNED, seed ^ rule.salts[1]) as u8;
+            p[i] = r.moved(p[i], signed(m[i]) * m_top, decode(u32::from(v[i]), UNSIGNED) * v_top);
+        }
+    });
+}
+
+/// A code beside its sign.
+#[inline(always)]
+fn signed(code: u8) -> f32 {
+    let size = decode(u32::from(code & 127), SIGNED);
+    if code & 128 == 0 { size } else { -size }
+}
+
+/// A step's numbers in the type of the parameter.
+#[derive(Clone, Copy)]
+struct Numbers<T> {
+    keep: [T; 2],
+    take: [T; 2],
+    decay: T,
+    rate: T,
+    root: T,
+    eps: T,
+    scale: T,
+}
+
+macro_rules! numbers {
+    ($t:ty) => {
+        impl Numbers<$t> {
+            fn new(r: Rule) -> Self {
+                Self {
+                    keep: [r.beta1 as $t, r.beta2 as $t],
+                    take: [(1.0 - r.beta1) as $t, (1.0 - r.beta2) as $t],
+                    decay: r.decay as $t,
+                    rate: r.rate as $t,
+                    root: r.root as $t,
+                    eps: r.eps as $t,
+                    scale: r.scale as $t,
+                }
+            }
+
+            /// The moments after a gradient.
+            #[inline(always)]
+            fn blend(&self, m: $t, v: $t, g: $t) -> ($t, $t) {
+                let g = g * self.scale;
+                (self.keep[0] * m + self.take[0] * g, self.keep[1] * v + self.take[1] * (g * g))
+            }
+
+            /// The parameter after a step.
+            #[inline(always)]
+            fn moved(&self, p: $t, m: $t, v: $t) -> $t {
+                p * self.decay - self.rate * m / (v.sqrt() / self.root + self.eps)
+            }
+        }
+    };
+}
+numbers!(f32);
+numbers!(f64);
+
+fn range(layout: &Layout) -> Result<Range<usize>> {
+    match layout.contiguous_offsets() {
+        Some((from, to)) => Ok(from..to),
+        None => bail!("an optimiser's tensor must be contiguous"),
+    }
+}
+
+/// The scales of a moment in eight bits.
+fn scaled(moment: &Moment, f: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
+    let Some(scales) = &moment.scales else { bail!("a moment in eight bits has no scales") };
+    change(scales, |storage, range| match storage {
+        CpuStorage::F32(scales) => f(&mut scales[range]),
+        _ => bail!("scales must be f32"),
+    })
+}
+
+/// Runs `f` on a tensor's storage, to change it in place.
+fn change(tensor: &Tensor, f: impl FnOnce(&mut CpuStorage, Range<usize>) -> Result<()>) -> Result<()> {
+    tensor.inplace_op1(&Change(Cell::new(Some(f))))
+}
+
+struct Change<F>(Cell<Option<F>>);
+
+impl<F: FnOnce(&mut CpuStorage, Range<usize>) -> Result<()>> InplaceOp1 for Change<F> {
+    fn name(&self) -> &'static str {
+        "adamw"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        match self.0.take() {
+            Some(f) => f(storage, range(layout)?),
+            None => bail!("an in-place change runs once"),
+        }
+    }
+}

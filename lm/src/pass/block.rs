@@ -1,0 +1,253 @@
+//! A transformer block over rows: forward, and what the way back needs to keep.
+
+use std::sync::Arc;
+
+use candle_core::Result;
+
+use super::ops::{Mlp, Norm, Ops, plus};
+use crate::kernels::attention::{Family, Heads};
+use crate::model::{self, Block, Decoder, NormKind};
+
+/// What every block of a pass shares.
+pub struct Rows<O: Ops> {
+    pub layout: O::Layout,
+    /// Heads and angles of each layer.
+    layers: Vec<(Heads, Option<O::Angles>)>,
+    pub mlp: Mlp,
+    pub count: usize,
+}
+
+impl<O: Ops> Rows<O> {
+    /// Rows of a decoder at positions.
+    pub fn new(ops: &O, decoder: &Decoder, positions: &[u32], families: &Arc<Vec<Family>>) -> Result<Self> {
+        let layout = ops.layout(positions, families)?;
+        Self::with_layout(ops, decoder, layout, positions.len())
+    }
+
+    /// Rows whose places the machine knows already.
+    pub fn with_layout(ops: &O, decoder: &Decoder, layout: O::Layout, count: usize) -> Result<Self> {
+        let arch = decoder.architecture();
+        let mut tables: Vec<(*const _, O::Angles)> = Vec::new();
+        let mut angles = |layer: usize| -> Result<Option<O::Angles>> {
+            let Some(angles) = decoder.angles(layer) else { return Ok(None) };
+            if let Some((_, table)) = tables.iter().find(|(at, _)| *at == Arc::as_ptr(angles)) {
+                return Ok(Some(table.clone()));
+            }
+            tables.push((Arc::as_ptr(angles), ops.angles(angles)?));
+            Ok(tables.last().map(|(_, table)| table.clone()))
+        };
+        let layer = |layer| Ok((arch.attention(layer), angles(layer)?));
+        Ok(Self {
+            layout,
+            layers: (0..arch.layers).map(layer).collect::<Result<_>>()?,
+            mlp: Mlp { gated: arch.gated, activation: arch.activation, width: arch.mlp },
+            count,
+        })
+    }
+
+    /// Heads of a layer.
+    pub fn heads(&self, layer: usize) -> &Heads {
+        &self.layers[layer].0
+    }
+
+    /// Turns queries and keys by their positions, or back; nothing where positions are learned.
+    pub fn rotate(&self, ops: &O, layer: usize, qkv: &mut O::Buffer, back: bool) -> Result<()> {
+        match &self.layers[layer] {
+            (heads, Some(angles)) => ops.rotate(qkv, heads, angles, &self.layout, back),
+            (_, None) => Ok(()),
+        }
+    }
+}
+
+/// Buffers of a pass, kept between blocks and passes.
+pub struct Buffers<O: Ops> {
+    /// The residual stream.
+    pub x: O::Buffer,
+    pub normed: O::Buffer,
+    pub qkv: O::Buffer,
+    pub attended: O::Buffer,
+    pub lse: O::Buffer,
+    pub projected: O::Buffer,
+    /// A projection's result after its norm (Gemma).
+    pub outer: O::Buffer,
+    pub gate_up: O::Buffer,
+    pub mlp: O::Buffer,
+}
+
+impl<O: Ops> Buffers<O> {
+    pub fn new(ops: &O) -> Self {
+        Self {
+            x: ops.wide(),
+            normed: ops.narrow(),
+            qkv: ops.narrow(),
+            attended: ops.narrow(),
+            lse: ops.wide(),
+            projected: ops.wide(),
+            outer: ops.wide(),
+            gate_up: ops.narrow(),
+            mlp: ops.narrow(),
+        }
+    }
+}
+
+/// A block's activations.
+pub struct Activations<O: Ops> {
+    /// The block's input.
+    pub x: O::Kept,
+    /// Queries, keys and values: before the norms of their heads where there are some, else as attention read them.
+    pub qkv: O::Kept,
+    pub attended: O::Kept,
+    /// Log-sum-exp of the attention scores.
+    pub lse: O::Buffer,
+    /// The attention's projection before its norm, where it has one.
+    pub projected: Option<O::Kept>,
+    /// The residual stream between attention and MLP.
+    pub middle: O::Kept,
+    pub gate_up: O::Kept,
+    /// The MLP's projection before its norm, where it has one.
+    pub down: Option<O::Kept>,
+}
+
+/// One block's weights, ready for the products.
+pub struct PreparedBlock<O: Ops> {
+    input_norm: Norm<O::Vector>,
+    qkv: O::Projection,
+    /// Norms of queries and keys, head by head.
+    qk_norm: Option<(Norm<O::Vector>, Norm<O::Vector>)>,
+    o: O::Projection,
+    attention_norm: Option<Norm<O::Vector>>,
+    post_norm: Norm<O::Vector>,
+    gate_up: O::Projection,
+    down: O::Projection,
+    mlp_norm: Option<Norm<O::Vector>>,
+}
+
+/// A norm as a machine wants it.
+pub fn norm<O: Ops>(ops: &O, norm: &model::Norm) -> Result<Norm<O::Vector>> {
+    Ok(Norm {
+        layer: norm.kind == NormKind::Layer,
+        eps: norm.eps as f32,
+        weight: ops.vector(&norm.weight, plus(norm.kind))?,
+        bias: norm.bias.as_ref().map(|b| ops.vector(b, 0.0)).transpose()?,
+    })
+}
+
+impl<O: Ops> PreparedBlock<O> {
+    /// A block's weights as they are now.
+    pub fn new(ops: &O, block: &Block) -> Result<Self> {
+        let room = || ops.projection();
+        Self::filled(ops, block, [room(), room(), room(), room()])
+    }
+
+    /// Another block's weights, in the same memory.
+    pub fn refill(self, ops: &O, block: &Block) -> Result<Self> {
+        Self::filled(ops, block, [self.qkv, self.o, self.gate_up, self.down])
+    }
+
+    fn filled(ops: &O, b: &Block, room: [O::Projection; 4]) -> Result<Self> {
+        let [mut qkv, mut o, mut gate_up, mut down] = room;
+        ops.fill(&mut qkv, &b.qkv.iter().collect::<Vec<_>>())?;
+        ops.fill(&mut o, &[&b.o])?;
+        ops.fill(&mut gate_up, &b.mlp_in())?;
+        ops.fill(&mut down, &[&b.down])?;
+        let some = |n: &Option<model::Norm>| n.as_ref().map(|n| norm(ops, n)).transpose();
+        let qk_norm = match &b.qk_norm {
+            Some((q, k)) => Some((norm(ops, q)?, norm(ops, k)?)),
+            None => None,
+        };
+        Ok(Self {
+            input_norm: norm(ops, &b.input_norm)?,
+            qkv,
+            qk_norm,
+            o,
+            attention_norm: some(&b.attention_norm)?,
+            post_norm: norm(ops, &b.post_norm)?,
+            gate_up,
+            down,
+            mlp_norm: some(&b.mlp_norm)?,
+        })
+    }
+
+    /// Carries the residual stream `b.x` through the block, and says what the way back needs if it is to be `kept`.
+    /// `attend` fills the attention's output, and for the way back its log-sum-exps, from the rotated queries, keys and
+    /// values.
+    pub fn forward(
+        &self,
+        ops: &O,
+        rows: &Rows<O>,
+        layer: usize,
+        b: &mut Buffers<O>,
+        kept: bool,
+        attend: impl FnOnce(&O::Buffer, &mut O::Buffer, &mut O::Buffer) -> Result<()>,
+    ) -> Result<Option<Activations<O>>> {
+        let keep = |buffer: &O::Buffer| kept.then(|| ops.keep(buffer)).transpose();
+        let x = keep(&b.x)?;
+        ops.norm(&b.x, &self.input_norm, &mut b.normed)?;
+        ops.project(&b.normed, &self.qkv, &mut b.qkv)?;
+        let raw = if self.qk_norm.is_some() { keep(&b.qkv)? } else { None };
+        self.head_norms(ops, rows.heads(layer), &mut b.qkv)?;
+        rows.rotate(ops, layer, &mut b.qkv, false)?;
+        attend(&b.qkv, &mut b.attended, &mut b.lse)?;
+        let qkv = match raw {
+            Some(raw) => Some(raw),
+            None => kept.then(|| ops.take(&mut b.qkv)).transpose()?,
+        };
+        let onto = Onto { x: &mut b.x, projected: &mut b.projected, outer: &mut b.outer };
+        let projected = onto.add(ops, &b.attended, &self.o, &self.attention_norm, kept)?;
+        let attended = kept.then(|| ops.take(&mut b.attended)).transpose()?;
+        let middle = keep(&b.x)?;
+        ops.norm(&b.x, &self.post_norm, &mut b.normed)?;
+        ops.project(&b.normed, &self.gate_up, &mut b.gate_up)?;
+        ops.activate(rows.mlp, &b.gate_up, &mut b.mlp)?;
+        let gate_up = kept.then(|| ops.take(&mut b.gate_up)).transpose()?;
+        let onto = Onto { x: &mut b.x, projected: &mut b.projected, outer: &mut b.outer };
+        let down = onto.add(ops, &b.mlp, &self.down, &self.mlp_norm, kept)?;
+        let lse = kept.then(|| std::mem::replace(&mut b.lse, ops.wide()));
+        Ok(match (x, qkv, attended, lse, middle, gate_up) {
+            (Some(x), Some(qkv), Some(attended), Some(lse), Some(middle), Some(gate_up)) => {
+                Some(Activations { x, qkv, attended, lse, projected, middle, gate_up, down })
+            }
+            _ => None,
+        })
+    }
+}
+
+impl<O: Ops> PreparedBlock<O> {
+    /// Normalises the heads of queries and keys, where the model does.
+    pub fn head_norms(&self, ops: &O, heads: &Heads, qkv: &mut O::Buffer) -> Result<()> {
+        if let Some((q, k)) = &self.qk_norm {
+            ops.head_norm(qkv, q, 0, heads.queries, heads)?;
+            ops.head_norm(qkv, k, heads.query_width(), heads.keys, heads)?;
+        }
+        Ok(())
+    }
+}
+
+/// Where a block's two halves end: the residual stream, and room for what is added to it.
+struct Onto<'a, O: Ops> {
+    x: &'a mut O::Buffer,
+    projected: &'a mut O::Buffer,
+    outer: &'a mut O::Buffer,
+}
+
+impl<O: Ops> Onto<'_, O> {
+    /// Adds a projection of `input` to the residual stream, through its norm where there is one, whose input is returned
+    /// if it is to be kept.
+    fn add(
+        self,
+        ops: &O,
+        input: &O::Buffer,
+        projection: &O::Projection,
+        norm: &Option<Norm<O::Vector>>,
+        kept: bool,
+    ) -> Result<Option<O::Kept>> {
+        let Some(norm) = norm else {
+            ops.project_onto(input, projection, self.projected, self.x)?;
+            return Ok(None);
+        };
+        ops.project(input, projection, self.projected)?;
+        ops.norm(self.projected, norm, self.outer)?;
+        ops.add(self.x, self.outer)?;
+        kept.then(|| ops.keep(self.projected)).transpose()
+    }
+}

@@ -1,0 +1,82 @@
+//! The final norm and what stands on it, on the rows that are read.
+
+use candle_core::{Result, Tensor};
+
+use super::block::norm;
+use super::ops::{Answers, Norm, Ops, Question};
+use crate::model::{Batch, Decoder, Gradients, HeadKind};
+
+/// A pass through the head, with what the way back needs.
+pub struct Head<O: Ops> {
+    norm: Norm<O::Vector>,
+    /// The rows of the residual stream that are read, before and after the norm.
+    x: O::Buffer,
+    hidden: O::Buffer,
+    said: Said<O::Buffer>,
+    temperature: f32,
+}
+
+enum Said<B> {
+    Words(Answers<B>),
+    Scores(Tensor),
+}
+
+/// What a batch asks of the language head.
+fn question<'a>(decoder: &Decoder, batch: &'a Batch, temperature: f32) -> Question<'a> {
+    let softcap = decoder.architecture().final_softcap.map(|cap| cap as f32);
+    Question { targets: &batch.targets, temperature, softcap, entropy: batch.entropy }
+}
+
+impl<O: Ops> Head<O> {
+    /// Reads the batch's rows of the residual stream.
+    pub fn forward(ops: &O, decoder: &Decoder, batch: &Batch, stream: &O::Buffer, temperature: f64) -> Result<Self> {
+        let (arch, layers) = (decoder.architecture(), decoder.layers());
+        let (mut x, mut hidden) = (ops.wide(), ops.narrow());
+        ops.gather(stream, arch.hidden, &batch.rows, &mut x)?;
+        let norm = norm(ops, &layers.norm)?;
+        ops.norm(&x, &norm, &mut hidden)?;
+        let temperature = temperature as f32;
+        let said = match arch.head {
+            HeadKind::Score => Said::Scores(ops.scores(&hidden, &layers.head)?),
+            HeadKind::Language => {
+                Said::Words(ops.answer(&hidden, &layers.head, question(decoder, batch, temperature))?)
+            }
+        };
+        Ok(Self { norm, x, hidden, said, temperature })
+    }
+
+    /// Log-probabilities of the targets, followed by the entropies of the rows if they were asked for; or scores of the
+    /// rows.
+    pub fn output(&self) -> &Tensor {
+        match &self.said {
+            Said::Words(answers) => &answers.output,
+            Said::Scores(scores) => scores,
+        }
+    }
+
+    /// Fills `upstream` with the gradient of the residual stream.
+    pub fn backward(
+        self,
+        ops: &O,
+        decoder: &Decoder,
+        batch: &Batch,
+        grad: &Tensor,
+        gradients: &mut Gradients,
+        upstream: &mut O::Buffer,
+    ) -> Result<()> {
+        let (arch, layers) = (decoder.architecture(), decoder.layers());
+        let sum = gradients.sum(arch.head_name(), &layers.head)?;
+        let (mut d_hidden, mut dx) = (ops.wide(), ops.wide());
+        match &self.said {
+            Said::Scores(_) => ops.scores_back(&self.hidden, &layers.head, grad, &mut d_hidden, &sum)?,
+            Said::Words(answers) => {
+                let question = question(decoder, batch, self.temperature);
+                ops.answer_back(&self.hidden, &layers.head, question, answers, grad, &mut d_hidden, &sum)?;
+            }
+        }
+        ops.zero(&mut dx, batch.rows.len() * arch.hidden)?;
+        let (weight, bias) = gradients.sums_of_norm(&layers.norm)?;
+        ops.norm_back(&self.x, &self.norm, &d_hidden, &mut dx, (&weight, bias.as_ref()))?;
+        ops.scatter(&dx, arch.hidden, &batch.rows, batch.tokens(), upstream)
+    }
+}
