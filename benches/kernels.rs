@@ -15,6 +15,7 @@ use rehearsal::lm::kernels::gemm::{Packed, Precision, View, gemm};
 use rehearsal::lm::kernels::head::{self, Targets};
 use rehearsal::lm::kernels::rope::{Angles, rotate};
 use rehearsal::lm::kernels::{activation, norm};
+use rehearsal::lm::model::Activation;
 use rehearsal::lm::ops::{self, AttentionShape, Positions};
 use rehearsal::lm::random::Stream;
 

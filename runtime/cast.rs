@@ -13,7 +13,7 @@ use crate::config::judges::{JudgeSource, PeopleConfig};
 use crate::config::methods::Algorithm;
 use crate::error::{At, Error, Result};
 use crate::inputs::Inputs;
-use crate::judge::{ApiJudge, HttpScorer, Judge, JudgeReward, LocalJudge, Memory, Template};
+use crate::judge::{ApiJudge, Form, HttpScorer, Judge, JudgeReward, LocalJudge, Memory, Template};
 use crate::label::people::MemoryBook;
 use crate::label::{self, Access, Board, Desk, PeopleReward, Served};
 use crate::rules::WholeReward;
@@ -65,7 +65,8 @@ pub(crate) async fn start(
             parts.push((settings.weight, Arc::new(judge)));
         }
         if let Some(scorer) = &config.scorer {
-            parts.push((scorer.weight, Arc::new(HttpScorer::new(scorer.endpoint.clone(), scorer.batch, stop.clone()))));
+            let http = HttpScorer::new(scorer.endpoint.clone(), scorer.batch, stop.clone()).map_err(Error::Rules)?;
+            parts.push((scorer.weight, Arc::new(http)));
         }
         if let (Some(settings), Some(encoder)) = (&config.encoder, &inputs.encoder) {
             parts.push((settings.weight, encoder.clone()));
@@ -108,11 +109,15 @@ fn judge(
 ) -> Result<Option<JudgeReward>> {
     let Some(settings) = &config.judge else { return Ok(None) };
     let own = settings.template_file.as_ref().map(|file| fs::read_to_string(file).at(file)).transpose()?;
-    let local = matches!(settings.source, JudgeSource::Local(_));
-    let template = Template::new(&settings.template, own, local).map_err(Error::Rules)?;
+    let form = match &settings.source {
+        JudgeSource::Local(_) => Form::Token,
+        JudgeSource::Api { settings, .. } if settings.structured => Form::Object,
+        JudgeSource::Api { .. } => Form::Words,
+    };
+    let template = Template::new(&settings.template, own, form).map_err(Error::Rules)?;
     let judge: Box<dyn Judge> = match (&settings.source, &inputs.judge) {
-        (JudgeSource::Api { model, endpoint, tokens_max, prices }, _) => {
-            Box::new(ApiJudge::new(model, endpoint.clone(), *tokens_max, *prices, stop.clone()))
+        (JudgeSource::Api { settings, endpoint }, _) => {
+            Box::new(ApiJudge::new(settings.clone(), endpoint.clone(), stop.clone()).map_err(Error::Rules)?)
         }
         (JudgeSource::Local(_), Some(model)) => {
             let (placement, dtype) = (config.placement.reward, config.model.dtype);

@@ -6,7 +6,7 @@ use std::path::Path;
 use candle_core::{DType, Device, IndexOp, Tensor};
 use candle_nn::{Linear, Module, VarBuilder};
 use candle_transformers::models::bert::{BertModel, Config as BertConfig};
-use rehearsal_actors::{Judged, Reward, RewardError, Sample};
+use rehearsal_actors::{Judged, Placement, Reward, RewardError, Sample};
 use serde_json::Value;
 use tokenizers::{Tokenizer, TruncationParams};
 
@@ -117,6 +117,10 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
 impl Reward for Encoder {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn occupies(&self) -> Vec<Placement> {
+        vec![Placement::Cpu]
     }
 
     fn score(&self, samples: &[Sample]) -> std::result::Result<Vec<Judged>, RewardError> {

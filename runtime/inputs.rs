@@ -70,8 +70,19 @@ impl Inputs {
         let critic = match algorithm {
             Algorithm::RewardModel => Some(scored(policy.clone())?),
             Algorithm::Ppo if config.ppo.advantages == Advantages::Gae => {
-                let source = config.critic.model.as_ref().or(config.reward.models.models.first());
-                Some(scored(models.load(source.unwrap_or(&config.model.policy))?)?)
+                // A reward model that reads other tokens than the policy writes cannot value them.
+                let same = |m: &&Arc<Checkpoint>| m.text.tokenizer_json() == policy.text.tokenizer_json();
+                match &config.critic.model {
+                    Some(source) => {
+                        let critic = models.load(source)?;
+                        if !same(&&critic) {
+                            let message = "the critic's tokenizer is not the policy's; name a model that has the same in `critic.model`";
+                            return Err(rehearsal_lm::Error::Config(message.into()).into());
+                        }
+                        Some(scored(critic)?)
+                    }
+                    None => Some(scored(reward_models.first().filter(same).unwrap_or(&policy).clone())?),
+                }
             }
             _ => None,
         };

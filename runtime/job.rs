@@ -220,6 +220,7 @@ impl Job {
             events,
             cancel,
             saved: None,
+            writing: None,
             last: serde_json::Value::Null,
             budget,
         };
@@ -247,7 +248,11 @@ impl Run {
         let stopped = loop {
             let restarts = self.roles.director.restarts();
             match loops::run(self).await {
-                Ok(()) => break false,
+                Ok(()) => match self.settle().await {
+                    Ok(()) => break false,
+                    Err(e) if e.is_death() => self.recover(restarts + 1).await?,
+                    Err(e) => return Err(e),
+                },
                 Err(e) if e.is_cancelled() || e.is_spent() => {
                     if e.is_spent() {
                         self.tell(Event::BudgetSpent { message: e.to_string() });

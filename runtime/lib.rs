@@ -22,6 +22,7 @@ pub mod cli;
 pub mod config;
 mod data;
 pub mod embedded;
+mod early;
 pub mod encoder;
 mod error;
 pub mod evaluate;

@@ -1,4 +1,5 @@
-//! From prompts to scored completions: generate, log, score, compare with the reference, buffer.
+//! From prompts to scored completions: generate, log, score, compare with the reference, buffer. Whoever does not share the
+//! policy's device is asked about a completion while others are still being generated ([`crate::early`]).
 //!
 //! Completions are logged as they finish and verdicts before anything is done with them, so a step that is cut off
 //! is replayed from the log and never generated or judged twice.
@@ -12,6 +13,7 @@ use rehearsal_store::{Rollout, Verdict};
 use tokio::sync::mpsc;
 
 use crate::data::PromptRow;
+use crate::early::Early;
 use crate::error::Result;
 use crate::events::{Event, Seconds};
 use crate::run::Run;
@@ -20,9 +22,9 @@ use crate::run::Run;
 pub(crate) const EVALUATION_IDS: u64 = 1 << 62;
 
 /// A completion on its way, with the prompt it answers.
-struct Answered {
-    index: usize,
-    completion: Completion,
+pub(crate) struct Answered {
+    pub index: usize,
+    pub completion: Completion,
     text: String,
 }
 
@@ -37,37 +39,36 @@ impl Run {
         let step = self.state.step;
         let k = self.config.rollout.completions_per_prompt;
         let first_id = step * self.config.completions_per_step() as u64;
-        let replay = self.roles.archivist.replay(step).await?;
-        let answered = self.answers(prompts, k, first_id, Some((step, policy_version, &replay)), seconds).await?;
+        let mut replay = self.roles.archivist.replay(step).await?;
+        let known = std::mem::take(&mut replay.verdicts).into_iter().map(|v| {
+            let Verdict { index, score, reason, exchanges, .. } = v;
+            (index, Judged { score, reason, exchanges })
+        });
+        let mut early = Early::new(self, step, known.collect())?;
+        let logged = Some((step, policy_version, &replay));
+        let answered = self.answers(prompts, k, first_id, logged, &mut early, seconds).await?;
 
-        let known: BTreeMap<u32, Judged> = replay
-            .verdicts
-            .into_iter()
-            .map(|v| {
-                let Verdict { index, score, reason, exchanges, .. } = v;
-                (index, Judged { score, reason, exchanges })
-            })
-            .collect();
         let start = Instant::now();
-        let unknown: Vec<&Answered> = answered.iter().filter(|a| !known.contains_key(&(a.index as u32))).collect();
-        let samples = unknown.iter().map(|a| sample(&prompts[a.index / k], a)).collect();
-        let judged = self.roles.reward()?.score(samples).await?;
-        let verdicts: Vec<Verdict> = (unknown.iter().zip(&judged))
-            .map(|(a, j)| {
-                let Judged { score, reason, exchanges } = j.clone();
-                Verdict { step, index: a.index as u32, score, reason, exchanges }
-            })
-            .collect();
-        if !verdicts.is_empty() {
-            self.roles.archivist.log_verdicts(verdicts).await?;
+        early.finish(self, prompts, k, &answered).await?;
+        let Early { mut judged, mut ref_logprobs, .. } = early;
+        let unknown: Vec<&Answered> = answered.values().filter(|a| !judged.contains_key(&(a.index as u32))).collect();
+        if !unknown.is_empty() {
+            let samples = unknown.iter().map(|a| sample(&prompts[a.index / k], a)).collect();
+            let scores = self.roles.reward()?.score(samples).await?;
+            let fresh: Vec<(usize, Judged)> = unknown.iter().map(|a| a.index).zip(scores).collect();
+            self.roles.archivist.log_verdicts(log_verdicts(step, &fresh)).await?;
+            judged.extend(fresh.into_iter().map(|(i, j)| (i as u32, j)));
         }
-        let mut fresh: BTreeMap<u32, Judged> = unknown.iter().map(|a| a.index as u32).zip(judged).collect();
         seconds.reward += start.elapsed().as_secs_f64();
 
-        let ref_logprobs = self.reference_logprobs(prompts, k, &answered, seconds).await?;
-        for (answered, ref_logprobs) in answered.into_iter().zip(ref_logprobs) {
-            let (prompt, place, index) = (answered.index / k, answered.index % k, answered.index as u32);
-            let Some(judged) = known.get(&index).cloned().or_else(|| fresh.remove(&index)) else { continue };
+        let unread: Vec<&Answered> = answered.values().filter(|a| !ref_logprobs.contains_key(&a.index)).collect();
+        let read = self.reference_logprobs(prompts, k, &unread, seconds).await?;
+        ref_logprobs.extend(unread.iter().map(|a| a.index).zip(read));
+        for (index, answered) in answered {
+            let (prompt, place) = (index / k, index % k);
+            let (Some(judged), Some(ref_logprobs)) = (judged.remove(&(index as u32)), ref_logprobs.remove(&index)) else {
+                continue;
+            };
             let Answered { completion, text, .. } = answered;
             let scored = ScoredCompletion { place, policy_version, completion, text, judged, ref_logprobs };
             self.roles.buffer()?.insert(prompt as u32, scored).await?;
@@ -80,9 +81,11 @@ impl Run {
     /// Answers to evaluation prompts: one each, scored, with log-probabilities under the reference.
     pub async fn evaluation_answers(&mut self, prompts: &[PromptRow]) -> Result<Vec<(ScoredCompletion, usize)>> {
         let mut seconds = Seconds::default();
-        let answered = self.answers(prompts, 1, EVALUATION_IDS, None, &mut seconds).await?;
+        let answered = self.answers(prompts, 1, EVALUATION_IDS, None, &mut Early::nothing(), &mut seconds).await?;
+        let answered: Vec<Answered> = answered.into_values().collect();
         let judged = self.judge_evaluation(prompts, &answered).await?;
-        let ref_logprobs = self.reference_logprobs(prompts, 1, &answered, &mut seconds).await?;
+        let all: Vec<&Answered> = answered.iter().collect();
+        let ref_logprobs = self.reference_logprobs(prompts, 1, &all, &mut seconds).await?;
         let all = answered.into_iter().zip(judged).zip(ref_logprobs);
         Ok(all
             .map(|((a, judged), ref_logprobs)| {
@@ -116,29 +119,41 @@ impl Run {
         Ok(reward.score(both).await?.into_iter().skip(1).step_by(2).collect())
     }
 
-    /// Generates what the log does not have, logging each completion as it finishes.
+    /// Generates what the log does not have, logging each completion as it finishes, and meanwhile asks `early` about
+    /// those that have.
     async fn answers(
         &mut self,
         prompts: &[PromptRow],
         k: usize,
         first_id: u64,
         logged: Option<(u64, u64, &Replay)>,
+        early: &mut Early,
         seconds: &mut Seconds,
-    ) -> Result<Vec<Answered>> {
+    ) -> Result<BTreeMap<usize, Answered>> {
         let start = Instant::now();
         let total = prompts.len() * k;
-        let mut done: BTreeMap<usize, Completion> = BTreeMap::new();
+        let mut done: BTreeMap<usize, Answered> = BTreeMap::new();
         if let Some((_, _, replay)) = logged {
-            let old = replay.rollouts.iter().filter(|r| (r.index as usize) < total);
-            done.extend(old.map(|r| (r.index as usize, from_log(r))));
+            for rollout in replay.rollouts.iter().filter(|r| (r.index as usize) < total) {
+                done.insert(rollout.index as usize, self.answered(rollout.index as usize, from_log(rollout))?);
+            }
         }
         let request = |index: usize| Request { id: first_id + index as u64, prompt: prompts[index / k].tokens.clone() };
         let requests: Vec<Request> = (0..total).filter(|i| !done.contains_key(i)).map(request).collect();
+        early.came(self, prompts, k, &done, &done.keys().copied().collect::<Vec<_>>())?;
         if !requests.is_empty() {
             let (sender, mut receiver) = mpsc::unbounded_channel();
             let (policy, options, cancel) = (self.roles.policy()?.clone(), self.generation(), self.cancel.clone());
             let generating = tokio::spawn(async move { policy.generate(requests, options, sender, cancel).await });
-            while let Some(first) = receiver.recv().await {
+            loop {
+                let first = tokio::select! {
+                    first = receiver.recv() => first,
+                    answered = early.step(self, prompts, k, &done) => {
+                        answered?;
+                        continue;
+                    }
+                };
+                let Some(first) = first else { break };
                 let mut batch = vec![first];
                 while let Ok(next) = receiver.try_recv() {
                     batch.push(next);
@@ -147,37 +162,37 @@ impl Run {
                     let row = |c: &Completion| to_log(c, step, (c.id - first_id) as u32, policy_version);
                     self.roles.archivist.log_rollouts(batch.iter().map(row).collect()).await?;
                 }
-                done.extend(batch.into_iter().map(|c| ((c.id - first_id) as usize, c)));
+                let new: Vec<usize> = batch.iter().map(|c| (c.id - first_id) as usize).collect();
+                for (completion, &index) in batch.into_iter().zip(&new) {
+                    done.insert(index, self.answered(index, completion)?);
+                }
+                early.came(self, prompts, k, &done, &new)?;
                 self.tell(Event::Rollout { step: self.state.step, done: done.len(), of: total });
             }
             let lost = |_| rehearsal_actors::Error::Died { role: "policy", reason: None };
             generating.await.map_err(lost)??;
         }
         seconds.generate += start.elapsed().as_secs_f64();
-        let stop = &self.config.rollout.stop;
-        done.into_iter()
-            .map(|(index, completion)| {
-                let text = completion_text(&self.model.text, &completion.tokens, stop)?;
-                Ok(Answered { index, completion, text })
-            })
-            .collect()
+        Ok(done)
+    }
+
+    fn answered(&self, index: usize, completion: Completion) -> Result<Answered> {
+        let text = completion_text(&self.model.text, &completion.tokens, &self.config.rollout.stop)?;
+        Ok(Answered { index, completion, text })
     }
 
     async fn reference_logprobs(
         &self,
         prompts: &[PromptRow],
         k: usize,
-        answered: &[Answered],
+        answered: &[&Answered],
         seconds: &mut Seconds,
     ) -> Result<Vec<Vec<f32>>> {
+        if answered.is_empty() {
+            return Ok(Vec::new());
+        }
         let start = Instant::now();
-        let tokens = answered
-            .iter()
-            .map(|a| Tokens {
-                prompt: prompts[a.index / k].tokens.clone(),
-                completion: a.completion.tokens.clone().into(),
-            })
-            .collect();
+        let tokens = answered.iter().map(|a| tokens_of(&prompts[a.index / k], a)).collect();
         let temperature = self.config.rollout.sampling.logprob_temperature();
         let logprobs = self.roles.reference()?.logprobs(tokens, temperature).await?;
         seconds.reference += start.elapsed().as_secs_f64();
@@ -185,12 +200,28 @@ impl Run {
     }
 }
 
-fn sample(prompt: &PromptRow, answered: &Answered) -> Sample {
+/// A completion after its prompt.
+pub(crate) fn tokens_of(prompt: &PromptRow, answered: &Answered) -> Tokens {
+    Tokens { prompt: prompt.tokens.clone(), completion: answered.completion.tokens.clone().into() }
+}
+
+/// Scores of a step's completions as the log keeps them.
+pub(crate) fn log_verdicts(step: u64, judged: &[(usize, Judged)]) -> Vec<Verdict> {
+    let verdict = |(index, judged): &(usize, Judged)| {
+        let Judged { score, reason, exchanges } = judged.clone();
+        Verdict { step, index: *index as u32, score, reason, exchanges }
+    };
+    judged.iter().map(verdict).collect()
+}
+
+/// A completion as a reward reads it.
+pub(crate) fn sample(prompt: &PromptRow, answered: &Answered) -> Sample {
     Sample {
         prompt: prompt.text.clone(),
+        messages: prompt.messages.clone(),
         completion: answered.text.clone(),
         tokens: answered.completion.tokens.len(),
-        ids: Tokens { prompt: prompt.tokens.clone(), completion: answered.completion.tokens.clone().into() },
+        ids: tokens_of(prompt, answered),
         finish: answered.completion.finish,
         answer: prompt.answer.clone(),
         row: prompt.row,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use regex::Regex;
-use rehearsal_actors::{Judged, Reward, RewardError, Sample};
+use rehearsal_actors::{Judged, Placement, Reward, RewardError, Sample};
 use rehearsal_lm::generate::Finish;
 
 use crate::config::RewardConfig;
@@ -79,6 +79,10 @@ impl Reward for WholeReward {
 
     fn compares(&self) -> bool {
         self.parts.iter().any(|(_, part)| part.compares())
+    }
+
+    fn occupies(&self) -> Vec<Placement> {
+        self.parts.iter().flat_map(|(_, part)| part.occupies()).collect()
     }
 
     fn patience(&self) -> Option<std::time::Duration> {
@@ -160,11 +164,10 @@ impl Reward for Rules {
 mod tests {
     use super::*;
     use crate::config::methods::RewardModelsConfig;
-    use rehearsal_actors::Tokens;
 
     fn score(rule: Rule, completion: &str, finish: Finish, answer: Option<&str>) -> Result<f64, String> {
         let (prompt, completion, answer) = (String::new(), completion.to_string(), answer.map(String::from));
-        rule.score(&Sample { prompt, completion, tokens: 0, ids: Tokens::default(), finish, answer, row: 0 })
+        rule.score(&Sample { prompt, completion, finish, answer, ..Sample::default() })
     }
 
     #[test]
@@ -209,11 +212,7 @@ mod tests {
             .judge(&Sample {
                 prompt,
                 completion,
-                tokens: 0,
-                ids: Tokens::default(),
-                finish: Finish::Eos,
-                answer: None,
-                row: 0,
+                ..Sample::default()
             })
             .unwrap();
         assert_eq!(judged.score, 3.5);

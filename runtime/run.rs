@@ -5,7 +5,7 @@ use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rehearsal_actors::{
     ArchivistHandle, BufferHandle, CriticHandle, Director, JobCheckpoint, Marked, Objective, PolicyHandle,
@@ -13,8 +13,10 @@ use rehearsal_actors::{
 };
 use rehearsal_lm::Checkpoint;
 use rehearsal_lm::generate::Options;
+use rehearsal_store::SavedCheckpoint;
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
@@ -67,6 +69,12 @@ impl Roles {
     }
 }
 
+/// A checkpoint on its way to the disk.
+pub(crate) struct Writing {
+    step: u64,
+    written: JoinHandle<rehearsal_actors::Result<(SavedCheckpoint, Duration)>>,
+}
+
 /// What a loop works with.
 pub(crate) struct Run {
     pub config: Config,
@@ -83,6 +91,8 @@ pub(crate) struct Run {
     pub cancel: CancellationToken,
     /// Step of the newest durable checkpoint.
     pub saved: Option<u64>,
+    /// The checkpoint that is being written, and since when.
+    pub writing: Option<Writing>,
     /// The last step's line of the history.
     pub last: Value,
     /// Where the memory should go.
@@ -119,8 +129,16 @@ impl Run {
         if self.cancel.is_cancelled() { Err(rehearsal_actors::Error::Cancelled.into()) } else { Ok(()) }
     }
 
-    /// Saves a checkpoint of the state as it is, unless it is saved already.
+    /// Saves a checkpoint of the state as it is, unless it is saved already, and waits until it is durable.
     pub async fn checkpoint(&mut self) -> Result<()> {
+        self.begin_checkpoint().await?;
+        self.settle().await
+    }
+
+    /// Begins to save a checkpoint of the state as it is, unless it is saved already. It shares storage with the models:
+    /// [`Run::settle`] comes before anything changes them.
+    pub async fn begin_checkpoint(&mut self) -> Result<()> {
+        self.settle().await?;
         if self.saved == Some(self.state.step) {
             return Ok(());
         }
@@ -138,19 +156,33 @@ impl Run {
             state: self.state.encode()?,
             keep: self.config.checkpoint.keep,
         };
-        let saved = self.roles.archivist.checkpoint(&checkpoint).await?;
-        self.saved = Some(self.state.step);
-        let took = start.elapsed();
+        let (archivist, step) = (self.roles.archivist.clone(), checkpoint.step);
+        let written = tokio::spawn(async move {
+            let saved = archivist.checkpoint(&checkpoint).await?;
+            Ok((saved, start.elapsed()))
+        });
+        self.writing = Some(Writing { step, written });
+        Ok(())
+    }
+
+    /// Waits for the checkpoint that is being written.
+    pub async fn settle(&mut self) -> Result<()> {
+        let Some(Writing { step, written }) = self.writing.take() else { return Ok(()) };
+        let lost = |_| rehearsal_actors::Error::Died { role: "archivist", reason: None };
+        let (saved, took) = written.await.map_err(lost)??;
+        self.saved = Some(step);
         self.meters.set("disk_full", "", 0.0);
         self.meters.set("checkpoint_seconds", "", took.as_secs_f64());
         self.meters.set("checkpoint_bytes", "", saved.written as f64);
-        self.meters.set("checkpoint_step", "", self.state.step as f64);
-        self.tell(Event::Checkpoint { step: self.state.step, bytes: saved.written, took });
+        self.meters.set("checkpoint_step", "", step as f64);
+        self.tell(Event::Checkpoint { step, bytes: saved.written, took });
         self.write_status()
     }
 
     /// Goes back to the newest checkpoint, or to the start where there is none.
     pub async fn restore(&mut self) -> Result<()> {
+        // What is being written is durable or not by the time the archivist answers.
+        self.writing = None;
         let (restored, repairs) = self.roles.archivist.restore().await?;
         for repair in repairs {
             self.tell(Event::Repaired { message: repair.0 });
@@ -185,7 +217,8 @@ impl Run {
 
     /// One update of the policy (or of the model that is trained in its place). A loss that is no number ends the job:
     /// what it came of is written out, and the last good checkpoint stays.
-    pub async fn learn(&self, objective: Objective, learning_rate: f64) -> Result<StepReport> {
+    pub async fn learn(&mut self, objective: Objective, learning_rate: f64) -> Result<StepReport> {
+        self.settle().await?;
         let temperature = match self.config.job.algorithm {
             Algorithm::Sft | Algorithm::RewardModel | Algorithm::Dpo => 1.0,
             _ => self.config.rollout.sampling.logprob_temperature(),

@@ -52,6 +52,7 @@ pub struct Devices {
 #[derive(Clone)]
 pub(crate) struct Seat {
     pub device: Device,
+    pub placement: Placement,
     turn: Arc<Mutex<()>>,
     pool: Arc<rayon::ThreadPool>,
 }
@@ -76,7 +77,7 @@ impl Devices {
                 cuda(n).map_err(|e| Error::Placement { given: placement.to_string(), reason: e.to_string() })?
             }
         };
-        let seat = Seat { device, turn: Arc::default(), pool: self.pool.clone() };
+        let seat = Seat { device, placement, turn: Arc::default(), pool: self.pool.clone() };
         open.insert(placement, seat.clone());
         Ok(seat)
     }
@@ -90,12 +91,23 @@ impl Seat {
     }
 }
 
-/// One stream for all threads: candle's default per-thread streams race when a tensor crosses threads.
+/// One stream for all threads: candle's default per-thread streams race when a tensor crosses threads. Freed memory stays with
+/// the device, since every step takes it again.
 #[cfg(feature = "cuda")]
 fn cuda(n: usize) -> candle_core::Result<Device> {
+    use candle_core::cuda_backend::WrapErr;
+    use candle_core::cuda_backend::cudarc::driver::{result, sys};
     let device = Device::new_cuda_with_stream(n)?;
+    let cuda = device.as_cuda_device()?;
     // SAFETY: every tensor of this device is used on its single stream, so no event has to order streams.
-    unsafe { device.as_cuda_device()?.disable_event_tracking() };
+    unsafe { cuda.disable_event_tracking() };
+    let mut keep = u64::MAX;
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the pool is the device's own, and the attribute's value is a u64.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(cuda.cuda_stream().context().cu_device()).w()?;
+        result::mem_pool::set_attribute(pool, attribute, (&raw mut keep).cast()).w()?;
+    }
     Ok(device)
 }
 

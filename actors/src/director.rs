@@ -130,9 +130,9 @@ impl Director {
     /// Starts the reward.
     pub async fn reward(&self, reward: Arc<dyn Reward>) -> Result<RewardHandle> {
         let link = Link::new("reward", MAILBOX, reward.patience().unwrap_or(self.deadline));
-        let (name, compares) = (reward.name().into(), reward.compares());
+        let (name, compares, occupies) = (reward.name().into(), reward.compares(), reward.occupies().into());
         self.spawn(&link, RewardHandle::build(reward), "reward").await?;
-        Ok(RewardHandle { link, name, compares })
+        Ok(RewardHandle { link, name, compares, occupies })
     }
 
     /// Starts the buffer; a prompt has `group_size` completions.

@@ -3,17 +3,20 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use rehearsal_lm::Message;
 use rehearsal_lm::generate::Finish;
 use rehearsal_store::Exchange;
 
 use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message, role_status};
-use crate::{Result, Tokens};
+use crate::{Placement, Result, Tokens};
 
 /// A completion to be judged.
 #[derive(Debug, Clone, Default)]
 pub struct Sample {
     /// The prompt as text; a conversation of several turns as `role: content`, turn by turn.
     pub prompt: String,
+    /// The prompt as messages; empty for a bare text.
+    pub messages: Arc<Vec<Message>>,
     /// What the policy said, without special tokens and stop texts.
     pub completion: String,
     /// Length in tokens.
@@ -82,6 +85,12 @@ pub trait Reward: Send + Sync + 'static {
     /// How long scores may take; `None` leaves it to the job's limits.
     fn patience(&self) -> Option<Duration> {
         None
+    }
+
+    /// Devices on which it takes its turn with other roles. Elsewhere (servers, people, a closure that is quick) it may be asked
+    /// while the policy generates.
+    fn occupies(&self) -> Vec<Placement> {
+        Vec::new()
     }
 
     /// A score for each sample, in order; the completions of a prompt stand side by side.
@@ -159,6 +168,7 @@ pub struct RewardHandle {
     pub(crate) link: Link<RewardMsg>,
     pub(crate) name: Arc<str>,
     pub(crate) compares: bool,
+    pub(crate) occupies: Arc<[Placement]>,
 }
 
 impl RewardHandle {
@@ -176,6 +186,11 @@ impl RewardHandle {
         self.compares
     }
 
+    /// [`Reward::occupies`].
+    pub fn occupies(&self) -> &[Placement] {
+        &self.occupies
+    }
+
     /// Scores completions, in order; every score is finite.
     pub async fn score(&self, samples: Vec<Sample>) -> Result<Vec<Judged>> {
         self.link.ask(|_ticket, reply| RewardMsg::Score { samples, _ticket, reply }).await
@@ -189,7 +204,7 @@ mod tests {
 
     fn sample(row: u64) -> Sample {
         let ids = Tokens { prompt: Arc::default(), completion: Arc::default() };
-        Sample { prompt: "p".into(), completion: "c".into(), tokens: 1, ids, finish: Finish::Eos, answer: None, row }
+        Sample { prompt: "p".into(), completion: "c".into(), tokens: 1, ids, row, ..Sample::default() }
     }
 
     fn scorer(f: impl Fn(&Sample) -> std::result::Result<f64, String> + Send + Sync + 'static) -> Scorer {

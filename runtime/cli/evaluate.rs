@@ -16,7 +16,7 @@ use super::saved;
 use crate::error::{At, Error, Result};
 use crate::evaluate::{self, Contest};
 use crate::judge::{
-    ApiJudge, Budget, Endpoint, Foreign, Judge, JudgeModel, JudgeReward, LocalJudge, Mode, Orders, Prices, Template,
+    ApiJudge, ApiSettings, Form, Budget, Endpoint, Foreign, Judge, JudgeModel, JudgeReward, LocalJudge, Mode, Orders, Prices, Template,
 };
 
 #[derive(Subcommand)]
@@ -149,7 +149,7 @@ pub struct WhichJudge {
 
 impl WhichJudge {
     fn judge(&self, precision: Precision, devices: &Devices) -> Result<(Box<dyn Judge>, Template)> {
-        let template = |token| Template::new(&self.template, None, token).map_err(Error::Rules);
+        let template = |form| Template::new(&self.template, None, form).map_err(Error::Rules);
         if let Some(name) = &self.judge_model {
             let path = Path::new(name);
             let model = if Foreign::is_one(path) {
@@ -158,7 +158,7 @@ impl WhichJudge {
                 JudgeModel::Ours(Arc::new(saved::model(name)?))
             };
             let judge = LocalJudge::new(model, Placement::Cpu, precision, devices).map_err(Error::Rules)?;
-            return Ok((Box::new(judge), template(true)?));
+            return Ok((Box::new(judge), template(Form::Token)?));
         }
         let Some(url) = &self.judge_url else {
             return Err(Error::Usage("say who judges: --judge-model or --judge-url".into()));
@@ -172,8 +172,20 @@ impl WhichJudge {
             concurrency: 4,
         };
         Ok((
-            Box::new(ApiJudge::new(&self.judge_name, endpoint, 512, Prices::default(), CancellationToken::new())),
-            template(false)?,
+            Box::new(
+                ApiJudge::new(
+                    ApiSettings {
+                        model: self.judge_name.clone(),
+                        tokens_max: 512,
+                        prices: Prices::default(),
+                        structured: false,
+                    },
+                    endpoint,
+                    CancellationToken::new(),
+                )
+                .map_err(Error::Usage)?,
+            ),
+            template(Form::Words)?,
         ))
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::reader::{Range, Section};
 use super::{ModelSource, schema};
-use crate::judge::{Budget, Endpoint, Mode, Orders, Prices};
+use crate::judge::{ApiSettings, Budget, Endpoint, Mode, Orders, Prices};
 
 /// Who judges.
 #[derive(Debug, Clone, PartialEq)]
@@ -14,7 +14,7 @@ pub enum JudgeSource {
     /// A model of one's own, by the probabilities of its verdict tokens.
     Local(ModelSource),
     /// A model behind an OpenAI-compatible endpoint.
-    Api { model: String, endpoint: Endpoint, tokens_max: usize, prices: Prices },
+    Api { settings: ApiSettings, endpoint: Endpoint },
 }
 
 impl JudgeSource {
@@ -22,7 +22,7 @@ impl JudgeSource {
     pub fn name(&self) -> &str {
         match self {
             Self::Local(_) => "a local model",
-            Self::Api { model, .. } => model,
+            Self::Api { settings, .. } => &settings.model,
         }
     }
 }
@@ -108,12 +108,17 @@ pub(super) fn judge(mut s: Section<'_>, base: &Path) -> Option<JudgeConfig> {
     let local = s.text(
         "model",
         "a path, \"embedded\" or \"stage:NAME\"",
-        "A local model as judge: the probabilities of its verdict tokens count. Beside the architectures that can be trained, Hugging Face directories of Phi 3, OLMo 2, StarCoder 2 and Gemma 1 can judge, on the CPU.",
+        "A local model as judge: the probabilities of its verdict tokens count. Beside the architectures that can be trained, Hugging Face directories of Phi 3, OLMo 1 and 2, StarCoder 2, Gemma 1, Helium, GLM 4 and SmolLM 3, and GGUF files of Qwen 2 and 3, Gemma 2 and 3, Phi 2 and 3, GLM 4 and LFM 2, can judge, on the CPU.",
     );
     let local = local.map(|text| schema::source_of(&mut s, "model", &text, base));
     let name = s.text("api_model", "a model's name", "What `url` calls the judge.");
-    let endpoint = endpoint(&mut s, "the OpenAI-compatible `.../chat/completions` of a judge");
+    let endpoint = endpoint(&mut s, "the OpenAI-compatible `.../chat/completions` of a judge, or what stands before that");
     let tokens_max = s.integer("tokens_max", 512, Range::from(1.0), "Tokens of a reply at most.") as usize;
+    let structured = s.choice(
+        "reply",
+        &[("words", false), ("object", true)],
+        "How a judge behind `url` answers: in words that end with a verdict, or with an object whose form the server enforces (structured outputs, where it has them).",
+    );
     let template = s.text(
         "template",
         "\"helpful\", \"harmless\", \"summary\", \"brief\", \"mt_bench\"",
@@ -170,7 +175,8 @@ pub(super) fn judge(mut s: Section<'_>, base: &Path) -> Option<JudgeConfig> {
         }
         (Some(model), None, _) => JudgeSource::Local(model),
         (None, Some(endpoint), model) => {
-            JudgeSource::Api { model: model.unwrap_or_else(|| "default".into()), endpoint, tokens_max, prices }
+            let model = model.unwrap_or_else(|| "default".into());
+            JudgeSource::Api { settings: ApiSettings { model, tokens_max, prices, structured }, endpoint }
         }
     };
     Some(JudgeConfig { source, template, template_file, mode, weight, budget })

@@ -418,7 +418,7 @@ pub(super) fn critic(mut s: Section<'_>, base: &Path) -> CriticConfig {
     let model = s.text(
         "model",
         "a path",
-        "The critic's start. Without it, the first of `reward.models`, else the policy under a new head.",
+        "The critic's start. Without it, the first of `reward.models` if it has the policy's tokenizer, else the policy under a new head.",
     );
     CriticConfig { model: model.map(|name| schema::source_of(&mut s, "model", &name, base)), learning_rate: some(rate) }
 }

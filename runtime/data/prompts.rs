@@ -21,6 +21,8 @@ pub struct PromptRow {
     pub prompt: Prompt,
     /// For scorers: the message, or what was said by turns where there are several.
     pub text: String,
+    /// As the chat template was given it; empty where there is none.
+    pub messages: Arc<Vec<Message>>,
     pub tokens: Arc<Vec<u32>>,
     pub answer: Option<String>,
 }
@@ -94,7 +96,11 @@ impl Prompts {
                     ));
                 }
             };
-            let tokens = encode(&row, config, text)?;
+            let messages = messages(&row, config);
+            let tokens = match messages.as_slice() {
+                [] => text.encode(&row.last)?,
+                messages => text.encode_chat(messages)?,
+            };
             if tokens.len() > tokens_max {
                 if config.prompts.on_long == OnBad::Fail {
                     let n = tokens.len();
@@ -112,6 +118,7 @@ impl Prompts {
                 row: source.index,
                 text: transcript(&row.prompt),
                 prompt: row.prompt,
+                messages: Arc::new(messages),
                 tokens: Arc::new(tokens),
                 answer: row.answer,
             });
@@ -187,18 +194,19 @@ fn transcript(prompt: &Prompt) -> String {
     }
 }
 
-fn encode(row: &Parsed, config: &Config, text: &Text) -> Result<Vec<u32>> {
+/// A prompt as the messages of a chat; none where it goes to the model as it stands.
+fn messages(row: &Parsed, config: &Config) -> Vec<Message> {
+    if !config.prompts.chat {
+        return Vec::new();
+    }
     let mut messages: Vec<Message> = match &row.prompt {
         Prompt::Text(text) => vec![Message::user(text)],
         Prompt::Conversation(turns) => {
             turns.iter().map(|t| Message { role: t.role.clone(), content: t.content.clone() }).collect()
         }
     };
-    if !config.prompts.chat {
-        return Ok(text.encode(&row.last)?);
-    }
     if let (Some(system), false) = (&config.prompts.system, messages.iter().any(|m| m.role == "system")) {
         messages.insert(0, Message::system(system));
     }
-    Ok(text.encode_chat(&messages)?)
+    messages
 }

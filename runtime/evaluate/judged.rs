@@ -5,7 +5,6 @@ use std::path::Path;
 use rehearsal_actors::Sample;
 use rehearsal_learn::evaluation::agreement::cohen;
 use rehearsal_learn::evaluation::judge::{BothOrders, first_position_rate};
-use rehearsal_lm::generate::Finish;
 use serde::Serialize;
 
 use super::{objects, text, wrong};
@@ -41,11 +40,7 @@ pub fn judge_agreement(judge: &dyn Judge, template: &Template, file: &Path, limi
         let sample = |completion: &str| Sample {
             prompt: prompt.into(),
             completion: completion.into(),
-            tokens: 0,
-            ids: Default::default(),
-            finish: Finish::Eos,
-            answer: None,
-            row: 0,
+            ..Sample::default()
         };
         let (first, second) = (sample(of(&["first", "answer_a"])?), sample(of(&["second", "answer_b"])?));
         questions.extend([template.pair(&first, &second), template.pair(&second, &first)]);

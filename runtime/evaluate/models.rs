@@ -75,6 +75,7 @@ pub fn compare(
         for (text, answer) in [&first[i], &second[i]] {
             samples.push(Sample {
                 prompt: messages.last().map(|m| m.content.clone()).unwrap_or_default(),
+                messages: Arc::new(messages.clone()),
                 completion: text.clone(),
                 tokens: answer.tokens.len(),
                 ids: Tokens { prompt: ids.clone(), completion: Arc::new(answer.tokens.clone()) },

@@ -6,7 +6,6 @@ use std::path::Path;
 use rehearsal_actors::{Devices, Placement, Reward, RewardModel, RewardModels, Sample};
 use rehearsal_learn::evaluation::rewardbench::{self, Accuracy};
 use rehearsal_learn::reward::Ensemble;
-use rehearsal_lm::generate::Finish;
 use rehearsal_lm::{Checkpoint, Precision};
 use serde::Serialize;
 
@@ -43,13 +42,9 @@ pub fn reward_model(checkpoint: &Checkpoint, file: &Path, precision: Precision, 
     let model = RewardModel::new("reward model", checkpoint, tokenizer, Placement::Cpu, precision, 8192, &devices)?;
     let models = RewardModels { members: vec![model], ensemble: Ensemble::Mean, clip: None };
     let sample = |ids: &rehearsal_actors::Tokens| Sample {
-        prompt: String::new(),
-        completion: String::new(),
         tokens: ids.completion.len(),
         ids: ids.clone(),
-        finish: Finish::Eos,
-        answer: None,
-        row: 0,
+        ..Sample::default()
     };
     let samples: Vec<Sample> =
         rows.iter().flat_map(|(_, PairRow { chosen, rejected, .. })| [sample(chosen), sample(rejected)]).collect();

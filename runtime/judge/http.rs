@@ -1,11 +1,13 @@
 //! Requests to servers: bounded in time and number, tried again with growing pauses.
 
+use std::future::Future;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rehearsal_actors::{Judged, Reward, RewardError, Sample};
 use serde_json::{Value, json};
+use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
 /// How to speak to a server.
@@ -29,9 +31,6 @@ const PAUSE_MAX: Duration = Duration::from_secs(60);
 /// Pause before the first new try.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// A pause looks this often whether the job is to stop.
-const LOOK: Duration = Duration::from_millis(50);
-
 /// A time that no job sees the end of.
 pub const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
@@ -53,68 +52,117 @@ impl PostError {
     }
 }
 
-impl Endpoint {
-    /// Sends a JSON body and reads a JSON answer that `read` understands; tries again on timeouts, lost connections, 408,
-    /// 429, 5xx, and answers that `read` refuses.
-    /// An end of the job is waited for no longer than the request under way.
-    pub fn post<T>(
-        &self,
-        body: &Value,
-        stop: &CancellationToken,
-        read: impl Fn(&Value) -> Result<T, String>,
-    ) -> Result<T, PostError> {
-        let agent: ureq::Agent =
-            ureq::Agent::config_builder().timeout_global(Some(self.timeout)).http_status_as_error(false).build().into();
-        let mut tried = 0;
-        loop {
-            let (reason, pause, final_) = match self.once(&agent, body) {
-                Ok(value) => match read(&value) {
-                    Ok(read) => return Ok(read),
-                    Err(reason) => (format!("its answer cannot be used: {reason}"), None, false),
-                },
-                Err(failure) => (failure.reason, failure.pause, failure.final_),
-            };
-            if final_ || (tried >= self.retries && !self.wait) {
-                return Err(PostError::Failed(format!("{}: {reason}, after {} tries", self.url, tried + 1)));
-            }
-            tracing::warn!(url = self.url, reason, tried, "a request failed and is tried again");
-            let until = Instant::now() + pause.unwrap_or(PAUSE * 2u32.saturating_pow(tried.min(16))).min(PAUSE_MAX);
-            while Instant::now() < until && !stop.is_cancelled() {
-                std::thread::sleep(LOOK.min(until.saturating_duration_since(Instant::now())));
-            }
-            if stop.is_cancelled() {
-                return Err(PostError::Stopped);
-            }
-            tried += 1;
+/// Why one try came to nothing.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("{reason}")]
+pub(super) struct Failure {
+    reason: String,
+    /// What the server asks to wait.
+    pause: Option<Duration>,
+    /// Trying again would change nothing.
+    last: bool,
+}
+
+impl Failure {
+    /// Another try may fare better.
+    pub fn again(reason: String) -> Self {
+        Self { reason, pause: None, last: false }
+    }
+
+    /// No other try will.
+    pub fn last(reason: String) -> Self {
+        Self { reason, pause: None, last: true }
+    }
+
+    /// What a status that is no success means: 408, 429 and 5xx pass.
+    pub async fn of(response: reqwest::Response) -> Self {
+        let status = response.status().as_u16();
+        let pause = response.headers().get("retry-after").and_then(|v| v.to_str().ok()?.parse().ok());
+        if matches!(status, 408 | 429 | 500..=599) {
+            return Self { pause: pause.map(Duration::from_secs), ..Self::again(format!("it answered {status}")) };
         }
+        let text = response.text().await.unwrap_or_default();
+        let text: String = text.chars().take(200).collect();
+        Self::last(format!("it answered {status}: {text}"))
+    }
+}
+
+impl From<reqwest::Error> for Failure {
+    fn from(error: reqwest::Error) -> Self {
+        // Its sources say more than it does: a refused connection, a name that is not known.
+        let mut reason = error.to_string();
+        let mut source = std::error::Error::source(&error);
+        while let Some(cause) = source {
+            reason = format!("{reason}: {cause}");
+            source = cause.source();
+        }
+        Self::again(reason)
+    }
+}
+
+/// Asks a server, from threads that may wait.
+pub(super) struct Caller {
+    pub endpoint: Endpoint,
+    pub client: reqwest::Client,
+    /// Taken when it is dropped: a runtime must not be waited for on another's threads.
+    runtime: Option<Runtime>,
+    stop: CancellationToken,
+}
+
+impl Caller {
+    /// Pauses between tries, and requests under way, end with `stop`.
+    pub fn new(endpoint: Endpoint, stop: CancellationToken) -> Result<Self, String> {
+        let client = reqwest::Client::builder().timeout(endpoint.timeout).build().map_err(|e| e.to_string())?;
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        let runtime = runtime.worker_threads(1).thread_name("rehearsal-http").enable_all().build();
+        Ok(Self { endpoint, client, runtime: Some(runtime.map_err(|e| e.to_string())?), stop })
     }
 
     /// For ever, if it waits for its server for ever.
     pub fn patience(&self) -> Option<Duration> {
-        self.wait.then_some(FOREVER)
+        self.endpoint.wait.then_some(FOREVER)
     }
 
-    fn once(&self, agent: &ureq::Agent, body: &Value) -> Result<Value, Failure> {
-        let mut request = agent.post(&self.url);
-        if let Some(name) = &self.token_env {
-            let token = std::env::var(name).map_err(|_| Failure::last(format!("the environment has no {name}")))?;
-            request = request.header("Authorization", &format!("Bearer {token}"));
+    /// The bearer token, if there is one.
+    pub fn token(&self) -> Result<Option<String>, Failure> {
+        let Some(name) = &self.endpoint.token_env else { return Ok(None) };
+        let token = std::env::var(name).map_err(|_| Failure::last(format!("the environment has no {name}")))?;
+        match reqwest::header::HeaderValue::from_str(&token) {
+            Ok(_) => Ok(Some(token)),
+            Err(_) => Err(Failure::last(format!("the value of {name} in the environment cannot be a token"))),
         }
-        let mut response = request.send_json(body).map_err(|e| Failure::again(e.to_string()))?;
-        let status = response.status().as_u16();
-        let pause =
-            response.headers().get("retry-after").and_then(|v| v.to_str().ok()?.parse().ok()).map(Duration::from_secs);
-        match status {
-            200..=299 => {
-                response.body_mut().read_json().map_err(|e| Failure::again(format!("its answer is no JSON: {e}")))
+    }
+
+    /// Tries until `once` gives an answer, or a failure that will not pass, or the tries are used up.
+    pub fn ask<T, F>(&self, once: impl Fn() -> F) -> Result<T, PostError>
+    where
+        F: Future<Output = Result<T, Failure>>,
+    {
+        let Some(runtime) = &self.runtime else { return Err(PostError::Stopped) };
+        let Endpoint { url, retries, wait, .. } = &self.endpoint;
+        runtime.block_on(async {
+            let mut tried = 0;
+            loop {
+                let answer = tokio::select! {
+                    answer = once() => answer,
+                    () = self.stop.cancelled() => return Err(PostError::Stopped),
+                };
+                let Failure { reason, pause, last } = match answer {
+                    Ok(answer) => return Ok(answer),
+                    Err(failure) => failure,
+                };
+                if last || (tried >= *retries && !wait) {
+                    return Err(PostError::Failed(format!("{url}: {reason}, after {} tries", tried + 1)));
+                }
+                tracing::warn!(url, reason, tried, "a request failed and is tried again");
+                let pause = pause.unwrap_or(PAUSE * 2u32.saturating_pow(tried.min(16))).min(PAUSE_MAX);
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    () = self.stop.cancelled() => return Err(PostError::Stopped),
+                }
+                tried += 1;
             }
-            408 | 429 | 500..=599 => Err(Failure { pause, ..Failure::again(format!("it answered {status}")) }),
-            _ => {
-                let text = response.body_mut().read_to_string().unwrap_or_default();
-                let text: String = text.chars().take(200).collect();
-                Err(Failure::last(format!("it answered {status}: {text}")))
-            }
-        }
+        })
     }
 
     /// Runs `one` on every item, some at a time; the first failure ends it.
@@ -126,7 +174,7 @@ impl Endpoint {
         let next = AtomicUsize::new(0);
         let done: Mutex<Vec<Option<Result<T, PostError>>>> = Mutex::new(items.iter().map(|_| None).collect());
         std::thread::scope(|scope| {
-            for _ in 0..self.concurrency.clamp(1, items.len().max(1)) {
+            for _ in 0..self.endpoint.concurrency.clamp(1, items.len().max(1)) {
                 scope.spawn(|| {
                     loop {
                         let i = next.fetch_add(1, Ordering::Relaxed);
@@ -153,73 +201,65 @@ impl Endpoint {
     }
 }
 
-struct Failure {
-    reason: String,
-    pause: Option<Duration>,
-    /// Trying again would change nothing.
-    final_: bool,
-}
-
-impl Failure {
-    fn again(reason: String) -> Self {
-        Self { reason, pause: None, final_: false }
-    }
-
-    fn last(reason: String) -> Self {
-        Self { reason, pause: None, final_: true }
+impl Drop for Caller {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 
 /// A server that scores completions: it is sent `{"samples": [{"prompt", "completion", "answer"}]}` and answers
 /// `{"scores": [..]}`.
 pub struct HttpScorer {
-    endpoint: Endpoint,
+    caller: Caller,
     /// Samples of one request.
     batch: usize,
-    stop: CancellationToken,
 }
 
 impl HttpScorer {
     /// A server, asked about so many samples at a time, until the job is to stop.
-    pub fn new(endpoint: Endpoint, batch: usize, stop: CancellationToken) -> Self {
-        Self { endpoint, batch: batch.max(1), stop }
+    pub fn new(endpoint: Endpoint, batch: usize, stop: CancellationToken) -> Result<Self, String> {
+        Ok(Self { caller: Caller::new(endpoint, stop)?, batch: batch.max(1) })
+    }
+
+    async fn post(&self, samples: &[Sample]) -> Result<Vec<f64>, Failure> {
+        let row = |s: &Sample| json!({"prompt": s.prompt, "completion": s.completion, "answer": s.answer});
+        let body = json!({"samples": samples.iter().map(row).collect::<Vec<_>>()});
+        let mut request = self.caller.client.post(&self.caller.endpoint.url).json(&body);
+        if let Some(token) = self.caller.token()? {
+            request = request.bearer_auth(token);
+        }
+        let response = request.send().await?;
+        if !response.status().is_success() {
+            return Err(Failure::of(response).await);
+        }
+        let refused = |reason: String| Failure::again(format!("its answer cannot be used: {reason}"));
+        let answer: Value =
+            response.json().await.map_err(|e| Failure::again(format!("its answer is no JSON: {e}")))?;
+        let scores: Option<Vec<f64>> =
+            answer["scores"].as_array().and_then(|all| all.iter().map(Value::as_f64).collect());
+        match scores {
+            Some(scores) if scores.len() == samples.len() => Ok(scores),
+            Some(scores) => Err(refused(format!("{} scores for {} samples", scores.len(), samples.len()))),
+            None => Err(refused("no list of numbers in `scores`".into())),
+        }
     }
 }
 
 impl Reward for HttpScorer {
     fn name(&self) -> &str {
-        &self.endpoint.url
+        &self.caller.endpoint.url
     }
 
     fn patience(&self) -> Option<Duration> {
-        self.endpoint.patience()
+        self.caller.patience()
     }
 
     fn score(&self, samples: &[Sample]) -> Result<Vec<Judged>, RewardError> {
         let parts: Vec<&[Sample]> = samples.chunks(self.batch).collect();
-        let ask = |part: &&[Sample]| {
-            let rows: Vec<Value> = part
-                .iter()
-                .map(|s| json!({"prompt": s.prompt, "completion": s.completion, "answer": s.answer}))
-                .collect();
-            self.endpoint.post(&json!({"samples": rows}), &self.stop, |value| {
-                let scores: Option<Vec<f64>> =
-                    value["scores"].as_array().and_then(|all| all.iter().map(Value::as_f64).collect());
-                match scores {
-                    Some(scores) if scores.len() == part.len() => Ok(scores),
-                    Some(scores) => Err(format!("{} scores for {} samples", scores.len(), part.len())),
-                    None => Err("no list of numbers in `scores`".into()),
-                }
-            })
-        };
         let row = samples.first().map_or(0, |s| s.row);
-        Ok(self
-            .endpoint
-            .all(&parts, ask)
-            .map_err(|e| e.of(&self.endpoint.url, row))?
-            .into_iter()
-            .flatten()
-            .map(Judged::from)
-            .collect())
+        let scores = self.caller.all(&parts, |part| self.caller.ask(|| self.post(part)));
+        Ok(scores.map_err(|e| e.of(self.name(), row))?.into_iter().flatten().map(Judged::from).collect())
     }
 }

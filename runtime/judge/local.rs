@@ -68,6 +68,7 @@ impl JudgeModel {
 pub struct LocalJudge {
     id: String,
     brain: Arc<dyn Brain>,
+    placement: Placement,
     /// The tokens `1` to `9`.
     digits: Vec<u32>,
 }
@@ -81,6 +82,7 @@ impl LocalJudge {
         dtype: rehearsal_lm::Precision,
         devices: &Devices,
     ) -> Result<Self, String> {
+        let placement = if matches!(model, JudgeModel::Foreign(_)) { Placement::Cpu } else { placement };
         let brain: Arc<dyn Brain> = match model {
             JudgeModel::Ours(checkpoint) => {
                 let model = FrozenModel::new(&checkpoint, placement, dtype, devices).map_err(|e| e.to_string())?;
@@ -93,7 +95,7 @@ impl LocalJudge {
             _ => Err(format!("the judge's tokenizer has no token for `{d}`")),
         };
         let digits = (1..=9).map(digit).collect::<Result<_, _>>()?;
-        Ok(Self { id: format!("local {}", brain.fingerprint()?), brain, digits })
+        Ok(Self { id: format!("local {}", brain.fingerprint()?), brain, placement, digits })
     }
 
     fn reply(&self, question: &Question) -> Result<Reply, String> {
@@ -141,6 +143,10 @@ impl LocalJudge {
 impl Judge for LocalJudge {
     fn id(&self) -> &str {
         &self.id
+    }
+
+    fn occupies(&self) -> Vec<Placement> {
+        vec![self.placement]
     }
 
     fn ask(&self, questions: &[Question]) -> Result<Vec<Reply>, RewardError> {

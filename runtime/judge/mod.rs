@@ -17,12 +17,12 @@ use rehearsal_actors::{Judged, Reward, RewardError, Sample};
 use rehearsal_learn::evaluation::judge::BothOrders;
 use rehearsal_store::{Exchange, KeptReply, Usage};
 
-pub use api::{ApiJudge, Prices};
-pub use foreign::{Foreign, KINDS as FOREIGN_KINDS};
+pub use api::{ApiJudge, ApiSettings, Prices};
+pub use foreign::{Foreign, GGUF_KINDS as FOREIGN_GGUF_KINDS, KINDS as FOREIGN_KINDS};
 pub use http::{Endpoint, FOREVER, HttpScorer, PostError};
 pub use local::{JudgeModel, LocalJudge};
 pub use rehearsal_actors::{Devices, Placement};
-pub use template::{NAMES, Template};
+pub use template::{Form, NAMES, Template};
 pub use verdict::{Verdict, understand};
 
 /// What a judge is asked.
@@ -65,6 +65,11 @@ pub trait Judge: Send + Sync {
     /// How long a reply may take; `None` leaves it to the job's limits.
     fn patience(&self) -> Option<Duration> {
         None
+    }
+
+    /// [`Reward::occupies`].
+    fn occupies(&self) -> Vec<Placement> {
+        Vec::new()
     }
 
     /// A reply to each question, in order.
@@ -356,6 +361,10 @@ impl Reward for JudgeReward {
 
     fn patience(&self) -> Option<Duration> {
         self.judge.patience()
+    }
+
+    fn occupies(&self) -> Vec<Placement> {
+        self.judge.occupies()
     }
 
     fn score(&self, samples: &[Sample]) -> Result<Vec<Judged>, RewardError> {

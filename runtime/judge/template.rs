@@ -12,14 +12,36 @@ use super::{Question, QuestionKind};
 /// criteria, which also show the judge a reference answer where the prompt's row has one.
 pub const NAMES: [&str; 5] = ["helpful", "harmless", "summary", "brief", "mt_bench"];
 
+/// In what form a verdict is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// One token, of a local judge.
+    Token,
+    /// Words, and the verdict on a line of its own.
+    Words,
+    /// An object whose form the server enforces.
+    Object,
+}
+
+impl Form {
+    /// What is asked for, in the words for each form.
+    fn ask(self, token: &str, words: &str, object: &str) -> String {
+        match self {
+            Self::Token => token,
+            Self::Words => words,
+            Self::Object => object,
+        }
+        .to_string()
+    }
+}
+
 /// A way of asking.
 #[derive(Clone)]
 pub struct Template {
     criterion: String,
     /// A template of the user's own for pairs.
     own: Option<Arc<Environment<'static>>>,
-    /// A local judge is asked for one token; others for a verdict on a line of its own.
-    token: bool,
+    form: Form,
     /// The judge is shown the prompt's reference answer.
     with_reference: bool,
     id: String,
@@ -28,7 +50,7 @@ pub struct Template {
 impl Template {
     /// One of [`NAMES`], or a Jinja template of the user's own with `question`, `first` and `second` (`answer` for grades,
     /// the list `answers` for rankings), which are quoted already.
-    pub fn new(name: &str, own: Option<String>, token: bool) -> Result<Self, String> {
+    pub fn new(name: &str, own: Option<String>, form: Form) -> Result<Self, String> {
         let criterion = match name {
             "helpful" => {
                 "which of them helps the person who asked more: it does what was asked, is correct, and is clear"
@@ -59,7 +81,7 @@ impl Template {
             })
             .transpose()?;
         let with_reference = name == "mt_bench" && own.is_none();
-        let mut template = Self { criterion: criterion.into(), own, token, with_reference, id: String::new() };
+        let mut template = Self { criterion: criterion.into(), own, form, with_reference, id: String::new() };
         // What it says of nothing in particular is its version.
         let empty = Sample { answer: Some(String::new()), ..Sample::default() };
         let mut hasher = blake3::Hasher::new();
@@ -89,11 +111,11 @@ impl Template {
     pub fn pair(&self, first: &Sample, second: &Sample) -> Question {
         let (question, one, two) = (self.asked(first), quoted(&first.completion), quoted(&second.completion));
         let text = self.own(context! { question => question, first => one, second => two }).unwrap_or_else(|| {
-            let ask = if self.token {
-                "Which answer is better? Say 1 or 2."
-            } else {
-                "Explain your choice in a sentence or two. Then, on a last line of its own, write [[1]] or [[2]], or [[tie]]."
-            };
+            let ask = self.form.ask(
+                "Which answer is better? Say 1 or 2.",
+                "Explain your choice in a sentence or two. Then, on a last line of its own, write [[1]] or [[2]], or [[tie]].",
+                "Give the reason for your choice in a sentence or two, then the verdict: 1, 2 or tie.",
+            );
             format!("A person wrote:\n\n{question}\n\nAnswer 1:\n\n{one}\n\nAnswer 2:\n\n{two}\n\n{ask}")
         });
         let system = format!(
@@ -108,11 +130,11 @@ impl Template {
     pub fn grade(&self, sample: &Sample) -> Question {
         let (question, answer) = (self.asked(sample), quoted(&sample.completion));
         let text = self.own(context! { question => question, answer => answer }).unwrap_or_else(|| {
-            let ask = if self.token {
-                "How good is the answer, from 1 to 9? Say one digit."
-            } else {
-                "Explain yourself in a sentence or two. Then, on a last line of its own, write a grade from [[1]] to [[10]]."
-            };
+            let ask = self.form.ask(
+                "How good is the answer, from 1 to 9? Say one digit.",
+                "Explain yourself in a sentence or two. Then, on a last line of its own, write a grade from [[1]] to [[10]].",
+                "Give your reason in a sentence or two, then the verdict: a grade from 1 to 10.",
+            );
             format!("A person wrote:\n\n{question}\n\nAn answer:\n\n{answer}\n\n{ask}")
         });
         let system = format!(
@@ -131,13 +153,13 @@ impl Template {
         let text = self.own(context! { question => question, answers => quotations }).unwrap_or_else(|| {
             let listed: Vec<String> =
                 quotations.iter().zip(1..).map(|(quotation, i)| format!("Answer {i}:\n\n{quotation}")).collect();
-            let ask = if self.token {
-                format!("Which answer is best? Say one number from 1 to {n}.")
-            } else {
+            let ask = self.form.ask(
+                &format!("Which answer is best? Say one number from 1 to {n}."),
                 "Explain your order in a few sentences. Then, on a last line of its own, write all numbers from best to worst \
-                 in double brackets, with `=` between equals, such as [[2 > 1 = 3]]."
-                    .to_string()
-            };
+                 in double brackets, with `=` between equals, such as [[2 > 1 = 3]].",
+                "Give the reason for your order in a few sentences, then the verdict: all numbers from best to worst, with `=` \
+                 between equals, such as 2 > 1 = 3.",
+            );
             format!("A person wrote:\n\n{question}\n\n{}\n\n{ask}", listed.join("\n\n"))
         });
         let system = format!(

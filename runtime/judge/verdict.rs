@@ -25,6 +25,9 @@ impl Verdict {
 
 /// What a reply to a question means, if it can be understood.
 pub fn understand(kind: QuestionKind, reply: &str) -> Option<Verdict> {
+    if let Some(verdict) = structured(reply) {
+        return understand(kind, &format!("[[{verdict}]]"));
+    }
     match kind {
         QuestionKind::Pair => preference(reply).map(Verdict::Pair),
         QuestionKind::Grade => grade(reply).map(Verdict::Grade),
@@ -88,6 +91,16 @@ fn shares(answers: usize, beats: impl Fn(usize, usize) -> f64) -> Vec<f64> {
     (0..answers).map(|i| others(i).map(|j| beats(i, j)).sum::<f64>() / (answers - 1) as f64).collect()
 }
 
+/// The `verdict` of a structured reply: an object and nothing beside it.
+fn structured(reply: &str) -> Option<String> {
+    let object: serde_json::Map<String, serde_json::Value> = serde_json::from_str(reply.trim()).ok()?;
+    match object.get("verdict")? {
+        serde_json::Value::String(text) => Some(text.trim().to_string()),
+        serde_json::Value::Number(number) => Some(number.to_string()),
+        _ => None,
+    }
+}
+
 /// What stands between double brackets on the last line.
 fn marked(reply: &str) -> Option<&str> {
     let last = reply.lines().rev().map(str::trim).find(|line| !line.is_empty())?;
@@ -113,6 +126,27 @@ mod tests {
         }
         assert_eq!(preference("p(1) = 0.25"), Some(0.25));
         assert_eq!(preference("p(1) = 7"), None);
+    }
+
+    #[test]
+    fn an_object_is_read_by_its_verdict_alone() {
+        let pair = |reply: &str| understand(QuestionKind::Pair, reply);
+        assert_eq!(pair(r#"{"reason": "it says [[1]]", "verdict": "2"}"#), Some(Verdict::Pair(0.0)));
+        assert_eq!(pair(r#" {"verdict": "tie"} "#), Some(Verdict::Pair(0.5)));
+        assert_eq!(understand(QuestionKind::Grade, r#"{"reason": "", "verdict": 7.5}"#), Some(Verdict::Grade(7.5)));
+        let ranking = understand(QuestionKind::Ranking(3), r#"{"reason": "", "verdict": "3 > 1 = 2"}"#);
+        assert_eq!(ranking, Some(Verdict::Ranking(vec![0.25, 0.25, 1.0])));
+        // Quoted, beside other words, of another form, or out of range: no verdict.
+        for reply in [
+            r#"{"reason": "{\"verdict\": \"1\"}"}"#,
+            r#"He says {"verdict": "1"}"#,
+            r#"{"verdict": "both"}"#,
+            r#"{"verdict": "1]] [[2"}"#,
+            r#"{"verdict": ["1"]}"#,
+        ] {
+            assert_eq!(pair(reply), None, "{reply}");
+        }
+        assert_eq!(understand(QuestionKind::Grade, r#"{"verdict": 11}"#), None);
     }
 
     #[test]

@@ -184,9 +184,9 @@ impl Learned {
     }
 
     /// Updates of the policy and of the critic, until the policy has moved too far.
-    async fn update(&self, run: &Run, rate: f64) -> Result<(Updates, Updates)> {
+    async fn update(&self, run: &mut Run, rate: f64) -> Result<(Updates, Updates)> {
         let (mut policy, mut critic) = (Updates::default(), Updates::default());
-        let config = &run.config.ppo;
+        let config = &run.config.ppo.clone();
         let parts = minibatches(run.config.job.seed, run.state.step, self.0.len(), run.config.update);
         let narrow = |x: &[f64]| x.iter().map(|&x| x as f32).collect::<Vec<f32>>();
         for (index, part) in parts.iter().enumerate() {
@@ -216,6 +216,7 @@ impl Learned {
                 let height = run.config.critic.learning_rate.unwrap_or(run.config.optimizer.learning_rate);
                 let learning_rate = rate * height / run.config.optimizer.learning_rate;
                 let batch = UpdateBatch { objective, learning_rate, temperature: 1.0 };
+                run.settle().await?;
                 critic.add(run.roles.critic()?.step(batch, run.cancel.clone()).await?);
             }
             if config.stop_kl.is_some_and(|limit| moved > limit) {

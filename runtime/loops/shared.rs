@@ -17,11 +17,11 @@ use crate::state::{Answer, Evaluation};
 /// Numbers of a step by the names of their metrics.
 pub type Stats = BTreeMap<&'static str, f64>;
 
-/// Saves a checkpoint if one is due between two steps.
+/// Begins to save a checkpoint if one is due between two steps; it is written while the next completions are generated.
 pub async fn checkpoint_if_due(run: &mut Run) -> Result<()> {
     let (step, every) = (run.state.step, run.config.checkpoint.every_steps);
     let due = step > 0 && (step.is_multiple_of(every) || step >= run.config.job.steps);
-    if due { run.checkpoint().await } else { Ok(()) }
+    if due { run.begin_checkpoint().await } else { Ok(()) }
 }
 
 /// Whether an evaluation is due between two steps and not done.

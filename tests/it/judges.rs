@@ -228,6 +228,27 @@ fn a_refusal_is_a_tie_and_a_wrong_key_is_no_reason_to_try_again() {
 }
 
 #[test]
+fn a_structured_reply_is_asked_for_and_read() {
+    let server = Server::start(|_, body| {
+        let format = &body["response_format"];
+        assert_eq!((&format["type"], &format["json_schema"]["strict"]), (&json!("json_schema"), &json!(true)));
+        let verdicts = format["json_schema"]["schema"]["properties"]["verdict"]["enum"].clone();
+        assert_eq!(verdicts, json!(["1", "2", "tie"]));
+        assert!(!body["messages"].to_string().contains("[["), "no marker is asked for");
+        // The first is always better: in both orders, a tie.
+        says("{\"reason\": \"it says [[2]]\", \"verdict\": \"1\"}")
+    });
+    let folder = tempfile::tempdir().unwrap();
+    // What stands before `/chat/completions` will do.
+    let judge = api(&server, "reply = \"object\"").replace("/chat/completions", "");
+    assert_eq!(run(job(folder.path(), 1, &judge)).unwrap().step, 1);
+    let (store, _) = Store::open(folder.path()).unwrap();
+    for preference in store.preferences().unwrap() {
+        assert!(preference.unwrap().scores.iter().all(|&score| score == 0.5));
+    }
+}
+
+#[test]
 fn a_key_is_sent_and_kept_nowhere() {
     let server = Server::start(|_, body| longer(body));
     // SAFETY: no other test reads or writes this variable.
@@ -268,7 +289,8 @@ fn a_server_scores_beside_rules() {
     let more =
         format!("[reward]\nrules = [\"ends_properly\"]\n[scorer]\nurl = \"{}\"\nbatch = 3\nweight = 0.5\n", server.url);
     run(job(folder.path(), 1, &more)).unwrap();
-    assert_eq!(server.count(), 4, "8 completions by threes, and one more try");
+    // By threes at most, as they finish, and one more try.
+    assert!((4..=9).contains(&server.count()), "{} requests for 8 completions", server.count());
     let (store, _) = Store::open(folder.path()).unwrap();
     for preference in store.preferences().unwrap() {
         let preference = preference.unwrap();

@@ -345,7 +345,8 @@ tok.chat_template = '{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% e
 sizes = dict(vocab_size=256, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=48, max_position_embeddings=2048, initializer_range=0.3, pad_token_id=0, eos_token_id=0, bos_token_id=0)
 more = {
-    'phi3': {}, 'olmo2': {}, 'starcoder2': {}, 'gemma': {'head_dim': 8},
+    'phi3': {}, 'olmo': {}, 'olmo2': {}, 'starcoder2': {}, 'gemma': {'head_dim': 8}, 'helium': {'head_dim': 8},
+    'glm4': {'head_dim': 8}, 'smollm3': {},
 }
 out = {}
 for kind, extra in more.items():
@@ -372,13 +373,13 @@ print(json.dumps(out))
 #[test]
 fn models_that_cannot_be_trained_judge_as_they_do_in_transformers() {
     use rehearsal::Sample;
-    use rehearsal::judge::{Foreign, Judge, JudgeModel, LocalJudge, Template};
+    use rehearsal::judge::{Foreign, Form, Judge, JudgeModel, LocalJudge, Template};
     use std::sync::Arc;
     let Some(python) = python() else { return };
     let folder = tempfile::tempdir().unwrap();
     let sample =
         |completion: &str| Sample { prompt: "Who?".into(), completion: completion.into(), ..Sample::default() };
-    let question = Template::new("brief", None, true).unwrap().pair(&sample("The fox."), &sample("I do not know."));
+    let question = Template::new("brief", None, Form::Token).unwrap().pair(&sample("The fox."), &sample("I do not know."));
     let messages = serde_json::json!([
         {"role": "system", "content": question.system}, {"role": "user", "content": question.text}
     ]);

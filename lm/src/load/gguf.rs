@@ -54,6 +54,41 @@ impl Metadata<'_> {
     }
 }
 
+/// What a GGUF file of any architecture says beside its weights.
+pub struct GgufText {
+    /// `general.architecture`.
+    pub architecture: String,
+    /// Tokens that a sequence may have.
+    pub context: Option<usize>,
+    /// Tokenizer and chat template: the file's own, or a `tokenizer.json` (and `tokenizer_config.json`) beside it.
+    pub text: Text,
+}
+
+impl GgufText {
+    /// Reads the metadata of a file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let read = |source| Error::Read { path: path.into(), source };
+        let mut reader = BufReader::new(File::open(path).map_err(read)?);
+        let content = Content::read(&mut reader)
+            .map_err(|e| Error::Malformed { path: path.into(), reason: e.to_string() })?;
+        let metadata = Metadata { content: &content, path };
+        let architecture = metadata.text("general.architecture").unwrap_or_default().to_string();
+        let context = metadata.number(&format!("{architecture}.context_length")).map(|n| n as usize);
+        let beside = |name: &str| std::fs::read(path.with_file_name(name)).ok();
+        let text = match beside("tokenizer.json") {
+            Some(tokenizer) => {
+                let template = metadata.text("tokenizer.chat_template").map(String::from);
+                Text::from_json(&tokenizer, beside("tokenizer_config.json").as_deref(), template)?
+            }
+            None => {
+                let (tokenizer, config) = tokenizer(&metadata)?;
+                Text::from_json(tokenizer.as_bytes(), Some(config.to_string().as_bytes()), None)?
+            }
+        };
+        Ok(Self { architecture, context, text })
+    }
+}
+
 pub fn open(path: &Path) -> Result<Checkpoint> {
     let file = File::open(path).map_err(|source| Error::Read { path: path.into(), source })?;
     let mut reader = BufReader::new(file);

@@ -5,6 +5,8 @@ mod gguf_tokenizer;
 mod hf;
 mod save;
 
+pub use gguf::GgufText;
+
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};

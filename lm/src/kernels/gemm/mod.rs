@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use super::Shared;
 use bf16::Pair;
 use pack::Lane;
-use tile::{MR, NR, Out, Tile, rows_written};
+use tile::{AHEAD, MR, NR, Out, Tile, panel_rows, rows_written};
 
 /// Depth of a packed block: panels of this many `k` stay in the second-level cache.
 const KC: usize = 1024;
@@ -306,9 +306,12 @@ unsafe fn tiles<E: Element, L: Lane>(
                     let b_panel = &panels_of_b[at..at + lanes * NR];
                     for row_panel in row_panels.clone() {
                         let a_panel = &packed_a[row_panel * MR * lanes..(row_panel + 1) * MR * lanes];
+                        let rows = panel_rows(a.rows, row_panel);
+                        let again = row_panel > row_panels.start && row_panel + 1 == row_panels.end;
                         let place = Place {
-                            row: row_panel * MR,
-                            rows: MR.min(a.rows - row_panel * MR),
+                            row: rows.start,
+                            rows: rows.len(),
+                            ahead: if again { panel_size } else { AHEAD },
                             column: column_panel * NR,
                             columns: NR.min(b.cols - column_panel * NR),
                             stride,
@@ -335,6 +338,8 @@ struct Place {
     column: usize,
     columns: usize,
     stride: usize,
+    /// See [`Out`].
+    ahead: usize,
 }
 
 impl Place {
@@ -344,7 +349,7 @@ impl Place {
         // SAFETY: the caller's promise.
         let row = |i: usize| unsafe { out.slice((self.row + i) * self.stride + self.column, self.columns) };
         if self.columns == NR && rows_written(self.rows) == self.rows {
-            let out = Out { start: row(0).as_mut_ptr(), stride: self.stride, add };
+            let out = Out { start: row(0).as_mut_ptr(), stride: self.stride, add, ahead: self.ahead };
             let _last = row(self.rows - 1); // inside the buffer, or this panics
             // SAFETY: all rows of the tile are in the result and belong to the caller.
             return unsafe { L::accumulate(self.rows, a, b, out) };

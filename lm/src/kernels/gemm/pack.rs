@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::bf16::{Pair, round};
-use super::tile::{MR, NR};
+use super::tile::{MR, NR, panel_rows};
 use super::{View, bf16, tile};
 use crate::kernels::isa::per_isa;
 
@@ -210,14 +210,14 @@ fn interleave<'a, E: Element + 'a, L: Lane, const WIDTH: usize>(
     }
 }
 
-/// Packs rows of `a`, for the given range of `k`, into panels of `MR` rows; panels lie `lanes * MR` apart.
+/// Packs rows of `a`, for the given range of `k`, into panels ([`panel_rows`]); panels lie `lanes * MR` apart.
 pub fn rows<E: Element, L: Lane>(a: View<'_, E>, k: std::ops::Range<usize>, packed: &mut Vec<L>, parallel: bool) {
     let lanes = k.len().div_ceil(L::STEPS);
     let size = lanes * MR;
     // Rows past the last of `a` keep what was there: their results are not used.
     packed.resize(a.rows.div_ceil(MR) * size, L::default());
     let fill = |(p, panel): (usize, &mut [L])| {
-        let rows = p * MR..((p + 1) * MR).min(a.rows);
+        let rows = panel_rows(a.rows, p);
         if a.col_stride == 1 {
             let rows =
                 rows.enumerate().map(|(i, r)| (i, &a.data[r * a.row_stride + k.start..r * a.row_stride + k.end]));

@@ -19,13 +19,33 @@ pub struct Out {
     pub stride: usize,
     /// The sums continue what is there; else they start from zero.
     pub add: bool,
+    /// Elements of the right-hand panel between what is read and what is fetched ahead: further on in the panel, or the next
+    /// one, where this one is in the cache already.
+    pub ahead: usize,
 }
+
+/// How far ahead a panel is fetched that comes from memory.
+pub const AHEAD: usize = 16 * NR;
 
 impl Out {
     /// A whole tile of memory.
     pub fn tile(tile: &mut Tile, add: bool) -> Self {
-        Self { start: tile.as_mut_ptr(), stride: NR, add }
+        Self { start: tile.as_mut_ptr(), stride: NR, add, ahead: AHEAD }
     }
+}
+
+/// Rows of the `panel`-th of the panels that `rows` rows take: [`MR`] each, but where the last would have few, it takes some of
+/// the one before, since narrow tiles are slow.
+pub fn panel_rows(rows: usize, panel: usize) -> std::ops::Range<usize> {
+    const MOVED: usize = 4;
+    let panels = rows.div_ceil(MR);
+    let moves = panels > 1 && (1..=MOVED).contains(&(rows % MR));
+    let end = |panel: usize| match panels - panel {
+        1 => rows,
+        2 if moves => (panel + 1) * MR - MOVED,
+        _ => (panel + 1) * MR,
+    };
+    panel.checked_sub(1).map_or(0, end)..end(panel)
 }
 
 /// Rows that a kernel computes when `rows` are wanted: at least as many, whatever the instruction set.
@@ -103,8 +123,6 @@ macro_rules! avx512_kernel {
 
         #[target_feature(enable = $features)]
         unsafe fn some_rows<const R: usize>(a: &[$lane], b: &[$lane], out: Out) {
-            /// Elements of the right-hand panel between its loads and its prefetches.
-            const AHEAD: usize = 16 * NR;
             let depth = a.len() / MR;
             // SAFETY: `a` has `depth * MR` and `b` has `depth * NR` elements, `out` has R <= MR rows of `NR`.
             unsafe {
@@ -117,8 +135,8 @@ macro_rules! avx512_kernel {
                 }
                 let (mut pa, mut pb) = (a.as_ptr(), b.as_ptr());
                 for _ in 0..depth {
-                    _mm_prefetch::<_MM_HINT_T0>(pb.wrapping_add(AHEAD).cast());
-                    _mm_prefetch::<_MM_HINT_T0>(pb.wrapping_add(AHEAD + 16).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(pb.wrapping_add(out.ahead).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(pb.wrapping_add(out.ahead + 16).cast());
                     let $b = pb;
                     let first = $load;
                     let $b = pb.add(16);
@@ -213,6 +231,16 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn panels_cover_all_rows_in_order() {
+        for rows in 1..100usize {
+            let panels: Vec<_> = (0..rows.div_ceil(MR)).map(|p| panel_rows(rows, p)).collect();
+            assert_eq!(panels.iter().flat_map(|p| p.clone()).collect::<Vec<_>>(), (0..rows).collect::<Vec<_>>());
+            assert!(panels.iter().all(|p| p.len() <= MR && (panels.len() == 1 || p.len() > 4)), "{panels:?}");
+        }
+        assert_eq!(panel_rows(16, 0), 0..8);
+    }
 
     fn panel(width: usize, depth: usize, seed: u32) -> Vec<f32> {
         let mut state = seed;
