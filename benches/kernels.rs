@@ -95,16 +95,29 @@ fn rows(c: &mut Criterion) {
         &[var(&[TOKENS, 576], 1), var(&[576], 2)],
         |x| ops::rms_norm(&x[0], &x[1], 1e-5),
     );
-    let (x, grad) = (random(TOKENS * 3072, 1), random(TOKENS * 1536, 2));
-    let (mut out, mut gate_up) = (vec![0.0; grad.len()], x.clone());
+    let (x, w, b, grad) = (random(TOKENS * 576, 1), random(576, 2), random(576, 3), random(TOKENS * 576, 4));
+    let (mut out, mut dx) = (vec![0.0; x.len()], vec![0.0; x.len()]);
+    let (mut dw, mut db) = (vec![0.0; 576], vec![0.0; 576]);
     against_graph(
         c,
-        "swiglu 512x1536",
-        || activation::forward(Activation::Silu, true, 1536, &x, &mut out),
-        || activation::backward(Activation::Silu, true, 1536, &mut gate_up, &grad),
-        &[var(&[TOKENS, 1536], 1), var(&[TOKENS, 1536], 2)],
-        |x| ops::swiglu(&x[0], &x[1]),
+        "layer-norm 512x576",
+        || norm::layer_norm(&x, &w, &b, 1e-5, &mut out),
+        || norm::layer_norm_backward(&x, &w, 1e-5, &grad, &mut dx, &mut dw, &mut db),
+        &[var(&[TOKENS, 576], 1), var(&[576], 2), var(&[576], 3)],
+        |x| ops::layer_norm(&x[0], &x[1], &x[2], 1e-5),
     );
+    for (name, kind) in [("swiglu 512x1536", Activation::Silu), ("geglu 512x1536", Activation::GeluTanh)] {
+        let (x, grad) = (random(TOKENS * 3072, 1), random(TOKENS * 1536, 2));
+        let (mut out, mut gate_up) = (vec![0.0; grad.len()], x.clone());
+        against_graph(
+            c,
+            name,
+            || activation::forward(kind, true, 1536, &x, &mut out),
+            || activation::backward(kind, true, 1536, &mut gate_up, &grad),
+            &[var(&[TOKENS, 1536], 1), var(&[TOKENS, 1536], 2)],
+            |x| if kind == Activation::Silu { ops::swiglu(&x[0], &x[1]) } else { ops::geglu(&x[0], &x[1]) },
+        );
+    }
     let frequencies: Vec<f32> = (0..32).map(|i| 1e5f32.powf(-i as f32 / 32.0)).collect();
     let angles = Arc::new(Angles::new(&frequencies, TOKENS));
     let at: Vec<u32> = (0..TOKENS as u32).collect();
@@ -174,7 +187,9 @@ fn optimiser(c: &mut Criterion) {
     let variables = [("w".to_string(), var(&[10_000, 1000], 1))].into();
     let gradients = [("w".to_string(), var(&[10_000, 1000], 2).as_detached_tensor())].into();
     group.throughput(Throughput::Elements(10_000_000));
-    for (name, moments) in [("f32 moments", MomentType::Full), ("bf16 moments", MomentType::Bf16)] {
+    let kinds =
+        [("f32 moments", MomentType::Full), ("bf16 moments", MomentType::Bf16), ("8-bit moments", MomentType::Int8)];
+    for (name, moments) in kinds {
         let mut adamw = AdamW::new(&variables, AdamWConfig { moments, ..Default::default() }).expect("an optimiser");
         group.bench_function(name, |b| b.iter(|| adamw.step(&variables, &gradients, 1e-6, 1.0)));
     }

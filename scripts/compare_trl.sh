@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The same online-DPO work by TRL and by Rehearsal, in turn, and the ratios: time of a step and peak memory.
+# REHEARSAL names a program that is built already.
 #
 #   [DTYPE=f32|bf16] [PROMPT_CHARS=120] scripts/compare_trl.sh PYTHON TRL_SCRIPT MODEL.gguf HF_DIR PROMPTS.jsonl [ROUNDS] [STEPS]
 #
@@ -13,7 +14,7 @@ python=$1 trl=$2 gguf=$3 hf=$4 prompts=$5 rounds=${6:-2} steps=${7:-5}
 dtype=${DTYPE:-f32} chars=${PROMPT_CHARS:-120}
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
-cargo build --release --manifest-path "$here/Cargo.toml" >&2
+[ -n "${REHEARSAL:-}" ] || cargo build --release --manifest-path "$here/Cargo.toml" >&2
 
 # The same prompts for both: the first of at most so many characters, each once.
 "$python" - "$prompts" "$work/prompts.jsonl" "$steps" "$chars" <<'P'
@@ -50,7 +51,7 @@ moments = "$dtype"
 every_steps = 1000000
 T
   # Peak memory as the system counts it, the final checkpoint included.
-  /usr/bin/time -f '%M' -o "$work/rss" "$here/target/release/rehearsal" run "$work/job.toml" > "$work/log"
+  /usr/bin/time -f '%M' -o "$work/rss" "${REHEARSAL:-$here/target/release/rehearsal}" run "$work/job.toml" > "$work/log"
   "$python" - "$work/job/history.jsonl" "$(tail -1 "$work/rss")" <<'P'
 import json, statistics, sys
 rows = [json.loads(l) for l in open(sys.argv[1])]

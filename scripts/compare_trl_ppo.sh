@@ -12,7 +12,7 @@ python=$1 trl=$2 hf=$(realpath "$3") prompts=$4 rounds=${5:-2} steps=${6:-3}
 dtype=${DTYPE:-f32}
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
-cargo build --release --manifest-path "$here/Cargo.toml" >&2
+[ -n "${REHEARSAL:-}" ] || cargo build --release --manifest-path "$here/Cargo.toml" >&2
 
 "$python" - "$prompts" "$work" "$steps" "$hf" <<'P'
 import json, shutil, sys, torch
@@ -52,7 +52,7 @@ moments = "$dtype"
 [checkpoint]
 every_steps = 1000000
 T
-  /usr/bin/time -f '%M' -o "$work/rss" "$here/target/release/rehearsal" run "$work/job.toml" > "$work/log"
+  /usr/bin/time -f '%M' -o "$work/rss" "${REHEARSAL:-$here/target/release/rehearsal}" run "$work/job.toml" > "$work/log"
   "$python" - "$work/job/history.jsonl" "$(tail -1 "$work/rss")" <<'P'
 import json, statistics, sys
 rows = [json.loads(l) for l in open(sys.argv[1])]

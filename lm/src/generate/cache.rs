@@ -12,7 +12,7 @@ pub struct Row {
     pub wants_logits: bool,
 }
 
-/// Keys transposed (`[dim][capacity]`) and values (`[capacity][dim]`) of every layer, slot and key head.
+/// Keys (`[capacity / KEY_BLOCK][dim][KEY_BLOCK]`) and values (`[capacity][dim]`) of every layer, slot and key head.
 pub struct Cache {
     keys: Vec<f32>,
     values: Vec<f32>,
@@ -54,15 +54,16 @@ impl Cache {
 
     /// Stores the keys and values of rows `[queries | keys | values]` at their positions.
     pub fn append(&mut self, layer: usize, rows: &[Row], qkv: &[f32]) {
-        let (dim, capacity) = (self.heads.dim, self.capacity);
+        let dim = self.heads.dim;
         let (q, kv) = (self.heads.query_width(), self.heads.key_width());
         for (row, qkv) in rows.iter().zip(qkv.chunks_exact(self.heads.width())) {
             let (keys, values) = qkv[q..].split_at(kv);
             for head in 0..self.heads.keys {
                 let range = self.range(layer, row.slot, head);
-                let column = &mut self.keys[range.clone()];
-                for (d, &k) in keys[head * dim..(head + 1) * dim].iter().enumerate() {
-                    column[d * capacity + row.position] = k;
+                let (block, place) = (row.position / KEY_BLOCK, row.position % KEY_BLOCK);
+                let block = &mut self.keys[range.clone()][block * dim * KEY_BLOCK..];
+                for (&k, column) in keys[head * dim..(head + 1) * dim].iter().zip(block.as_chunks_mut::<KEY_BLOCK>().0) {
+                    column[place] = k;
                 }
                 let at = range.start + row.position * dim;
                 self.values[at..at + dim].copy_from_slice(&values[head * dim..(head + 1) * dim]);
@@ -72,14 +73,13 @@ impl Cache {
 
     /// Copies the first `len` tokens of a slot to another: completions of one prompt compute it once.
     pub fn copy_prefix(&mut self, layers: usize, from: usize, to: usize, len: usize) {
-        let (dim, capacity) = (self.heads.dim, self.capacity);
+        let dim = self.heads.dim;
+        // Whole blocks: what lies past the last token is written before it is read.
+        let keys = len.div_ceil(KEY_BLOCK) * KEY_BLOCK * dim;
         for layer in 0..layers {
             for head in 0..self.heads.keys {
                 let (source, target) = (self.range(layer, from, head).start, self.range(layer, to, head).start);
-                for d in 0..dim {
-                    let row = source + d * capacity;
-                    self.keys.copy_within(row..row + len, target + d * capacity);
-                }
+                self.keys.copy_within(source..source + keys, target);
                 self.values.copy_within(source..source + len * dim, target);
             }
         }

@@ -94,7 +94,7 @@ fn attend(cache: &Cache, layer: usize, rows: &[Row], qkv: &[f32], heads: &Heads,
             let position = rows[row].position;
             let (first, len) = (heads.first_key(position), position + 1);
             for (query, out) in queries.chunks_exact(heads.dim).zip(out.chunks_exact_mut(heads.dim)) {
-                attention::attend(query, keys, cache.capacity(), values, heads.dim, first, len, heads, scores, out);
+                attention::attend(query, keys, values, heads.dim, first, len, heads, scores, out);
             }
         },
     );

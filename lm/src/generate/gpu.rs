@@ -13,7 +13,6 @@ use crate::gpu::{Buffer, Fields, Gpu, Layout, Numbers, Pass, Recorded, int, shap
 use crate::kernels::attention::Heads;
 use crate::model::Decoder;
 use crate::pass::{Buffers, Norm, Ops, PreparedBlock, Rows, norm};
-use crate::random::Stream;
 use crate::text::Text;
 
 /// Tokens between two looks of the host.
@@ -125,8 +124,8 @@ impl GpuGenerator {
                 let Some(request) = waiting.pop_front() else { break };
                 free.pop();
                 self.admit(decoder, &request.prompt, slot, &mut held)?;
-                let (cached, stream) = (request.prompt.len() - 1, Stream::new(options.seed, request.id));
-                active.push(Active { request, slot, cached, stream, tokens: Vec::new(), logprobs: Vec::new() });
+                let cached = request.prompt.len() - 1;
+                active.push(Active::new(request, slot, cached, options.seed));
             }
             let rows = active.len().next_power_of_two().min(slots);
             let step = match steps.entry(rows) {

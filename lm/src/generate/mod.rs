@@ -107,6 +107,15 @@ struct Active {
     stream: Stream,
     tokens: Vec<u32>,
     logprobs: Vec<f32>,
+    scratch: Scratch,
+}
+
+impl Active {
+    /// A sequence that begins, with so many tokens of its prompt in the cache.
+    fn new(request: Request, slot: usize, cached: usize, seed: u64) -> Self {
+        let stream = Stream::new(seed, request.id);
+        Self { request, slot, cached, stream, tokens: Vec::new(), logprobs: Vec::new(), scratch: Scratch::default() }
+    }
 }
 
 impl Generator {
@@ -170,7 +179,7 @@ impl Generator {
             drawing
                 .into_par_iter()
                 .zip(logits.par_chunks_exact(vocab))
-                .for_each_init(Scratch::default, |scratch, (a, logits)| a.draw(logits, options, scratch));
+                .for_each(|(a, logits)| a.draw(logits, options));
             for (a, rows) in active.iter_mut().zip(advance) {
                 a.cached += rows;
             }
@@ -242,8 +251,7 @@ impl Generator {
                 None => 0,
             };
             free.pop();
-            let stream = Stream::new(options.seed, request.id);
-            active.push(Active { request, slot, cached, stream, tokens: Vec::new(), logprobs: Vec::new() });
+            active.push(Active::new(request, slot, cached, options.seed));
         }
         Ok(())
     }
@@ -296,20 +304,24 @@ fn rows(active: &[Active]) -> Vec<(usize, Row)> {
 }
 
 impl Active {
-    fn draw(&mut self, logits: &[f32], options: &Options, scratch: &mut Scratch) {
+    fn draw(&mut self, logits: &[f32], options: &Options) {
         let temperature = options.sampling.logprob_temperature() as f32;
         let lse = log_sum_exp(logits, 1.0 / temperature);
         let u = self.stream.uniform(self.tokens.len() as u64);
         let token = if self.tokens.len() < options.min_new_tokens {
-            let mut masked = logits.to_vec();
+            let mut masked = std::mem::take(&mut self.scratch.masked);
+            masked.clear();
+            masked.extend_from_slice(logits);
             for &eos in &options.eos {
                 if let Some(x) = masked.get_mut(eos as usize) {
                     *x = f32::NEG_INFINITY;
                 }
             }
-            options.sampling.draw(&masked, u, scratch)
+            let token = options.sampling.draw(&masked, u, &mut self.scratch);
+            self.scratch.masked = masked;
+            token
         } else {
-            options.sampling.draw(logits, u, scratch)
+            options.sampling.draw(logits, u, &mut self.scratch)
         };
         self.tokens.push(token);
         self.logprobs.push(logprob(logits, token, temperature, lse));

@@ -8,6 +8,8 @@ use crate::kernels::math::{SUM_BLOCK, block_sums, exp_all, log_sum_exp, max};
 pub struct Scratch {
     p: Vec<f32>,
     sums: Vec<f64>,
+    /// Logits without the tokens that may not be drawn.
+    pub masked: Vec<f32>,
 }
 
 /// How the next token is drawn.
@@ -63,7 +65,7 @@ impl Sampling {
         if self.temperature == 0.0 {
             return argmax(logits);
         }
-        let Scratch { p, sums } = scratch;
+        let Scratch { p, sums, .. } = scratch;
         self.fill(logits, p);
         block_sums(p, sums);
         let mut left = u * sums.iter().sum::<f64>();

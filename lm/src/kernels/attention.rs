@@ -11,7 +11,7 @@ use super::math::{bend, exp_row, max};
 
 pub use packed::{Family, Saved, backward, forward};
 
-/// The cache's keys are read in blocks of this many, so their stride is a multiple of it.
+/// The cache holds keys in blocks of this many, each transposed: the reader goes through it from front to back.
 pub const KEY_BLOCK: usize = 64;
 
 /// Shape of an attention layer.
@@ -61,12 +61,11 @@ impl Heads {
 per_isa! {
     /// One query against the keys `first..len` of a cache.
     ///
-    /// `keys` is transposed, `[dim][key_stride]`, with `key_stride` a multiple of [`KEY_BLOCK`]; `values` has a
-    /// row every `value_stride`. `scores` is scratch of at least `key_stride`.
+    /// `keys` is `[blocks][dim][KEY_BLOCK]`, `values` has a row every `value_stride`. `scores` is scratch of at least
+    /// [`KEY_BLOCK`] for each block.
     pub fn attend(
         query: &[f32],
         keys: &[f32],
-        key_stride: usize,
         values: &[f32],
         value_stride: usize,
         first: usize,
@@ -75,7 +74,7 @@ per_isa! {
         scores: &mut [f32],
         out: &mut [f32],
     ) {
-        products(query, keys, key_stride, first, len, scores);
+        products(query, keys, first, len, scores);
         let row = &mut scores[first..len];
         let (_, total) = softmax(row, heads);
         weighted_sum(row, &values[first * value_stride..], value_stride, out);
@@ -102,20 +101,18 @@ fn softmax(row: &mut [f32], heads: &Heads) -> (f32, f32) {
     }
 }
 
-/// `out[j] = Σ_d x[d] * columns[d][j]` for the blocks that cover `first..len`.
+/// `out[j] = Σ_d x[d] * keys[j][d]` for the blocks that cover `first..len`.
 #[inline(always)]
-fn products(x: &[f32], columns: &[f32], stride: usize, first: usize, len: usize, out: &mut [f32]) {
-    let mut j = first / KEY_BLOCK * KEY_BLOCK;
-    while j < len {
+fn products(x: &[f32], keys: &[f32], first: usize, len: usize, out: &mut [f32]) {
+    for block in first / KEY_BLOCK..len.div_ceil(KEY_BLOCK) {
         let mut lanes = [0.0f32; KEY_BLOCK];
-        for (d, &x) in x.iter().enumerate() {
-            let column: &[f32; KEY_BLOCK] = columns[d * stride + j..].first_chunk().expect("keys padded to the block");
+        let columns = keys[block * x.len() * KEY_BLOCK..].as_chunks::<KEY_BLOCK>().0;
+        for (&x, column) in x.iter().zip(columns) {
             for i in 0..KEY_BLOCK {
                 lanes[i] = x.mul_add(column[i], lanes[i]);
             }
         }
-        out[j..j + KEY_BLOCK].copy_from_slice(&lanes);
-        j += KEY_BLOCK;
+        out[block * KEY_BLOCK..(block + 1) * KEY_BLOCK].copy_from_slice(&lanes);
     }
 }
 

@@ -408,14 +408,14 @@ mod tests {
                 let mut values = vec![0.0; capacity * heads.dim];
                 for (t, row) in single.chunks(width).enumerate() {
                     for d in 0..heads.dim {
-                        keys[d * capacity + t] = row[key + d];
+                        keys[(t / KEY_BLOCK * heads.dim + d) * KEY_BLOCK + t % KEY_BLOCK] = row[key + d];
                         values[t * heads.dim + d] = row[value + d];
                     }
                 }
                 let (mut scores, mut last) = (vec![0.0; capacity], vec![0.0; heads.dim]);
                 let query = &single[(len - 1) * width + 4 * heads.dim..][..heads.dim];
                 let first = heads.first_key(len - 1);
-                attend(query, &keys, capacity, &values, heads.dim, first, len, &heads, &mut scores, &mut last);
+                attend(query, &keys, &values, heads.dim, first, len, &heads, &mut scores, &mut last);
                 assert_eq!(last, got[(len - 1) * out_width + 4 * heads.dim..][..heads.dim]);
             }
         }
