@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::future::{Future, pending};
 
 use rehearsal_actors::{Judged, Tokens};
-use rehearsal_store::Verdict;
 use tokio::task::JoinHandle;
 
 use crate::data::PromptRow;
@@ -35,7 +34,7 @@ impl<T: Send + 'static> Batches<T> {
         }
     }
 
-    /// The answers to the open question; never, if there is none.
+    /// The answers to the open question; never, if there is none. Nothing is lost when this is dropped before it is done.
     async fn answered(&mut self, role: &'static str) -> Result<Vec<(usize, T)>> {
         let Some((_, task)) = &mut self.open else { return pending().await };
         let answers = task.await;
@@ -43,6 +42,12 @@ impl<T: Send + 'static> Batches<T> {
         let answers = answers.map_err(|_| rehearsal_actors::Error::Died { role, reason: None })??;
         Ok(asked.into_iter().zip(answers).collect())
     }
+}
+
+/// What came back, by the completion's place in the step.
+pub(crate) enum Answers {
+    Scores(Vec<(usize, Judged)>),
+    Reference(Vec<(usize, Vec<f32>)>),
 }
 
 /// What a step asks before its completions are all there.
@@ -76,7 +81,14 @@ impl Early {
     }
 
     /// Takes note of completions that have just come, the last of a prompt's among them: only now can they be compared.
-    pub fn came(&mut self, run: &Run, prompts: &[PromptRow], k: usize, all: &BTreeMap<usize, Answered>, new: &[usize]) -> Result<()> {
+    pub fn came(
+        &mut self,
+        run: &Run,
+        prompts: &[PromptRow],
+        k: usize,
+        all: &BTreeMap<usize, Answered>,
+        new: &[usize],
+    ) -> Result<()> {
         if let Some(reference) = &mut self.reference {
             reference.waiting.extend(new);
         }
@@ -114,8 +126,8 @@ impl Early {
         Ok(())
     }
 
-    /// Waits for an answer, keeps it (verdicts durably, before anything is done with them), and asks what waits meanwhile.
-    pub async fn step(&mut self, run: &Run, prompts: &[PromptRow], k: usize, all: &BTreeMap<usize, Answered>) -> Result<()> {
+    /// The next answers, which [`Early::keep`] is to be given. May be dropped before it is done.
+    pub async fn next(&mut self) -> Result<Answers> {
         let scores = async {
             match &mut self.scores {
                 Some(scores) => scores.answered("reward").await,
@@ -129,24 +141,45 @@ impl Early {
             }
         };
         tokio::select! {
-            answers = scores => {
-                let answers = answers?;
-                let verdicts: Vec<Verdict> = log_verdicts(self.step, &answers);
-                run.roles.archivist.log_verdicts(verdicts).await?;
-                self.judged.extend(answers.into_iter().map(|(i, judged)| (i as u32, judged)));
+            answers = scores => answers.map(Answers::Scores),
+            answers = reference => answers.map(Answers::Reference),
+        }
+    }
+
+    /// Keeps answers, verdicts durably and before anything is done with them, and asks what has waited meanwhile.
+    pub async fn keep(
+        &mut self,
+        answers: Answers,
+        run: &Run,
+        prompts: &[PromptRow],
+        k: usize,
+        all: &BTreeMap<usize, Answered>,
+    ) -> Result<()> {
+        match answers {
+            Answers::Scores(scores) => {
+                run.roles.archivist.log_verdicts(log_verdicts(self.step, &scores)).await?;
+                self.judged.extend(scores.into_iter().map(|(i, judged)| (i as u32, judged)));
             }
-            answers = reference => self.ref_logprobs.extend(answers?),
+            Answers::Reference(logprobs) => self.ref_logprobs.extend(logprobs),
         }
         self.ask(run, prompts, k, all)
     }
 
     /// Waits for what is still open.
-    pub async fn finish(&mut self, run: &Run, prompts: &[PromptRow], k: usize, all: &BTreeMap<usize, Answered>) -> Result<()> {
+    pub async fn finish(
+        &mut self,
+        run: &Run,
+        prompts: &[PromptRow],
+        k: usize,
+        all: &BTreeMap<usize, Answered>,
+    ) -> Result<()> {
         let open = |this: &Self| {
-            this.scores.as_ref().is_some_and(|b| b.open.is_some()) || this.reference.as_ref().is_some_and(|b| b.open.is_some())
+            this.scores.as_ref().is_some_and(|b| b.open.is_some())
+                || this.reference.as_ref().is_some_and(|b| b.open.is_some())
         };
         while open(self) {
-            self.step(run, prompts, k, all).await?;
+            let answers = self.next().await?;
+            self.keep(answers, run, prompts, k, all).await?;
         }
         Ok(())
     }

@@ -66,7 +66,8 @@ impl Run {
         ref_logprobs.extend(unread.iter().map(|a| a.index).zip(read));
         for (index, answered) in answered {
             let (prompt, place) = (index / k, index % k);
-            let (Some(judged), Some(ref_logprobs)) = (judged.remove(&(index as u32)), ref_logprobs.remove(&index)) else {
+            let (Some(judged), Some(ref_logprobs)) = (judged.remove(&(index as u32)), ref_logprobs.remove(&index))
+            else {
                 continue;
             };
             let Answered { completion, text, .. } = answered;
@@ -148,8 +149,8 @@ impl Run {
             loop {
                 let first = tokio::select! {
                     first = receiver.recv() => first,
-                    answered = early.step(self, prompts, k, &done) => {
-                        answered?;
+                    answers = early.next() => {
+                        early.keep(answers?, self, prompts, k, &done).await?;
                         continue;
                     }
                 };

@@ -208,13 +208,7 @@ mod tests {
         };
         let rules = Rules::new(&config).unwrap();
         let (prompt, completion) = (String::new(), "Please do do it".to_string());
-        let judged = rules
-            .judge(&Sample {
-                prompt,
-                completion,
-                ..Sample::default()
-            })
-            .unwrap();
+        let judged = rules.judge(&Sample { prompt, completion, ..Sample::default() }).unwrap();
         assert_eq!(judged.score, 3.5);
         assert_eq!(judged.reason, "matches 1.000, distinct_words 3.000");
     }

@@ -16,7 +16,8 @@ use super::saved;
 use crate::error::{At, Error, Result};
 use crate::evaluate::{self, Contest};
 use crate::judge::{
-    ApiJudge, ApiSettings, Form, Budget, Endpoint, Foreign, Judge, JudgeModel, JudgeReward, LocalJudge, Mode, Orders, Prices, Template,
+    ApiJudge, ApiSettings, Budget, Endpoint, Foreign, Form, Judge, JudgeModel, JudgeReward, LocalJudge, Mode, Orders,
+    Prices, Template,
 };
 
 #[derive(Subcommand)]

@@ -108,11 +108,12 @@ pub(super) fn judge(mut s: Section<'_>, base: &Path) -> Option<JudgeConfig> {
     let local = s.text(
         "model",
         "a path, \"embedded\" or \"stage:NAME\"",
-        "A local model as judge: the probabilities of its verdict tokens count. Beside the architectures that can be trained, Hugging Face directories of Phi 3, OLMo 1 and 2, StarCoder 2, Gemma 1, Helium, GLM 4 and SmolLM 3, and GGUF files of Qwen 2 and 3, Gemma 2 and 3, Phi 2 and 3, GLM 4 and LFM 2, can judge, on the CPU.",
+        "A local model as judge: the probabilities of its verdict tokens count. Beside the architectures that can be trained, Hugging Face directories of Phi 3, OLMo 1 and 2, StarCoder 2, Gemma 1, Helium and SmolLM 3, and GGUF files of Qwen 2 and 3, Gemma 2 and 3, Phi 2 and 3, GLM 4 and LFM 2, can judge, on the CPU.",
     );
     let local = local.map(|text| schema::source_of(&mut s, "model", &text, base));
     let name = s.text("api_model", "a model's name", "What `url` calls the judge.");
-    let endpoint = endpoint(&mut s, "the OpenAI-compatible `.../chat/completions` of a judge, or what stands before that");
+    let endpoint =
+        endpoint(&mut s, "the OpenAI-compatible `.../chat/completions` of a judge, or what stands before that");
     let tokens_max = s.integer("tokens_max", 512, Range::from(1.0), "Tokens of a reply at most.") as usize;
     let structured = s.choice(
         "reply",

@@ -37,11 +37,8 @@ pub fn judge_agreement(judge: &dyn Judge, template: &Template, file: &Path, limi
     for (place, row) in objects(file)?.into_iter().take(limit) {
         let of = |columns: &[&str]| text(&row, columns).map_err(|e| wrong(file, &place, e));
         let prompt = of(&["prompt", "question"])?;
-        let sample = |completion: &str| Sample {
-            prompt: prompt.into(),
-            completion: completion.into(),
-            ..Sample::default()
-        };
+        let sample =
+            |completion: &str| Sample { prompt: prompt.into(), completion: completion.into(), ..Sample::default() };
         let (first, second) = (sample(of(&["first", "answer_a"])?), sample(of(&["second", "answer_b"])?));
         questions.extend([template.pair(&first, &second), template.pair(&second, &first)]);
         labels.push(match of(&["verdict", "label"])? {

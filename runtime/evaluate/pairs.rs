@@ -41,11 +41,8 @@ pub fn reward_model(checkpoint: &Checkpoint, file: &Path, precision: Precision, 
     let tokenizer = checkpoint.text.tokenizer_json();
     let model = RewardModel::new("reward model", checkpoint, tokenizer, Placement::Cpu, precision, 8192, &devices)?;
     let models = RewardModels { members: vec![model], ensemble: Ensemble::Mean, clip: None };
-    let sample = |ids: &rehearsal_actors::Tokens| Sample {
-        tokens: ids.completion.len(),
-        ids: ids.clone(),
-        ..Sample::default()
-    };
+    let sample =
+        |ids: &rehearsal_actors::Tokens| Sample { tokens: ids.completion.len(), ids: ids.clone(), ..Sample::default() };
     let samples: Vec<Sample> =
         rows.iter().flat_map(|(_, PairRow { chosen, rejected, .. })| [sample(chosen), sample(rejected)]).collect();
     let scores = models.score(&samples).map_err(rehearsal_actors::Error::from)?;

@@ -10,8 +10,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::smol::smollm3;
 use candle_transformers::models::{
-    gemma, glm4_new, helium, olmo, olmo2, phi3, quantized_gemma3, quantized_glm4, quantized_lfm2, quantized_phi,
-    quantized_phi3, quantized_qwen2, quantized_qwen3, quantized_qwen3_moe, starcoder2,
+    gemma, helium, olmo, olmo2, phi3, quantized_gemma3, quantized_glm4, quantized_lfm2, quantized_phi, quantized_phi3,
+    quantized_qwen2, quantized_qwen3, quantized_qwen3_moe, starcoder2,
 };
 use rehearsal_lm::Text;
 use rehearsal_lm::load::GgufText;
@@ -20,11 +20,10 @@ use serde_json::Value;
 use super::local::Brain;
 
 /// `model_type`s of Hugging Face directories that are read by [`Foreign`].
-pub const KINDS: [&str; 8] = ["phi3", "olmo", "olmo2", "starcoder2", "gemma", "helium", "glm4", "smollm3"];
+pub const KINDS: [&str; 7] = ["phi3", "olmo", "olmo2", "starcoder2", "gemma", "helium", "smollm3"];
 
 /// `general.architecture`s of GGUF files that are read by [`Foreign`]; `llama` is this program's own.
-pub const GGUF_KINDS: [&str; 9] =
-    ["qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi2", "phi3", "glm4", "lfm2"];
+pub const GGUF_KINDS: [&str; 9] = ["qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi2", "phi3", "glm4", "lfm2"];
 
 /// Logits of the token after a row of tokens.
 type Forward = Box<dyn FnMut(&Tensor) -> candle_core::Result<Tensor> + Send>;
@@ -122,7 +121,6 @@ fn forward(config: &Value, vb: VarBuilder<'_>) -> Result<Forward, Wrong> {
         "starcoder2" => of!(starcoder2, Model),
         "gemma" => of!(gemma, Model, false),
         "helium" => of!(helium, Model),
-        "glm4" => of!(glm4_new, ModelForCausalLM),
         "smollm3" => of!(smollm3, ModelForCausalLM),
         other => Err(format!("`{other}` is no model that can be read").into()),
     }

@@ -235,8 +235,7 @@ impl HttpScorer {
             return Err(Failure::of(response).await);
         }
         let refused = |reason: String| Failure::again(format!("its answer cannot be used: {reason}"));
-        let answer: Value =
-            response.json().await.map_err(|e| Failure::again(format!("its answer is no JSON: {e}")))?;
+        let answer: Value = response.json().await.map_err(|e| Failure::again(format!("its answer is no JSON: {e}")))?;
         let scores: Option<Vec<f64>> =
             answer["scores"].as_array().and_then(|all| all.iter().map(Value::as_f64).collect());
         match scores {

@@ -44,11 +44,21 @@ fn model(family: &str) -> (Architecture, Parameters) {
 /// llama.cpp's name of a parameter.
 fn gguf_name(name: &str) -> String {
     let pairs = [
-        ("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output"), ("model.layers.", "blk."),
-        ("self_attn.q_proj", "attn_q"), ("self_attn.k_proj", "attn_k"), ("self_attn.v_proj", "attn_v"),
-        ("self_attn.o_proj", "attn_output"), ("self_attn.q_norm", "attn_q_norm"), ("self_attn.k_norm", "attn_k_norm"),
-        ("mlp.gate_proj", "ffn_gate"), ("mlp.up_proj", "ffn_up"), ("mlp.down_proj", "ffn_down"),
-        ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"),
+        ("model.embed_tokens", "token_embd"),
+        ("model.norm", "output_norm"),
+        ("lm_head", "output"),
+        ("model.layers.", "blk."),
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
     ];
     pairs.iter().fold(name.to_string(), |name, (hf, gguf)| name.replace(hf, gguf))
 }
@@ -62,6 +72,8 @@ fn write(path: &Path, architecture: &Architecture, parameters: &Parameters) {
     let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:";
     let metadata = [
         ("general.architecture".to_string(), text(kind)),
+        // All in f32, in llama.cpp's numbers.
+        ("general.dtype".to_string(), number(0)),
         (key("attention.head_count"), number(architecture.heads)),
         (key("attention.head_count_kv"), number(architecture.kv_heads)),
         (key("attention.key_length"), number(architecture.head_dim)),
@@ -88,8 +100,10 @@ fn write(path: &Path, architecture: &Architecture, parameters: &Parameters) {
 #[test]
 fn a_gguf_judge_thinks_what_its_weights_think_here() {
     let folder = tempfile::tempdir().unwrap();
-    let sample = |completion: &str| Sample { prompt: "Who?".into(), completion: completion.into(), ..Sample::default() };
-    let question = Template::new("brief", None, Form::Token).unwrap().pair(&sample("The fox."), &sample("I do not know."));
+    let sample =
+        |completion: &str| Sample { prompt: "Who?".into(), completion: completion.into(), ..Sample::default() };
+    let question =
+        Template::new("brief", None, Form::Token).unwrap().pair(&sample("The fox."), &sample("I do not know."));
     for family in ["qwen2", "qwen3"] {
         let (architecture, parameters) = model(family);
         let path = folder.path().join(format!("{family}.gguf"));
@@ -97,7 +111,8 @@ fn a_gguf_judge_thinks_what_its_weights_think_here() {
         assert!(Foreign::is_one(&path));
         let foreign = Arc::new(Foreign::open(&path).unwrap_or_else(|e| panic!("{e}")));
         let devices = Devices::new(1).unwrap();
-        let judge = LocalJudge::new(JudgeModel::Foreign(foreign), Default::default(), Default::default(), &devices).unwrap();
+        let judge =
+            LocalJudge::new(JudgeModel::Foreign(foreign), Default::default(), Default::default(), &devices).unwrap();
 
         let said = format!("system: {}\nuser: {}\nassistant:", question.system, question.text);
         let letters = alphabet();

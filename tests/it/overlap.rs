@@ -94,7 +94,8 @@ fn a_reward_model_with_a_tokenizer_of_its_own_reads_the_conversation() {
     // And a whole job with it, in which the critic is the policy's own trunk.
     let job = tempfile::tempdir().unwrap();
     let models = format!("models = [\"{}\"]", folder.path().display());
-    let text = crate::support::toml(job.path(), 1, "").replace("rules = [\"distinct_words\", \"ends_properly\"]\nweights = [0.1, 1.0]", &models);
+    let text = crate::support::toml(job.path(), 1, "")
+        .replace("rules = [\"distinct_words\", \"ends_properly\"]\nweights = [0.1, 1.0]", &models);
     let text = text.replace("[job]", "[job]\nalgorithm = \"ppo\"");
     let config = rehearsal::Config::from_toml(&text, std::path::Path::new(".")).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(crate::support::run(config).unwrap().step, 1);

@@ -346,7 +346,7 @@ sizes = dict(vocab_size=256, hidden_size=32, num_hidden_layers=2, num_attention_
              intermediate_size=48, max_position_embeddings=2048, initializer_range=0.3, pad_token_id=0, eos_token_id=0, bos_token_id=0)
 more = {
     'phi3': {}, 'olmo': {}, 'olmo2': {}, 'starcoder2': {}, 'gemma': {'head_dim': 8}, 'helium': {'head_dim': 8},
-    'glm4': {'head_dim': 8}, 'smollm3': {},
+    'smollm3': {},
 }
 out = {}
 for kind, extra in more.items():
@@ -379,7 +379,8 @@ fn models_that_cannot_be_trained_judge_as_they_do_in_transformers() {
     let folder = tempfile::tempdir().unwrap();
     let sample =
         |completion: &str| Sample { prompt: "Who?".into(), completion: completion.into(), ..Sample::default() };
-    let question = Template::new("brief", None, Form::Token).unwrap().pair(&sample("The fox."), &sample("I do not know."));
+    let question =
+        Template::new("brief", None, Form::Token).unwrap().pair(&sample("The fox."), &sample("I do not know."));
     let messages = serde_json::json!([
         {"role": "system", "content": question.system}, {"role": "user", "content": question.text}
     ]);

@@ -56,9 +56,7 @@ impl Moment {
             MomentType::Int8 => DType::U8,
         };
         let scales = match kind {
-            MomentType::Int8 => {
-                Some(Tensor::zeros(var.elem_count().div_ceil(QUANTUM), DType::F32, var.device())?)
-            }
+            MomentType::Int8 => Some(Tensor::zeros(var.elem_count().div_ceil(QUANTUM), DType::F32, var.device())?),
             _ => None,
         };
         Ok(Self { values: Tensor::zeros(var.shape(), dtype, var.device())?, scales })

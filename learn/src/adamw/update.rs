@@ -103,7 +103,8 @@ fn eight(p: &mut [f32], (m, ms): (&mut [u8], &mut [f32]), (v, vs): (&mut [u8], &
         let (mut first, mut second) = ([0.0f32; QUANTUM], [0.0f32; QUANTUM]);
         let (mut m_top, mut v_top) = (0.0f32, 0.0f32);
         for i in 0..p.len() {
-            (first[i], second[i]) = r.blend(signed(m[i]) * *m_scale, decode(u32::from(v[i]), UNSIGNED) * *v_scale, g[i]);
+            (first[i], second[i]) =
+                r.blend(signed(m[i]) * *m_scale, decode(u32::from(v[i]), UNSIGNED) * *v_scale, g[i]);
             (m_top, v_top) = (m_top.max(first[i].abs()), v_top.max(second[i]));
         }
         (*m_scale, *v_scale) = (m_top, v_top);

@@ -62,7 +62,8 @@ impl Cache {
                 let range = self.range(layer, row.slot, head);
                 let (block, place) = (row.position / KEY_BLOCK, row.position % KEY_BLOCK);
                 let block = &mut self.keys[range.clone()][block * dim * KEY_BLOCK..];
-                for (&k, column) in keys[head * dim..(head + 1) * dim].iter().zip(block.as_chunks_mut::<KEY_BLOCK>().0) {
+                for (&k, column) in keys[head * dim..(head + 1) * dim].iter().zip(block.as_chunks_mut::<KEY_BLOCK>().0)
+                {
                     column[place] = k;
                 }
                 let at = range.start + row.position * dim;

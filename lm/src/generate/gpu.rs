@@ -3,8 +3,8 @@
 //! A prompt goes into its slot of the cache at once, all but its last token, which is the first step's. What a step reads
 //! and writes (tokens, positions, who goes on, what was drawn) stays on the device.
 
-use std::collections::btree_map::{BTreeMap, Entry};
 use std::collections::VecDeque;
+use std::collections::btree_map::{BTreeMap, Entry};
 use std::sync::Arc;
 
 use super::{Active, Completion, Options, Request};
@@ -228,7 +228,9 @@ impl GpuGenerator {
         });
         match (failed, recorded) {
             (Some(error), _) => Err(error),
-            (None, recorded) => Ok(Step { recorded: recorded?, state, _pass: pass, _buffers: buffers, _logits: logits }),
+            (None, recorded) => {
+                Ok(Step { recorded: recorded?, state, _pass: pass, _buffers: buffers, _logits: logits })
+            }
         }
     }
 
@@ -283,7 +285,8 @@ impl Weights {
         gpu.embed_rows(decoder.layers(), scale, ids, places.positions, &mut b.x)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let heads = rows.heads(layer);
-            block.forward(gpu, rows, layer, b, false, |qkv, out, _| cache.attend(gpu, layer, heads, places, qkv, out))?;
+            block
+                .forward(gpu, rows, layer, b, false, |qkv, out, _| cache.attend(gpu, layer, heads, places, qkv, out))?;
         }
         Ok(())
     }

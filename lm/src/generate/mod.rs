@@ -176,10 +176,7 @@ impl Generator {
             let vocab = self.decoder.architecture().vocab;
             let logits = self.forward(&rows)?;
             let drawing: Vec<_> = active.iter_mut().zip(wants).filter_map(|(a, wants)| wants.then_some(a)).collect();
-            drawing
-                .into_par_iter()
-                .zip(logits.par_chunks_exact(vocab))
-                .for_each(|(a, logits)| a.draw(logits, options));
+            drawing.into_par_iter().zip(logits.par_chunks_exact(vocab)).for_each(|(a, logits)| a.draw(logits, options));
             for (a, rows) in active.iter_mut().zip(advance) {
                 a.cached += rows;
             }

@@ -201,7 +201,9 @@ impl Board for Cuda {
     fn tensor(&self, tensor: &Tensor) -> Result<u64> {
         let (storage, layout) = tensor.storage_and_layout();
         let Storage::Cuda(storage) = &*storage else { bail!("a GPU was given a tensor of another device") };
-        let Some((from, _)) = layout.contiguous_offsets() else { bail!("a GPU was given a tensor that is not contiguous") };
+        let Some((from, _)) = layout.contiguous_offsets() else {
+            bail!("a GPU was given a tensor that is not contiguous")
+        };
         let start = |storage: &CudaStorage| -> Result<u64> {
             Ok(match candle_core::backend::BackendStorage::dtype(storage) {
                 DType::F32 => storage.as_cuda_slice::<f32>()?.device_ptr(&self.stream).0,

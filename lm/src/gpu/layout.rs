@@ -53,10 +53,14 @@ fn tiles(families: &[Family]) -> (Vec<u32>, Vec<u32>) {
             rows.clone().step_by(TILE).map(tile).collect::<Vec<_>>()
         };
         queries.extend(own(prompt, &(0..0)));
-        keys.extend(prompt.clone().step_by(TILE).map(|first| [first, TILE.min(prompt.end - first), end].map(|x| x as u32)));
+        keys.extend(
+            prompt.clone().step_by(TILE).map(|first| [first, TILE.min(prompt.end - first), end].map(|x| x as u32)),
+        );
         for rows in &family.completions {
             queries.extend(own(rows, prompt));
-            keys.extend(rows.clone().step_by(TILE).map(|first| [first, TILE.min(rows.end - first), rows.end].map(|x| x as u32)));
+            keys.extend(
+                rows.clone().step_by(TILE).map(|first| [first, TILE.min(rows.end - first), rows.end].map(|x| x as u32)),
+            );
         }
     }
     queries.sort_by_key(|[first, count, own, _, past]| std::cmp::Reverse(past + first + count - own));

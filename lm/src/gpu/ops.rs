@@ -74,7 +74,9 @@ impl Gpu {
         match (tensor.dtype(), to.narrow) {
             (DType::F32, Narrow::F32) => self.board().copy(self.launcher.tensor(tensor)?, target, 4 * n),
             (DType::BF16, Narrow::Bf16) => self.board().copy(self.launcher.tensor(tensor)?, target, 2 * n),
-            (DType::F32, _) => self.launcher.each("rows", "narrowed", n, &[&self.launcher.tensor(tensor)?, &target, &n]),
+            (DType::F32, _) => {
+                self.launcher.each("rows", "narrowed", n, &[&self.launcher.tensor(tensor)?, &target, &n])
+            }
             (DType::BF16, _) => {
                 self.launcher.each("rows", "narrowed_bf16", n, &[&self.launcher.tensor(tensor)?, &target, &n])
             }
@@ -543,8 +545,7 @@ impl Ops for Gpu {
         self.launcher.run("attention", "attention_queries", grid, (128, 1), shared, &arguments)?;
         let grid = (layout.key_tiles.len() / KEY_TILE, heads.keys);
         let shared = self.shared(2 * TILE, 2 * pad * (QUERIES + SPREAD));
-        let arguments: [&dyn Pass; 8] =
-            [qkv, grad, lse, &delta, &layout.positions, &layout.key_tiles, &shape, &*d_qkv];
+        let arguments: [&dyn Pass; 8] = [qkv, grad, lse, &delta, &layout.positions, &layout.key_tiles, &shape, &*d_qkv];
         self.launcher.run("attention", "attention_keys", grid, (128, 1), shared, &arguments)
     }
 
@@ -571,7 +572,11 @@ impl Ops for Gpu {
         for Sum { projection, weight, bias } in sums {
             let outputs = projection.weight.dim(0)?;
             let part = grad.pointer() + (at * grad.narrow.bytes()) as u64;
-            let (g, x, sum) = (Factor { pointer: part, stride: wide, turned: true }, plain(input.pointer(), inputs), self.launcher.tensor(weight)?);
+            let (g, x, sum) = (
+                Factor { pointer: part, stride: wide, turned: true },
+                plain(input.pointer(), inputs),
+                self.launcher.tensor(weight)?,
+            );
             if projection.turned {
                 let (x, g) = (Factor { turned: true, ..x }, Factor { turned: false, ..g });
                 self.product((inputs, rows, outputs), x, g, sum, outputs, Narrow::F32, true)?;
@@ -628,8 +633,7 @@ impl Ops for Gpu {
             let entropy = if question.entropy { at(start + 4 * scored as u64) } else { NOTHING };
             let (scale, cap) = (1.0 / question.temperature, question.softcap.unwrap_or(0.0));
             let (targets, lse) = (at(targets.pointer()), at(lse.pointer()));
-            let arguments: [&dyn Pass; 8] =
-                [logits, &int(vocab), &targets, &scale, &cap, &at(start), &lse, &entropy];
+            let arguments: [&dyn Pass; 8] = [logits, &int(vocab), &targets, &scale, &cap, &at(start), &lse, &entropy];
             self.launcher.rows("head", "answer", n, VOCABULARY_THREADS, &arguments)
         })?;
         Ok(Answers { output, lse })

@@ -146,7 +146,8 @@ pub fn backward<E: Element>(
         logits.par_chunks_mut(columns.len()).zip(rows.clone().into_par_iter()).for_each(|(logits, row)| {
             let target = (targets.tokens[row] as usize).checked_sub(columns.start);
             let (entropy, d_entropy) = saved.entropy.map_or((0.0, 0.0), |(h, grad)| (h[row], grad[row]));
-            let row = Row { scale, lse: saved.lse[row], grad: saved.grad[row], entropy, d_entropy, cap: targets.softcap };
+            let row =
+                Row { scale, lse: saved.lse[row], grad: saved.grad[row], entropy, d_entropy, cap: targets.softcap };
             softmax_backward(logits, target, row);
         });
         let d_logits = View::new(&*logits, rows.len(), columns.len());

@@ -69,8 +69,8 @@ impl GgufText {
     pub fn open(path: &Path) -> Result<Self> {
         let read = |source| Error::Read { path: path.into(), source };
         let mut reader = BufReader::new(File::open(path).map_err(read)?);
-        let content = Content::read(&mut reader)
-            .map_err(|e| Error::Malformed { path: path.into(), reason: e.to_string() })?;
+        let content =
+            Content::read(&mut reader).map_err(|e| Error::Malformed { path: path.into(), reason: e.to_string() })?;
         let metadata = Metadata { content: &content, path };
         let architecture = metadata.text("general.architecture").unwrap_or_default().to_string();
         let context = metadata.number(&format!("{architecture}.context_length")).map(|n| n as usize);

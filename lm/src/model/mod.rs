@@ -21,11 +21,11 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor, Var};
 
 use crate::error::{Error, Result};
+use crate::gpu::Board;
 use crate::kernels::gemm::Precision;
 use crate::kernels::rope::Angles;
-use crate::gpu::Board;
-use crate::pass::{self, Machine};
 use crate::ops::{self, AttentionShape, Kernels, Positions};
+use crate::pass::{self, Machine};
 use layers::LayerContext;
 
 /// Named parameters.

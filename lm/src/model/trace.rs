@@ -11,8 +11,8 @@ use candle_core::{DType, Tensor, Var};
 
 use super::{Batch, Decoder, HeadKind, Layers, Norm, Projection};
 use crate::error::{Error, Result};
-use crate::ops;
 use crate::gpu::Gpu;
+use crate::ops;
 use crate::pass::{self, Cpu, Machine};
 
 /// Gradients by parameter name, summed over micro-batches.

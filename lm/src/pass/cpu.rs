@@ -272,7 +272,14 @@ impl Ops for Cpu {
         })
     }
 
-    fn rotate(&self, qkv: &mut Vec<f32>, heads: &Heads, angles: &Arc<Angles>, layout: &Layout, back: bool) -> Result<()> {
+    fn rotate(
+        &self,
+        qkv: &mut Vec<f32>,
+        heads: &Heads,
+        angles: &Arc<Angles>,
+        layout: &Layout,
+        back: bool,
+    ) -> Result<()> {
         rotate(qkv, heads.query_width() + heads.key_width(), angles, &layout.positions, back);
         Ok(())
     }
@@ -323,13 +330,7 @@ impl Ops for Cpu {
         Ok(())
     }
 
-    fn project_onto(
-        &self,
-        x: &Vec<f32>,
-        w: &PackedProjection,
-        room: &mut Vec<f32>,
-        onto: &mut Vec<f32>,
-    ) -> Result<()> {
+    fn project_onto(&self, x: &Vec<f32>, w: &PackedProjection, room: &mut Vec<f32>, onto: &mut Vec<f32>) -> Result<()> {
         w.apply(x, room);
         add(onto, room);
         Ok(())

@@ -103,14 +103,7 @@ pub trait Ops: Clone {
     fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer) -> Result<()>;
 
     /// Embeddings times `scale`, plus learned positions where there are some.
-    fn embed(
-        &self,
-        layers: &Layers,
-        scale: f32,
-        ids: &[u32],
-        positions: &[u32],
-        out: &mut Self::Buffer,
-    ) -> Result<()>;
+    fn embed(&self, layers: &Layers, scale: f32, ids: &[u32], positions: &[u32], out: &mut Self::Buffer) -> Result<()>;
     /// Adds `scale` times each row of `grad` to the row `ids` names of a table's sum.
     fn embed_back(&self, ids: &[u32], scale: f32, grad: &Self::Buffer, sum: &Tensor) -> Result<()>;
 
@@ -210,8 +203,14 @@ pub trait Ops: Clone {
     /// The rows that are read, in order.
     fn gather(&self, x: &Self::Buffer, width: usize, rows: &[u32], out: &mut Self::Buffer) -> Result<()>;
     /// Adds rows to those of `out` that are named, which is `tokens` rows of zeros before.
-    fn scatter(&self, x: &Self::Buffer, width: usize, rows: &[u32], tokens: usize, out: &mut Self::Buffer)
-    -> Result<()>;
+    fn scatter(
+        &self,
+        x: &Self::Buffer,
+        width: usize,
+        rows: &[u32],
+        tokens: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     fn answer(&self, hidden: &Self::Buffer, head: &Tensor, question: Question<'_>) -> Result<Answers<Self::Buffer>>;
     /// Fills `d_hidden` and adds to the head's sum, given the gradient of the output.
     #[allow(clippy::too_many_arguments)]

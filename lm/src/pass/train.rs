@@ -203,7 +203,9 @@ impl<O: Ops> Way<'_, O> {
         ops.input_gradients(&[&block.o], grad, &mut s.d_attended, &mut s.products)?;
         ops.restore(kept.qkv, &mut s.qkv)?;
         let norms = match &block.qk_norm {
-            Some((q, k)) => Some([(q, norm(ops, q)?, 0, heads.queries), (k, norm(ops, k)?, heads.query_width(), heads.keys)]),
+            Some((q, k)) => {
+                Some([(q, norm(ops, q)?, 0, heads.queries), (k, norm(ops, k)?, heads.query_width(), heads.keys)])
+            }
             None => None,
         };
         let mut raw = ops.narrow();
@@ -214,15 +216,7 @@ impl<O: Ops> Way<'_, O> {
             }
             rows.rotate(ops, self.layer, &mut s.qkv, false)?;
         }
-        ops.attention_back(
-            &s.qkv,
-            &s.attended,
-            &kept.lse,
-            &s.d_attended,
-            &rows.layout,
-            &heads,
-            &mut s.d_qkv,
-        )?;
+        ops.attention_back(&s.qkv, &s.attended, &kept.lse, &s.d_attended, &rows.layout, &heads, &mut s.d_qkv)?;
         rows.rotate(ops, self.layer, &mut s.d_qkv, true)?;
         for (named, norm, at, n) in norms.iter().flatten() {
             let (sum, _) = self.gradients.sums_of_norm(named)?;

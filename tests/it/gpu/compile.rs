@@ -34,17 +34,30 @@ impl Nvrtc {
     fn compile(&self, name: &str, text: &str, architecture: &str) -> Result<(), String> {
         type Program = *mut u8;
         let (name, text) = (CString::new(name).unwrap(), CString::new(text).unwrap());
-        let options = [CString::new(format!("--gpu-architecture={architecture}")).unwrap(), CString::new("--std=c++17").unwrap()];
+        let options =
+            [CString::new(format!("--gpu-architecture={architecture}")).unwrap(), CString::new("--std=c++17").unwrap()];
         let options: Vec<*const c_char> = options.iter().map(|o| o.as_ptr()).collect();
         // SAFETY: the signatures are those of nvrtc.h; the program is destroyed once.
         unsafe {
-            let create: Symbol<'_, unsafe extern "C" fn(*mut Program, *const c_char, *const c_char, c_int, *const *const c_char, *const *const c_char) -> c_int> =
-                self.0.get("nvrtcCreateProgram").unwrap();
+            let create: Symbol<
+                '_,
+                unsafe extern "C" fn(
+                    *mut Program,
+                    *const c_char,
+                    *const c_char,
+                    c_int,
+                    *const *const c_char,
+                    *const *const c_char,
+                ) -> c_int,
+            > = self.0.get("nvrtcCreateProgram").unwrap();
             let compile: Symbol<'_, unsafe extern "C" fn(Program, c_int, *const *const c_char) -> c_int> =
                 self.0.get("nvrtcCompileProgram").unwrap();
-            let log_size: Symbol<'_, unsafe extern "C" fn(Program, *mut usize) -> c_int> = self.0.get("nvrtcGetProgramLogSize").unwrap();
-            let log: Symbol<'_, unsafe extern "C" fn(Program, *mut c_char) -> c_int> = self.0.get("nvrtcGetProgramLog").unwrap();
-            let destroy: Symbol<'_, unsafe extern "C" fn(*mut Program) -> c_int> = self.0.get("nvrtcDestroyProgram").unwrap();
+            let log_size: Symbol<'_, unsafe extern "C" fn(Program, *mut usize) -> c_int> =
+                self.0.get("nvrtcGetProgramLogSize").unwrap();
+            let log: Symbol<'_, unsafe extern "C" fn(Program, *mut c_char) -> c_int> =
+                self.0.get("nvrtcGetProgramLog").unwrap();
+            let destroy: Symbol<'_, unsafe extern "C" fn(*mut Program) -> c_int> =
+                self.0.get("nvrtcDestroyProgram").unwrap();
             let mut program = null_mut();
             assert_eq!(create(&mut program, text.as_ptr(), name.as_ptr(), 0, null_mut(), null_mut()), 0);
             let status = compile(program, options.len() as c_int, options.as_ptr());

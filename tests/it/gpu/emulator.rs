@@ -28,7 +28,9 @@ struct Libraries {
 pub fn compiler() -> Option<&'static str> {
     static FOUND: OnceLock<Option<&'static str>> = OnceLock::new();
     *FOUND.get_or_init(|| {
-        ["g++", "clang++", "c++"].into_iter().find(|c| Command::new(c).arg("--version").output().is_ok_and(|o| o.status.success()))
+        ["g++", "clang++", "c++"]
+            .into_iter()
+            .find(|c| Command::new(c).arg("--version").output().is_ok_and(|o| o.status.success()))
     })
 }
 

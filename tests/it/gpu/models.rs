@@ -121,8 +121,10 @@ fn bfloat16_passes_stay_near_those_of_the_cpu() {
 fn generate(decoder: &Decoder, sampling: Sampling, batch: usize, min_new_tokens: usize) -> Vec<Completion> {
     let prompts: Vec<_> = sequences().into_iter().map(|(prompt, _)| Arc::new(prompt)).collect();
     let prompts = [&prompts[0], &prompts[0], &prompts[3], &Arc::new(vec![7])].map(Arc::clone);
-    let requests: Vec<Request> = (0..9).map(|i| Request { id: 40 + i, prompt: prompts[i as usize % 4].clone() }).collect();
-    let options = Options { sampling, max_new_tokens: 37, min_new_tokens, eos: vec![2, 17], stop: vec![], seed: 5, batch };
+    let requests: Vec<Request> =
+        (0..9).map(|i| Request { id: 40 + i, prompt: prompts[i as usize % 4].clone() }).collect();
+    let options =
+        Options { sampling, max_new_tokens: 37, min_new_tokens, eos: vec![2, 17], stop: vec![], seed: 5, batch };
     let mut all = Vec::new();
     Generator::new(decoder).unwrap().generate(requests, &options, None, &|| false, &mut |c| all.push(c)).unwrap();
     all.sort_by_key(|c| c.id);
@@ -152,7 +154,8 @@ fn completions_are_those_of_the_cpu_whatever_the_filters_and_the_batch() {
     let sandwich = serde_json::json!({"sliding_window": 9, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 9,
         "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "layer_types": ["sliding_attention", "full_attention"]});
     let gemma = model("gemma2", 16, sandwich);
-    let (want, got) = (generate(&gemma, plain, 4, 0), generate(&gemma.clone().with_board(super::Emulator::shared()), plain, 9, 0));
+    let (want, got) =
+        (generate(&gemma, plain, 4, 0), generate(&gemma.clone().with_board(super::Emulator::shared()), plain, 9, 0));
     assert_eq!(got.iter().map(|c| &c.tokens).collect::<Vec<_>>(), want.iter().map(|c| &c.tokens).collect::<Vec<_>>());
 }
 
@@ -180,10 +183,13 @@ fn a_step_of_adamw_is_the_cpus() {
     if super::emulator::compiler().is_none() {
         return;
     }
-    let library = super::emulator::compile_text("adamw", rehearsal_learn::ADAMW_CUDA, &["adamw_f32", "adamw_bf16", "adamw_int8"]);
+    let library =
+        super::emulator::compile_text("adamw", rehearsal_learn::ADAMW_CUDA, &["adamw_f32", "adamw_bf16", "adamw_int8"]);
     let n = 1000usize;
     let noise = |id: u64| (0..n as u64).map(|i| Stream::new(4, id).normal(i) as f32).collect::<Vec<_>>();
-    for (kind, kernel) in [(MomentType::Full, "adamw_f32"), (MomentType::Bf16, "adamw_bf16"), (MomentType::Int8, "adamw_int8")] {
+    for (kind, kernel) in
+        [(MomentType::Full, "adamw_f32"), (MomentType::Bf16, "adamw_bf16"), (MomentType::Int8, "adamw_int8")]
+    {
         let variables = BTreeMap::from([("w".to_string(), Var::new(noise(1), &Device::Cpu).unwrap())]);
         let config = AdamWConfig { moments: kind, weight_decay: 0.0, ..Default::default() };
         let mut optimiser = AdamW::new(&variables, config).unwrap();
@@ -196,7 +202,9 @@ fn a_step_of_adamw_is_the_cpus() {
                 let t = &state[key];
                 match t.dtype() {
                     DType::F32 => bytemuck_bytes(&t.to_vec1::<f32>().unwrap()),
-                    DType::BF16 => t.to_vec1::<half::bf16>().unwrap().iter().flat_map(|x| x.to_bits().to_ne_bytes()).collect(),
+                    DType::BF16 => {
+                        t.to_vec1::<half::bf16>().unwrap().iter().flat_map(|x| x.to_bits().to_ne_bytes()).collect()
+                    }
                     _ => t.to_vec1::<u8>().unwrap(),
                 }
             };
@@ -211,7 +219,8 @@ fn a_step_of_adamw_is_the_cpus() {
             let (gradient, rate) = (noise(10 + step), 1e-2);
             let correction = |beta: f64| 1.0 - beta.powi(step as i32);
             let salt = (step as u32).wrapping_mul(0x9e37_79b9);
-            let numbers = [0.9, 0.999, 1.0, rate / correction(0.9), correction(0.999).sqrt(), 1e-8, 0.5].map(|x| x as f32);
+            let numbers =
+                [0.9, 0.999, 1.0, rate / correction(0.9), correction(0.999).sqrt(), 1e-8, 0.5].map(|x| x as f32);
             let mut rule = bytemuck_bytes(&numbers);
             rule.extend([salt, salt ^ 0x5bd1_e995].iter().flat_map(|x| x.to_ne_bytes()));
             let mut pointers = vec![w.as_mut_ptr() as u64];
