@@ -12,10 +12,13 @@ use crate::error::Result;
 use crate::rollouts::{Answered, log_verdicts, sample, tokens_of};
 use crate::run::Run;
 
+type Asking<T> = JoinHandle<rehearsal_actors::Result<Vec<T>>>;
+
 /// Questions about numbered things, one batch at a time.
 struct Batches<T> {
     waiting: Vec<usize>,
-    open: Option<(Vec<usize>, JoinHandle<rehearsal_actors::Result<Vec<T>>>)>,
+    /// What was asked, and the answers on their way.
+    open: Option<(Vec<usize>, Asking<T>)>,
 }
 
 impl<T: Send + 'static> Batches<T> {

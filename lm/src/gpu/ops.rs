@@ -29,8 +29,11 @@ const VOCABULARY_THREADS: u32 = 512;
 pub struct Gpu {
     pub launcher: Launcher,
     /// Rotary tables by where they lie on the host, which are held so that they stay there.
-    tables: Arc<Mutex<BTreeMap<usize, (Arc<Angles>, Arc<Table>)>>>,
+    tables: Arc<Mutex<Tables>>,
 }
+
+/// Rotary tables by where they lie on the host.
+type Tables = BTreeMap<usize, (Arc<Angles>, Arc<Table>)>;
 
 /// Cosines and sines on the device.
 pub struct Table {

@@ -113,7 +113,7 @@ pub struct PreparedBlock<O: Ops> {
     input_norm: Norm<O::Vector>,
     qkv: O::Projection,
     /// Norms of queries and keys, head by head.
-    qk_norm: Option<(Norm<O::Vector>, Norm<O::Vector>)>,
+    qk_norm: Option<[Norm<O::Vector>; 2]>,
     o: O::Projection,
     attention_norm: Option<Norm<O::Vector>>,
     post_norm: Norm<O::Vector>,
@@ -152,7 +152,7 @@ impl<O: Ops> PreparedBlock<O> {
         ops.fill(&mut down, &[&b.down])?;
         let some = |n: &Option<model::Norm>| n.as_ref().map(|n| norm(ops, n)).transpose();
         let qk_norm = match &b.qk_norm {
-            Some((q, k)) => Some((norm(ops, q)?, norm(ops, k)?)),
+            Some((q, k)) => Some([norm(ops, q)?, norm(ops, k)?]),
             None => None,
         };
         Ok(Self {
@@ -215,7 +215,7 @@ impl<O: Ops> PreparedBlock<O> {
 impl<O: Ops> PreparedBlock<O> {
     /// Normalises the heads of queries and keys, where the model does.
     pub fn head_norms(&self, ops: &O, heads: &Heads, qkv: &mut O::Buffer) -> Result<()> {
-        if let Some((q, k)) = &self.qk_norm {
+        if let Some([q, k]) = &self.qk_norm {
             ops.head_norm(qkv, q, 0, heads.queries, heads)?;
             ops.head_norm(qkv, k, heads.query_width(), heads.keys, heads)?;
         }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, WithDType};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -74,10 +74,15 @@ fn gather<E: Element>(matrix: View<'_, E>, rows: impl ExactSizeIterator<Item = u
 
 /// Rows of a table as f32.
 fn lookup(table: &Tensor, rows: &[u32], out: &mut Vec<f32>) -> Result<()> {
-    let rows = rows.iter().map(|&r| r as usize);
+    fn typed<E: Element + WithDType>(table: &Tensor, rows: &[u32], out: &mut Vec<f32>) -> Result<()> {
+        with_views::<E, _>(&[table], |t| {
+            gather(t[0], rows.iter().map(|&r| r as usize), out);
+            Ok(())
+        })
+    }
     match table.dtype() {
-        DType::BF16 => with_views::<bf16, _>(&[table], |t| Ok(gather(t[0], rows, out))),
-        _ => with_views::<f32, _>(&[table], |t| Ok(gather(t[0], rows, out))),
+        DType::BF16 => typed::<bf16>(table, rows, out),
+        _ => typed::<f32>(table, rows, out),
     }
 }
 
