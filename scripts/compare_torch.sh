@@ -9,14 +9,17 @@
 set -euo pipefail
 python=$1 probe=$2 hf=$3 rounds=${4:-2}
 here=$(cd "$(dirname "$0")/.." && pwd)
-cargo bench --manifest-path "$here/Cargo.toml" --bench whole --no-run >&2
-criterion=${CARGO_TARGET_DIR:-$here/target}/criterion
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$here/target}
+criterion=$CARGO_TARGET_DIR/criterion
+ours() { # WHOLE names the benchmark's program where it is built already
+  if [ -n "${WHOLE:-}" ]; then "$WHOLE" --bench "$@"; else (cd "$here" && cargo bench --bench whole -- "$@"); fi
+}
 for round in $(seq "$rounds"); do
   for dtype in f32 bf16; do
     theirs=$("$python" "$probe" "$dtype" "$hf" 2>/dev/null)
     rm -rf "$criterion/generate 48 tokens" "$criterion/8 x 128 tokens $dtype"
-    (cd "$here" && cargo bench --bench whole -- "generate 48 tokens/$dtype/16" >/dev/null 2>&1)
-    (cd "$here" && cargo bench --bench whole -- "8 x 128 tokens $dtype" >/dev/null 2>&1)
+    ours "generate 48 tokens/$dtype/16" >/dev/null 2>&1
+    ours "8 x 128 tokens $dtype" >/dev/null 2>&1
     "$python" - "$round" "$dtype" "$criterion" "$theirs" <<'P'
 import json, re, sys
 round_, dtype, criterion, theirs = sys.argv[1:]

@@ -17,6 +17,7 @@ pub mod rso;
 pub mod schedule;
 pub mod sft;
 pub mod token;
+mod wide;
 
 pub use adamw::{ADAMW_CUDA, AdamRule, AdamW, AdamWConfig, MomentType, clip_scale, global_norm};
 pub use kl::{AdaptiveKl, KlEstimator};

@@ -118,8 +118,9 @@ impl AdamW {
                 Ok(found.to_device(like.device())?.to_dtype(like.dtype())?.copy()?)
             };
             let moment = |kind: &str, like: &Moment| -> Result<Moment> {
+                let values = get(format!("{kind}.{name}"), &like.values)?;
                 let scales = like.scales.as_ref().map(|like| get(format!("{kind}_scale.{name}"), like)).transpose()?;
-                Ok(Moment { values: get(format!("{kind}.{name}"), &like.values)?, scales })
+                Ok(Moment { values, scales })
             };
             let both =
                 Moments { first: moment("exp_avg", &moments.first)?, second: moment("exp_avg_sq", &moments.second)? };

@@ -4,7 +4,6 @@
 //! should. The random bits are a function of the step and the element alone.
 
 use candle_core::{DType, Tensor, Var};
-use half::bf16;
 
 use crate::Result;
 
@@ -16,7 +15,7 @@ pub enum MomentType {
     Full,
     /// bfloat16.
     Bf16,
-    /// Eight bits and, for each block of [`QUANTUM`] numbers, the largest of them (block-wise, after Dettmers et al. 2022): a
+    /// Eight bits and, for each block of 256 numbers, the largest of them (block-wise, after Dettmers et al. 2022): a
     /// sign, four bits of exponent and three of fraction for the first moment, five and three for the second, which has
     /// no sign.
     Int8,
@@ -79,12 +78,12 @@ pub fn scramble(seed: u32) -> u32 {
     h ^ (h >> 16)
 }
 
-/// One of the two bfloat16 numbers around `x`, each with the probability that makes the mean `x`; `seed` decides.
+/// The bits of one of the two bfloat16 numbers around `x`, each with the probability that makes the mean `x`; `seed` decides.
 #[inline(always)]
-pub fn round_at_random(x: f32, seed: u32) -> bf16 {
+pub fn round_at_random(x: f32, seed: u32) -> u16 {
     let bits = x.to_bits();
     let up = bits.wrapping_add(scramble(seed) & 0xffff);
-    bf16::from_bits((if x.is_finite() { up } else { bits } >> 16) as u16)
+    (if x.is_finite() { up } else { bits } >> 16) as u16
 }
 
 /// The upper twelve bits of 1.0: sign, exponent and three bits of fraction.

@@ -5,7 +5,10 @@ use std::ops::Range;
 
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Tensor, bail};
 use half::bf16;
+use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
+
+use crate::wide::wide;
 
 use super::moments::{Moment, Moments, QUANTUM, SIGNED, UNSIGNED, decode, encode, round_at_random};
 
@@ -67,14 +70,17 @@ pub fn update(parameter: &Tensor, moments: &Moments, gradient: &Tensor, rule: Ru
 macro_rules! full {
     ($name:ident, $t:ty) => {
         fn $name(p: &mut [$t], m: &mut [$t], v: &mut [$t], g: &[$t], rule: Rule) {
+            wide! {
+                fn chunk(p: &mut [$t], m: &mut [$t], v: &mut [$t], g: &[$t], r: Numbers<$t>) {
+                    for (((p, m), v), &g) in p.iter_mut().zip(m).zip(v).zip(g) {
+                        (*m, *v) = r.blend(*m, *v, g);
+                        *p = r.moved(*p, *m, *v);
+                    }
+                }
+            }
             let r = Numbers::<$t>::new(rule);
             let chunks = p.par_chunks_mut(BLOCK).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK));
-            chunks.zip(g.par_chunks(BLOCK)).for_each(|(((p, m), v), g)| {
-                for (((p, m), v), &g) in p.iter_mut().zip(m).zip(v).zip(g) {
-                    (*m, *v) = r.blend(*m, *v, g);
-                    *p = r.moved(*p, *m, *v);
-                }
-            });
+            chunks.zip(g.par_chunks(BLOCK)).for_each(|(((p, m), v), g)| chunk(p, m, v, g, r));
         }
     };
 }
@@ -82,41 +88,57 @@ full!(full_f32, f32);
 full!(full_f64, f64);
 
 fn half(p: &mut [f32], m: &mut [bf16], v: &mut [bf16], g: &[f32], rule: Rule) {
+    wide! {
+        fn chunk(p: &mut [f32], m: &mut [u16], v: &mut [u16], g: &[f32], r: Numbers<f32>, from: u32, salts: [u32; 2]) {
+            for (i, (((p, m), v), &g)) in p.iter_mut().zip(m).zip(v).zip(g).enumerate() {
+                let seed = from.wrapping_add(i as u32);
+                let widened = |x: u16| f32::from_bits((x as u32) << 16);
+                let (first, second) = r.blend(widened(*m), widened(*v), g);
+                *m = round_at_random(first, seed ^ salts[0]);
+                *v = round_at_random(second, seed ^ salts[1]);
+                *p = r.moved(*p, widened(*m), widened(*v));
+            }
+        }
+    }
     let r = Numbers::<f32>::new(rule);
     let chunks = p.par_chunks_mut(BLOCK).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK));
     chunks.zip(g.par_chunks(BLOCK)).enumerate().for_each(|(block, (((p, m), v), g))| {
-        for (i, (((p, m), v), &g)) in p.iter_mut().zip(m).zip(v).zip(g).enumerate() {
-            let seed = (block * BLOCK + i) as u32;
-            let (first, second) = r.blend(m.to_f32(), v.to_f32(), g);
-            *m = round_at_random(first, seed ^ rule.salts[0]);
-            *v = round_at_random(second, seed ^ rule.salts[1]);
-            *p = r.moved(*p, m.to_f32(), v.to_f32());
-        }
+        let (m, v) = (m.reinterpret_cast_mut(), v.reinterpret_cast_mut());
+        chunk(p, m, v, g, r, (block * BLOCK) as u32, rule.salts);
     });
 }
 
-fn eight(p: &mut [f32], (m, ms): (&mut [u8], &mut [f32]), (v, vs): (&mut [u8], &mut [f32]), g: &[f32], rule: Rule) {
+/// The codes of a block of a moment, and its scale.
+type Codes<'a> = (&'a mut [u8], &'a mut [f32]);
+
+fn eight(p: &mut [f32], (m, ms): Codes<'_>, (v, vs): Codes<'_>, g: &[f32], rule: Rule) {
+    wide! {
+        fn block(p: &mut [f32], m: (&mut [u8], &mut f32), v: (&mut [u8], &mut f32), g: &[f32], r: Numbers<f32>, from: u32, salts: [u32; 2]) {
+            let ((m, m_scale), (v, v_scale)) = (m, v);
+            let (mut first, mut second) = ([0.0f32; QUANTUM], [0.0f32; QUANTUM]);
+            let (mut m_top, mut v_top) = (0.0f32, 0.0f32);
+            for i in 0..p.len() {
+                let old = decode(u32::from(v[i]), UNSIGNED) * *v_scale;
+                (first[i], second[i]) = r.blend(signed(m[i]) * *m_scale, old, g[i]);
+                (m_top, v_top) = (m_top.max(first[i].abs()), v_top.max(second[i]));
+            }
+            (*m_scale, *v_scale) = (m_top, v_top);
+            let inverse = |top: f32| if top > 0.0 { 1.0 / top } else { 0.0 };
+            let (m_inverse, v_inverse) = (inverse(m_top), inverse(v_top));
+            for i in 0..p.len() {
+                let seed = from.wrapping_add(i as u32);
+                let x = first[i] * m_inverse;
+                m[i] = encode(x.abs(), SIGNED, seed ^ salts[0]) as u8 | if x < 0.0 { 128 } else { 0 };
+                v[i] = encode(second[i] * v_inverse, UNSIGNED, seed ^ salts[1]) as u8;
+                p[i] = r.moved(p[i], signed(m[i]) * m_top, decode(u32::from(v[i]), UNSIGNED) * v_top);
+            }
+        }
+    }
     let r = Numbers::<f32>::new(rule);
     let codes = m.par_chunks_mut(QUANTUM).zip(v.par_chunks_mut(QUANTUM)).zip(ms.par_iter_mut().zip(vs));
     let blocks = p.par_chunks_mut(QUANTUM).zip(g.par_chunks(QUANTUM)).zip(codes).enumerate();
-    blocks.with_min_len(BLOCK / QUANTUM).for_each(|(block, ((p, g), ((m, v), (m_scale, v_scale))))| {
-        let (mut first, mut second) = ([0.0f32; QUANTUM], [0.0f32; QUANTUM]);
-        let (mut m_top, mut v_top) = (0.0f32, 0.0f32);
-        for i in 0..p.len() {
-            (first[i], second[i]) =
-                r.blend(signed(m[i]) * *m_scale, decode(u32::from(v[i]), UNSIGNED) * *v_scale, g[i]);
-            (m_top, v_top) = (m_top.max(first[i].abs()), v_top.max(second[i]));
-        }
-        (*m_scale, *v_scale) = (m_top, v_top);
-        let inverse = |top: f32| if top > 0.0 { 1.0 / top } else { 0.0 };
-        let (m_inverse, v_inverse) = (inverse(m_top), inverse(v_top));
-        for i in 0..p.len() {
-            let seed = (block * QUANTUM + i) as u32;
-            let x = first[i] * m_inverse;
-            m[i] = encode(x.abs(), SIGNED, seed ^ rule.salts[0]) as u8 | if x < 0.0 { 128 } else { 0 };
-            v[i] = encode(second[i] * v_inverse, UNSIGNED, seed ^ rule.salts[1]) as u8;
-            p[i] = r.moved(p[i], signed(m[i]) * m_top, decode(u32::from(v[i]), UNSIGNED) * v_top);
-        }
+    blocks.with_min_len(BLOCK / QUANTUM).for_each(|(at, ((p, g), ((m, v), (m_scale, v_scale))))| {
+        block(p, (m, m_scale), (v, v_scale), g, r, (at * QUANTUM) as u32, rule.salts);
     });
 }
 

@@ -81,6 +81,16 @@ impl Source {
         format!("#define NARROW {}\n#define DIM {}\n{COMMON}\n{body}", self.narrow.name(), self.dim)
     }
 
+    /// What NVRTC is told, for `compute_80` and the like.
+    pub fn options(&self, architecture: &str) -> Vec<String> {
+        let mut options = vec![format!("--gpu-architecture={architecture}"), "--std=c++17".to_string()];
+        if self.file == "sample" {
+            // Its blocks have 1,024 threads, which share the registers of a multiprocessor.
+            options.push("--maxrregcount=64".to_string());
+        }
+        options
+    }
+
     /// Names of the file's kernels.
     pub fn kernels(&self) -> Vec<String> {
         let text = self.text();

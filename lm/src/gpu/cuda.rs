@@ -72,7 +72,7 @@ impl Cuda {
         }
         let (major, minor) = self.stream.context().compute_capability().w()?;
         let options = CompileOptions {
-            options: vec![format!("--gpu-architecture=compute_{}", 10 * major + minor), "--std=c++17".into()],
+            options: source.options(&format!("compute_{}", 10 * major + minor)),
             name: Some(format!("{}.cu", source.file)),
             ..Default::default()
         };

@@ -20,4 +20,4 @@ pub(crate) use buffer::{Buffer, Fields, Pass};
 #[cfg(feature = "cuda")]
 pub use cuda::Cuda;
 pub(crate) use layout::Layout;
-pub(crate) use ops::{Gpu, Numbers, int, shape};
+pub(crate) use ops::{Context, Gpu, Numbers, int, shape};

@@ -24,15 +24,28 @@ const CHUNK: usize = 256;
 const ROW_THREADS: u32 = 128;
 const VOCABULARY_THREADS: u32 = 512;
 
+/// A board with what a decoder keeps there between passes.
+#[derive(Clone)]
+pub struct Context {
+    board: Arc<dyn Board>,
+    tables: Arc<Mutex<Tables>>,
+}
+
+impl Context {
+    /// Nothing kept yet.
+    pub fn new(board: Arc<dyn Board>) -> Self {
+        Self { board, tables: Arc::default() }
+    }
+}
+
 /// A GPU, with the type of a pass's rows.
 #[derive(Clone)]
 pub struct Gpu {
     pub launcher: Launcher,
-    /// Rotary tables by where they lie on the host, which are held so that they stay there.
     tables: Arc<Mutex<Tables>>,
 }
 
-/// Rotary tables by where they lie on the host.
+/// Rotary tables by where they lie on the host, which are held so that they stay there.
 type Tables = BTreeMap<usize, (Arc<Angles>, Arc<Table>)>;
 
 /// Cosines and sines on the device.
@@ -54,12 +67,13 @@ pub struct Numbers(Buffer);
 
 impl Gpu {
     /// A board for models with heads of this width.
-    pub fn new(board: Arc<dyn Board>, precision: Precision, dim: usize) -> Self {
+    pub fn new(context: &Context, precision: Precision, dim: usize) -> Self {
         let narrow = match precision {
             Precision::F32 => Narrow::F32,
             Precision::Bf16 => Narrow::Bf16,
         };
-        Self { launcher: Launcher { board, narrow, dim }, tables: Arc::default() }
+        let launcher = Launcher { board: context.board.clone(), narrow, dim };
+        Self { launcher, tables: context.tables.clone() }
     }
 
     fn board(&self) -> &dyn Board {

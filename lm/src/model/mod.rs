@@ -21,7 +21,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor, Var};
 
 use crate::error::{Error, Result};
-use crate::gpu::Board;
+use crate::gpu::{Board, Context};
 use crate::kernels::gemm::Precision;
 use crate::kernels::rope::Angles;
 use crate::ops::{self, AttentionShape, Kernels, Positions};
@@ -51,7 +51,7 @@ pub struct Decoder {
     precision: Precision,
     recompute: bool,
     /// The GPU that runs its passes.
-    board: Option<Arc<dyn Board>>,
+    gpu: Option<Context>,
 }
 
 impl Decoder {
@@ -81,7 +81,7 @@ impl Decoder {
             Position::Rotary { rope, sliding } => (table(rope), sliding.as_ref().map(table)),
             Position::Learned => (Arc::new(Angles::new(&[], 0)), None),
         };
-        let board = board(frozen.embed.device())?;
+        let gpu = board(frozen.embed.device())?.map(Context::new);
         Ok(Self {
             angles,
             sliding_angles,
@@ -93,7 +93,7 @@ impl Decoder {
             kernels: Kernels::Fused,
             precision,
             recompute: false,
-            board,
+            gpu,
         })
     }
 
@@ -119,12 +119,12 @@ impl Decoder {
 
     /// The same model with its passes run by a board, which its tensors must be within reach of.
     pub fn with_board(mut self, board: Arc<dyn Board>) -> Self {
-        self.board = Some(board);
+        self.gpu = Some(Context::new(board));
         self
     }
 
-    pub(crate) fn board(&self) -> Option<&Arc<dyn Board>> {
-        self.board.as_ref()
+    pub(crate) fn gpu(&self) -> Option<&Context> {
+        self.gpu.as_ref()
     }
 
     /// What the model is made of.

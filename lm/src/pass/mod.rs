@@ -31,11 +31,8 @@ pub fn machine(decoder: &Decoder) -> Option<Machine> {
         return None;
     }
     let precision = decoder.precision();
-    match decoder.board() {
-        Some(board) => {
-            let dim = decoder.architecture().head_dim;
-            Some(Machine::Gpu(Gpu::new(board.clone(), precision, dim)))
-        }
+    match decoder.gpu() {
+        Some(context) => Some(Machine::Gpu(Gpu::new(context, precision, decoder.architecture().head_dim))),
         None => decoder.device().is_cpu().then_some(Machine::Cpu(Cpu(precision))),
     }
 }

@@ -34,10 +34,10 @@ impl Element for f32 {
         out.copy_from_slice(row);
     }
     fn pair(row: &[f32], out: &mut [Pair]) {
-        pair_f32(row, out);
+        bf16::pair_row(row, out);
     }
     fn zip_rows(low: &[f32], high: &[f32], out: &mut [Pair]) {
-        zip_f32(low, high, out);
+        bf16::zip_rows(low, high, out);
     }
 }
 
@@ -78,19 +78,6 @@ fn pairs<E: Element>(row: &[E], out: &mut [Pair]) {
 fn zip<E: Element>(low: &[E], high: &[E], out: &mut [Pair]) {
     for ((out, &l), &h) in out.iter_mut().zip(low).zip(high) {
         *out = Pair(l.narrow() as u32 | (h.narrow() as u32) << 16);
-    }
-}
-
-// Rounding is worth wide vectors, so it is compiled for each instruction set.
-per_isa! {
-    fn pair_f32(row: &[f32], out: &mut [Pair]) {
-        pairs(row, out);
-    }
-}
-
-per_isa! {
-    fn zip_f32(low: &[f32], high: &[f32], out: &mut [Pair]) {
-        zip(low, high, out);
     }
 }
 
