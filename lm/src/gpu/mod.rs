@@ -13,6 +13,7 @@ mod buffer;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod layout;
+mod machine;
 mod ops;
 
 pub use board::{Argument, Board, FILES, Factor, Launch, Memory, Narrow, Product, Recorded, Source};
@@ -20,4 +21,4 @@ pub(crate) use buffer::{Buffer, Fields, Pass};
 #[cfg(feature = "cuda")]
 pub use cuda::Cuda;
 pub(crate) use layout::Layout;
-pub(crate) use ops::{Context, Gpu, Numbers, int, shape};
+pub(crate) use machine::{Context, Gpu, Numbers, int, shape};
