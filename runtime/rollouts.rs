@@ -146,11 +146,16 @@ impl Run {
             let (sender, mut receiver) = mpsc::unbounded_channel();
             let (policy, options, cancel) = (self.roles.policy()?.clone(), self.generation(), self.cancel.clone());
             let generating = tokio::spawn(async move { policy.generate(requests, options, sender, cancel).await });
+            // What goes wrong early ends the step only when all completions are there and logged.
+            let mut failed = None;
             loop {
                 let first = tokio::select! {
                     first = receiver.recv() => first,
-                    answers = early.next() => {
-                        early.keep(answers?, self, prompts, k, &done).await?;
+                    answers = early.next(), if failed.is_none() => {
+                        failed = match answers {
+                            Ok(answers) => early.keep(answers, self, prompts, k, &done).await.err(),
+                            Err(error) => Some(error),
+                        };
                         continue;
                     }
                 };
@@ -167,11 +172,16 @@ impl Run {
                 for (completion, &index) in batch.into_iter().zip(&new) {
                     done.insert(index, self.answered(index, completion)?);
                 }
-                early.came(self, prompts, k, &done, &new)?;
+                if failed.is_none() {
+                    early.came(self, prompts, k, &done, &new)?;
+                }
                 self.tell(Event::Rollout { step: self.state.step, done: done.len(), of: total });
             }
             let lost = |_| rehearsal_actors::Error::Died { role: "policy", reason: None };
             generating.await.map_err(lost)??;
+            if let Some(error) = failed {
+                return Err(error);
+            }
         }
         seconds.generate += start.elapsed().as_secs_f64();
         Ok(done)
