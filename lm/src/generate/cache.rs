@@ -1,6 +1,8 @@
 //! Keys and values of the sequences being generated, preallocated: one slot a sequence.
 
+use crate::kernels::Shared;
 use crate::kernels::attention::{Heads, KEY_BLOCK};
+use crate::kernels::team::for_each;
 use crate::model::Architecture;
 
 /// One token of one sequence on its way through the model.
@@ -54,22 +56,26 @@ impl Cache {
 
     /// Stores the keys and values of rows `[queries | keys | values]` at their positions.
     pub fn append(&mut self, layer: usize, rows: &[Row], qkv: &[f32]) {
-        let dim = self.heads.dim;
+        let (dim, width) = (self.heads.dim, self.heads.width());
         let (q, kv) = (self.heads.query_width(), self.heads.key_width());
-        for (row, qkv) in rows.iter().zip(qkv.chunks_exact(self.heads.width())) {
-            let (keys, values) = qkv[q..].split_at(kv);
+        let starts: Vec<usize> = rows.iter().map(|row| self.range(layer, row.slot, 0).start).collect();
+        let (all_keys, all_values) = (Shared::new(&mut self.keys), Shared::new(&mut self.values));
+        let size = dim * self.capacity;
+        for_each(rows.len(), |i| {
+            let (keys, values) = qkv[i * width + q..(i + 1) * width].split_at(kv);
+            let (block, place) = (rows[i].position / KEY_BLOCK, rows[i].position % KEY_BLOCK);
             for head in 0..self.heads.keys {
-                let range = self.range(layer, row.slot, head);
-                let (block, place) = (row.position / KEY_BLOCK, row.position % KEY_BLOCK);
-                let block = &mut self.keys[range.clone()][block * dim * KEY_BLOCK..];
-                for (&k, column) in keys[head * dim..(head + 1) * dim].iter().zip(block.as_chunks_mut::<KEY_BLOCK>().0)
-                {
-                    column[place] = k;
+                let start = starts[i] + head * size;
+                let columns = head * dim..(head + 1) * dim;
+                // SAFETY: no two rows have the same slot and position, so this place belongs to this task.
+                unsafe {
+                    for (d, &k) in keys[columns.clone()].iter().enumerate() {
+                        all_keys.slice(start + (block * dim + d) * KEY_BLOCK + place, 1)[0] = k;
+                    }
+                    all_values.slice(start + rows[i].position * dim, dim).copy_from_slice(&values[columns]);
                 }
-                let at = range.start + row.position * dim;
-                self.values[at..at + dim].copy_from_slice(&values[head * dim..(head + 1) * dim]);
             }
-        }
+        });
     }
 
     /// Copies the first `len` tokens of a slot to another: completions of one prompt compute it once.

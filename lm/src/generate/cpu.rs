@@ -4,13 +4,12 @@
 
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 use super::cache::{Cache, Row};
 use crate::error::Result;
 use crate::kernels::attention::{self, Heads};
 use crate::kernels::gemm::{Packed, View, gemm};
 use crate::kernels::math::softcap;
+use crate::kernels::team::{for_each_chunk, lend};
 use crate::model::Decoder;
 use crate::pass::{Buffers, Cpu, Norm, Ops, PreparedBlock, Rows, norm, pack_into};
 
@@ -60,7 +59,7 @@ pub fn forward<'a>(
     let ids: Vec<u32> = rows.iter().map(|r| r.token).collect();
     let pass = Rows::new(ops, decoder, &positions, &Arc::default())?;
     let b = &mut room.pass;
-    ops.embed(decoder.layers(), decoder.embedding_scale()?, &ids, &positions, &mut b.x)?;
+    ops.embed(decoder.layers(), decoder.embedding_scale(), &ids, &positions, &mut b.x)?;
     for (layer, block) in weights.blocks.iter().enumerate() {
         let heads = pass.heads(layer);
         block.forward(ops, &pass, layer, b, false, |qkv, attended, _| {
@@ -78,24 +77,23 @@ pub fn forward<'a>(
     room.logits.resize(wanted * weights.head.cols(), 0.0);
     gemm(View::new(&b.normed, wanted, arch.hidden), &weights.head, &mut room.logits, false);
     if let Some(cap) = arch.final_softcap {
-        room.logits.par_chunks_mut(arch.vocab).for_each(|row| softcap(row, cap as f32));
+        for_each_chunk(&mut room.logits, arch.vocab, |_, row| softcap(row, cap as f32));
     }
     Ok(&room.logits)
 }
 
 /// One task for each row and key head, whose query heads are neighbours in the output.
 fn attend(cache: &Cache, layer: usize, rows: &[Row], qkv: &[f32], heads: &Heads, out: &mut [f32]) {
-    out.par_chunks_mut(heads.group() * heads.dim).enumerate().for_each_init(
-        || vec![0.0; cache.capacity()],
-        |scores, (task, out)| {
-            let (row, head) = (task / heads.keys, task % heads.keys);
-            let queries = &qkv[row * heads.width() + head * heads.group() * heads.dim..];
-            let (keys, values) = cache.head(layer, rows[row].slot, head);
-            let position = rows[row].position;
-            let (first, len) = (heads.first_key(position), position + 1);
-            for (query, out) in queries.chunks_exact(heads.dim).zip(out.chunks_exact_mut(heads.dim)) {
-                attention::attend(query, keys, values, heads.dim, first, len, heads, scores, out);
-            }
-        },
-    );
+    let width = heads.group() * heads.dim;
+    for_each_chunk(out, width, |task, out| {
+        let (row, head) = (task / heads.keys, task % heads.keys);
+        let queries = &qkv[row * heads.width() + head * width..][..width];
+        let (keys, values) = cache.head(layer, rows[row].slot, head);
+        let position = rows[row].position;
+        let (first, len) = (heads.first_key(position), position + 1);
+        lend!(Vec<f32>, |scores: &mut Vec<f32>| {
+            scores.resize(cache.capacity(), 0.0);
+            attention::attend(queries, keys, values, first, len, heads, scores, out);
+        });
+    });
 }

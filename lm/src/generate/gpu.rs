@@ -106,8 +106,7 @@ impl GpuGenerator {
             let message = format!("{} tokens end a completion; on a GPU {ENDS_MAX} may", options.eos.len());
             return Err(Error::Sampling(message));
         }
-        let slots = options.batch.clamp(1, requests.len().max(1));
-        let longest = requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0) + options.max_new_tokens;
+        let (slots, longest) = super::room(&requests, options);
         self.reserve(decoder, slots, longest)?;
 
         let mut waiting: VecDeque<Request> = requests.into();
@@ -281,7 +280,7 @@ impl Weights {
         places: &Places<'_>,
         b: &mut Buffers<Gpu>,
     ) -> Result<()> {
-        let scale = decoder.embedding_scale()?;
+        let scale = decoder.embedding_scale();
         gpu.embed_rows(decoder.layers(), scale, ids, places.positions, &mut b.x)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let heads = rows.heads(layer);

@@ -15,11 +15,10 @@ pub use sampling::{Sampling, Scratch};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 use crate::error::{Error, Result};
 use crate::kernels::head::logprob;
 use crate::kernels::math::log_sum_exp;
+use crate::kernels::team::{awake, for_each_chunk};
 use crate::model::Decoder;
 use crate::pass::{Machine, machine};
 use crate::random::Stream;
@@ -151,8 +150,18 @@ impl Generator {
         if let Backend::Gpu(gpu) = &mut self.backend {
             return gpu.generate(&self.decoder, requests, options, text, cancelled, finished);
         }
-        let slots = options.batch.clamp(1, requests.len().max(1));
-        let longest = requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0) + options.max_new_tokens;
+        awake(|| self.generate_on_the_cpu(requests, options, text, cancelled, finished))
+    }
+
+    fn generate_on_the_cpu(
+        &mut self,
+        requests: Vec<Request>,
+        options: &Options,
+        text: Option<&Text>,
+        cancelled: &dyn Fn() -> bool,
+        finished: &mut dyn FnMut(Completion),
+    ) -> Result<()> {
+        let (slots, longest) = room(&requests, options);
         self.reserve(slots, longest);
 
         let mut waiting: VecDeque<Request> = requests.into();
@@ -175,8 +184,8 @@ impl Generator {
             let rows: Vec<Row> = rows.into_iter().map(|(_, row)| row).collect();
             let vocab = self.decoder.architecture().vocab;
             let logits = self.forward(&rows)?;
-            let drawing: Vec<_> = active.iter_mut().zip(wants).filter_map(|(a, wants)| wants.then_some(a)).collect();
-            drawing.into_par_iter().zip(logits.par_chunks_exact(vocab)).for_each(|(a, logits)| a.draw(logits, options));
+            let mut drawing: Vec<_> = active.iter_mut().zip(wants).filter_map(|(a, wants)| wants.then_some(a)).collect();
+            for_each_chunk(&mut drawing, 1, |i, a| a[0].draw(&logits[i * vocab..(i + 1) * vocab], options));
             for (a, rows) in active.iter_mut().zip(advance) {
                 a.cached += rows;
             }
@@ -276,6 +285,12 @@ impl Generator {
     }
 }
 
+/// Slots and tokens a slot that a cache needs for these requests.
+fn room(requests: &[Request], options: &Options) -> (usize, usize) {
+    let longest = requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0);
+    (options.batch.clamp(1, requests.len().max(1)), longest + options.max_new_tokens)
+}
+
 /// The rows of the next pass: a new token for each sequence under way, and prompts up to a limit.
 fn rows(active: &[Active]) -> Vec<(usize, Row)> {
     let mut rows = Vec::new();
@@ -305,21 +320,8 @@ impl Active {
         let temperature = options.sampling.logprob_temperature() as f32;
         let lse = log_sum_exp(logits, 1.0 / temperature);
         let u = self.stream.uniform(self.tokens.len() as u64);
-        let token = if self.tokens.len() < options.min_new_tokens {
-            let mut masked = std::mem::take(&mut self.scratch.masked);
-            masked.clear();
-            masked.extend_from_slice(logits);
-            for &eos in &options.eos {
-                if let Some(x) = masked.get_mut(eos as usize) {
-                    *x = f32::NEG_INFINITY;
-                }
-            }
-            let token = options.sampling.draw(&masked, u, &mut self.scratch);
-            self.scratch.masked = masked;
-            token
-        } else {
-            options.sampling.draw(logits, u, &mut self.scratch)
-        };
+        let banned = if self.tokens.len() < options.min_new_tokens { &options.eos[..] } else { &[] };
+        let token = options.sampling.draw(logits, banned, u, &mut self.scratch);
         self.tokens.push(token);
         self.logprobs.push(logprob(logits, token, temperature, lse));
     }

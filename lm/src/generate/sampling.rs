@@ -8,8 +8,6 @@ use crate::kernels::math::{SUM_BLOCK, block_sums, exp_all, log_sum_exp, max};
 pub struct Scratch {
     p: Vec<f32>,
     sums: Vec<f64>,
-    /// Logits without the tokens that may not be drawn.
-    pub masked: Vec<f32>,
 }
 
 /// How the next token is drawn.
@@ -56,17 +54,17 @@ impl Sampling {
     /// Probabilities after all filters; zero for a token that was dropped.
     pub fn distribution(&self, logits: &[f32]) -> Vec<f32> {
         let mut p = Vec::new();
-        self.fill(logits, &mut p);
+        self.fill(logits, &[], &mut p);
         p
     }
 
-    /// Draws a token with the uniform number `u` from `[0, 1)`; `scratch` is reused between calls.
-    pub fn draw(&self, logits: &[f32], u: f64, scratch: &mut Scratch) -> u32 {
-        if self.temperature == 0.0 {
+    /// Draws a token that is not `banned` with the uniform number `u` from `[0, 1)`; `scratch` is reused between calls.
+    pub fn draw(&self, logits: &[f32], banned: &[u32], u: f64, scratch: &mut Scratch) -> u32 {
+        if self.temperature == 0.0 && banned.is_empty() {
             return argmax(logits);
         }
-        let Scratch { p, sums, .. } = scratch;
-        self.fill(logits, p);
+        let Scratch { p, sums } = scratch;
+        self.fill(logits, banned, p);
         block_sums(p, sums);
         let mut left = u * sums.iter().sum::<f64>();
         // The block where the cumulated probability passes `left`; rounding may put that past the last.
@@ -88,14 +86,20 @@ impl Sampling {
         last.or_else(|| p.iter().rposition(|&x| x > 0.0)).unwrap_or(0) as u32
     }
 
-    fn fill(&self, logits: &[f32], p: &mut Vec<f32>) {
+    fn fill(&self, logits: &[f32], banned: &[u32], p: &mut Vec<f32>) {
         p.clear();
+        p.extend_from_slice(logits);
+        for &token in banned {
+            if let Some(x) = p.get_mut(token as usize) {
+                *x = f32::NEG_INFINITY;
+            }
+        }
         if self.temperature == 0.0 {
-            p.resize(logits.len(), 0.0);
-            p[argmax(logits) as usize] = 1.0;
+            let top = argmax(p) as usize;
+            p.fill(0.0);
+            p[top] = 1.0;
             return;
         }
-        p.extend_from_slice(logits);
         let scale = 1.0 / self.temperature as f32;
         if self.top_k > 0 && self.top_k < p.len() {
             let mut sorted = p.clone();
@@ -186,7 +190,7 @@ mod tests {
         let stream = crate::random::Stream::new(1, 1);
         let mut counts = [0; 4];
         for i in 0..20_000 {
-            counts[sampling.draw(&logits, stream.uniform(i), &mut Scratch::default()) as usize] += 1;
+            counts[sampling.draw(&logits, &[], stream.uniform(i), &mut Scratch::default()) as usize] += 1;
         }
         for (count, p) in counts.iter().zip([0.5, 0.3, 0.15, 0.05]) {
             assert!((*count as f64 / 20_000.0 - p).abs() < 0.015, "{counts:?}");

@@ -1,13 +1,12 @@
 //! What stands between the products of an MLP: SwiGLU and GeGLU (Shazeer 2020), `act(gate) * up` with a row's gates and
 //! ups side by side, `[rows, 2 * width]`; or SiLU and GELU of one projection, `[rows, width]`.
 
-use rayon::prelude::*;
-
 use super::isa::per_isa;
 use super::math::{sigmoid, tanh};
+use super::team::{chunk, for_each_chunk, share};
 use crate::model::Activation;
 
-/// Rows a task takes at a time.
+/// Rows a task takes at a time, at most.
 const ROWS: usize = 16;
 
 /// `√(2/π)` and the cubic term of GELU's tanh approximation (Hendrycks & Gimpel 2016).
@@ -23,7 +22,8 @@ pub fn forward(activation: Activation, gated: bool, width: usize, input: &[f32],
         (Activation::Silu, false) => silu_row,
         (Activation::GeluTanh, false) => gelu_row,
     };
-    out.par_chunks_mut(ROWS * width).zip(input.par_chunks(ROWS * wide)).for_each(|(out, input)| run(input, width, out));
+    let rows = share(out.len() / width.max(1), ROWS);
+    for_each_chunk(out, rows * width, |i, out| run(chunk(input, rows * wide, i), width, out));
 }
 
 /// Turns `input` into its own gradient, given that of the result.
@@ -35,10 +35,8 @@ pub fn backward(activation: Activation, gated: bool, width: usize, input: &mut [
         (Activation::Silu, false) => silu_backward,
         (Activation::GeluTanh, false) => gelu_backward,
     };
-    input
-        .par_chunks_mut(ROWS * wide)
-        .zip(grad.par_chunks(ROWS * width))
-        .for_each(|(input, grad)| run(input, width, grad));
+    let rows = share(grad.len() / width.max(1), ROWS);
+    for_each_chunk(input, rows * wide, |i, input| run(input, width, chunk(grad, rows * width, i)));
 }
 
 /// SiLU and its derivative.

@@ -1,11 +1,10 @@
 //! Linear + log-softmax + gather, some columns of the vocabulary at a time: the `[tokens, vocabulary]` logits never
 //! exist at once, nor does a packed copy of the weights.
 
-use rayon::prelude::*;
-
 use super::gemm::{Element, Packed, Precision, View, gemm};
 use super::isa::per_isa;
 use super::math::{LANES, LSE_BLOCK, LogSumExp, exp, softcap, sum};
+use super::team::{chunk, for_each_chunk};
 
 /// Rows that go through the vocabulary together: with [`LSE_BLOCK`] columns, 32 MiB of logits.
 const ROWS: usize = 2048;
@@ -51,7 +50,7 @@ fn blocks<E: Element>(
             let logits = &mut logits[..row.len() * column.len()];
             gemm(hidden.rows(row.clone()), &packed, logits, false);
             if let Some(cap) = cap {
-                logits.par_chunks_mut(column.len()).for_each(|logits| softcap(logits, cap));
+                for_each_chunk(logits, column.len(), |_, logits| softcap(logits, cap));
             }
             f(row.clone(), column, logits);
         }
@@ -68,19 +67,23 @@ pub fn logprobs<E: Element>(
     precision: Precision,
 ) -> (Vec<f32>, Vec<f32>) {
     let scale = targets.scale();
-    let mut sums = vec![LogSumExp::default(); targets.tokens.len()];
-    let mut chosen = vec![0.0; targets.tokens.len()];
+    let mut asked = vec![(LogSumExp::default(), 0.0); targets.tokens.len()];
     blocks(hidden, weight, targets.softcap, precision, |rows, columns, logits| {
-        let parts = sums[rows.clone()].par_iter_mut().zip(&mut chosen[rows.clone()]).zip(&targets.tokens[rows]);
-        parts.zip(logits.par_chunks(columns.len())).for_each(|(((sum, chosen), &token), logits)| {
-            sum.add(logits, scale);
-            if columns.contains(&(token as usize)) {
-                *chosen = logits[token as usize - columns.start];
+        for_each_chunk(&mut asked[rows.clone()], 1, |i, asked| {
+            let (logits, token) = (chunk(logits, columns.len(), i), targets.tokens[rows.start + i] as usize);
+            for (sum, chosen) in asked {
+                sum.add(logits, scale);
+                if columns.contains(&token) {
+                    *chosen = logits[token - columns.start];
+                }
             }
         });
     });
-    let lse: Vec<f32> = sums.iter().map(LogSumExp::value).collect();
-    (chosen.iter().zip(&lse).map(|(x, lse)| x * scale - lse).collect(), lse)
+    let answer = |(sum, chosen): &(LogSumExp, f32)| {
+        let lse = sum.value();
+        (chosen * scale - lse, lse)
+    };
+    asked.iter().map(answer).unzip()
 }
 
 /// Entropies `-Σ p log p` of the rows, given their log-sum-exps: a second way through the vocabulary.
@@ -93,9 +96,8 @@ pub fn entropies<E: Element>(
 ) -> Vec<f32> {
     let mut sums = vec![0.0; lse.len()];
     blocks(hidden, weight, targets.softcap, precision, |rows, columns, logits| {
-        let parts = sums[rows.clone()].par_iter_mut().zip(&lse[rows]);
-        parts.zip(logits.par_chunks(columns.len())).for_each(|((sum, &lse), logits)| {
-            *sum += entropy_part(logits, targets.scale(), lse);
+        for_each_chunk(&mut sums[rows.clone()], 1, |i, sum| {
+            sum[0] += entropy_part(chunk(logits, columns.len(), i), targets.scale(), lse[rows.start + i]);
         });
     });
     sums
@@ -143,7 +145,8 @@ pub fn backward<E: Element>(
     let mut d_hidden = vec![0.0; saved.hidden.len()];
     let (mut down, mut input) = (Packed::empty(precision), Packed::empty(precision));
     blocks(saved.hidden, weight, targets.softcap, precision, |rows, columns, logits| {
-        logits.par_chunks_mut(columns.len()).zip(rows.clone().into_par_iter()).for_each(|(logits, row)| {
+        for_each_chunk(logits, columns.len(), |i, logits| {
+            let row = rows.start + i;
             let target = (targets.tokens[row] as usize).checked_sub(columns.start);
             let (entropy, d_entropy) = saved.entropy.map_or((0.0, 0.0), |(h, grad)| (h[row], grad[row]));
             let row =

@@ -18,6 +18,7 @@ pub mod math;
 pub mod norm;
 pub mod rope;
 mod shared;
+pub mod team;
 
 pub use isa::Isa;
 pub use shared::Shared;

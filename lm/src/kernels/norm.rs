@@ -2,27 +2,29 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::isa::per_isa;
 use super::math::{LANES, dot, sum};
+use super::team::{chunk, for_each_chunk, lend, share};
 
-/// Rows a task takes at a time.
+/// Rows a task takes at a time, at most.
 const ROWS: usize = 32;
+
+/// Elements a task takes at a time of rows of `width`.
+fn block(x: &[f32], width: usize) -> usize {
+    share(x.len() / width.max(1), ROWS) * width
+}
 
 /// RMSNorm (Zhang & Sennrich 2019): `y = x / sqrt(mean(x²) + eps) * w`, row by row. `out` and `x` are `[rows, w.len()]`.
 pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
-    let block = ROWS * w.len();
-    out.par_chunks_mut(block).zip(x.par_chunks(block)).for_each(|(out, x)| rows(x, w, eps, out));
+    let block = block(x, w.len());
+    for_each_chunk(out, block, |i, out| rows(chunk(x, block, i), w, eps, out));
 }
 
 /// Adds the gradients of [`rms_norm`] with respect to `x` and `w` to `dx` and `dw`, given `grad` with respect to its
 /// result.
 pub fn rms_norm_backward(x: &[f32], w: &[f32], eps: f32, grad: &[f32], dx: &mut [f32], dw: &mut [f32]) {
-    let block = ROWS * w.len();
-    dx.par_chunks_mut(block)
-        .zip(x.par_chunks(block).zip(grad.par_chunks(block)))
-        .for_each(|(dx, (x, grad))| rows_backward(x, w, eps, grad, dx));
+    let block = block(x, w.len());
+    for_each_chunk(dx, block, |i, dx| rows_backward(chunk(x, block, i), w, eps, chunk(grad, block, i), dx));
     weight_backward(x, eps, grad, dw);
 }
 
@@ -74,8 +76,8 @@ per_isa! {
 /// LayerNorm (Ba et al. 2016): `y = (x - mean) / sqrt(var + eps) * w + b`, row by row. `out` and `x` are
 /// `[rows, w.len()]`.
 pub fn layer_norm(x: &[f32], w: &[f32], b: &[f32], eps: f32, out: &mut [f32]) {
-    let block = ROWS * w.len();
-    out.par_chunks_mut(block).zip(x.par_chunks(block)).for_each(|(out, x)| layer_rows(x, w, b, eps, out));
+    let block = block(x, w.len());
+    for_each_chunk(out, block, |i, out| layer_rows(chunk(x, block, i), w, b, eps, out));
 }
 
 /// Adds the gradients of [`layer_norm`] with respect to `x`, `w` and `b`, given `grad` with respect to its result.
@@ -88,16 +90,14 @@ pub fn layer_norm_backward(
     dw: &mut [f32],
     db: &mut [f32],
 ) {
-    let block = ROWS * w.len();
-    dx.par_chunks_mut(block)
-        .zip(x.par_chunks(block).zip(grad.par_chunks(block)))
-        .for_each(|(dx, (x, grad))| layer_rows_backward(x, w, eps, grad, dx));
+    let block = block(x, w.len());
+    for_each_chunk(dx, block, |i, dx| layer_rows_backward(chunk(x, block, i), w, eps, chunk(grad, block, i), dx));
     layer_weight_backward(x, eps, grad, dw, db);
 }
 
 /// RMSNorm, in place, of every head of `w.len()` columns in some columns of rows.
 pub fn head_norm(x: &mut [f32], width: usize, columns: Range<usize>, w: &[f32], eps: f32) {
-    x.par_chunks_mut(ROWS * width).for_each(|x| {
+    for_each_chunk(x, block(x, width), |_, x| {
         for row in x.chunks_exact_mut(width) {
             heads(&mut row[columns.clone()], w, eps);
         }
@@ -118,16 +118,17 @@ pub fn head_norm_backward(
     for (x, grad) in before.chunks_exact(width).zip(grad.chunks_exact(width)) {
         weight_backward(&x[columns.clone()], eps, &grad[columns.clone()], dw);
     }
-    grad.par_chunks_mut(ROWS * width).zip(before.par_chunks(ROWS * width)).for_each_init(
-        || vec![0.0; columns.len()],
-        |dx, (grad, x)| {
-            for (x, grad) in x.chunks_exact(width).zip(grad.chunks_exact_mut(width)) {
-                dx.fill(0.0);
+    let block = block(before, width);
+    for_each_chunk(grad, block, |i, grad| {
+        lend!(Vec<f32>, |dx: &mut Vec<f32>| {
+            for (x, grad) in chunk(before, block, i).chunks_exact(width).zip(grad.chunks_exact_mut(width)) {
+                dx.clear();
+                dx.resize(columns.len(), 0.0);
                 rows_backward(&x[columns.clone()], w, eps, &grad[columns.clone()], dx);
                 grad[columns.clone()].copy_from_slice(dx);
             }
-        },
-    );
+        })
+    });
 }
 
 /// A row's mean and the inverse of its standard deviation.

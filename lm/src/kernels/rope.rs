@@ -1,10 +1,9 @@
 //! Rotary positions (Su et al. 2021) in the layout of Hugging Face: element `i` of a head turns with `i + d/2`.
 
-use rayon::prelude::*;
-
 use super::isa::per_isa;
+use super::team::{chunk, for_each_chunk, share};
 
-/// Rows a task takes at a time.
+/// Rows a task takes at a time, at most.
 const ROWS: usize = 32;
 
 /// Cosines and sines for every position, `[positions, head_dim / 2]` each.
@@ -47,9 +46,8 @@ pub fn rotate(x: &mut [f32], turned: usize, angles: &Angles, positions: &[u32], 
         return;
     }
     let width = x.len() / positions.len();
-    x.par_chunks_mut(ROWS * width)
-        .zip(positions.par_chunks(ROWS))
-        .for_each(|(x, positions)| rows(x, turned, angles, positions, back));
+    let n = share(positions.len(), ROWS);
+    for_each_chunk(x, n * width, |i, x| rows(x, turned, angles, chunk(positions, n, i), back));
 }
 
 per_isa! {

@@ -1,6 +1,7 @@
 //! A decoder's weights in the order of the forward pass, and a block as a candle graph.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
+use half::{bf16, f16};
 
 use super::{Activation, Architecture, NormKind, Parameters};
 use crate::error::Error;
@@ -157,7 +158,7 @@ impl Layers {
     pub fn embed(&self, architecture: &Architecture, ids: &[u32], positions: &[u32]) -> crate::Result<Tensor> {
         let device = self.embed.device();
         let mut x = self.embed.index_select(&Tensor::new(ids, device)?, 0)?;
-        let scale = self.embedding_scale(architecture)?;
+        let scale = self.embedding_scale(architecture);
         if scale != 1.0 {
             x = (x * scale)?;
         }
@@ -170,9 +171,14 @@ impl Layers {
 
 impl Layers {
     /// Factor on the embeddings, which transformers rounds to the type of the weights.
-    pub fn embedding_scale(&self, architecture: &Architecture) -> Result<f64> {
+    pub fn embedding_scale(&self, architecture: &Architecture) -> f64 {
         let scale = architecture.embedding_scale().unwrap_or(1.0);
-        Tensor::new(scale, &Device::Cpu)?.to_dtype(self.embed.dtype())?.to_dtype(DType::F64)?.to_scalar::<f64>()
+        match self.embed.dtype() {
+            DType::BF16 => bf16::from_f64(scale).to_f64(),
+            DType::F16 => f16::from_f64(scale).to_f64(),
+            DType::F32 => scale as f32 as f64,
+            _ => scale,
+        }
     }
 }
 

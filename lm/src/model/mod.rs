@@ -163,8 +163,8 @@ impl Decoder {
     }
 
     /// Factor on the embeddings.
-    pub(crate) fn embedding_scale(&self) -> candle_core::Result<f32> {
-        Ok(self.frozen.embedding_scale(&self.architecture)? as f32)
+    pub(crate) fn embedding_scale(&self) -> f32 {
+        self.frozen.embedding_scale(&self.architecture) as f32
     }
 
     pub(crate) fn layers(&self) -> &Layers {

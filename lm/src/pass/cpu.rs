@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor, WithDType};
 use half::bf16;
-use rayon::prelude::*;
 
 use super::ops::{Answers, Mlp, Norm, Ops, Question, Sum};
 use super::weights::{PackedProjection, as_floats, pack_into, with_views};
@@ -16,6 +15,7 @@ use crate::kernels::gemm::{self, Element, Packed, Precision, View};
 use crate::kernels::head::{self, Targets};
 use crate::kernels::math::dot;
 use crate::kernels::rope::{Angles, rotate};
+use crate::kernels::team::{chunk, for_each_chunk, share};
 use crate::kernels::{activation, norm};
 use crate::model::{Layers, Projection};
 use crate::ops::with_floats_mut;
@@ -36,19 +36,19 @@ pub enum Kept {
     Bf16(Vec<u16>),
 }
 
-/// Elements a task takes at a time.
+/// Elements a task takes at a time, at most.
 const CHUNK: usize = 16 * 1024;
 
 fn rounded(x: &[f32]) -> Vec<u16> {
     let mut out = vec![0; x.len()];
-    out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(out, x)| gemm::round_row(x, out));
+    for_each_chunk(&mut out, CHUNK, |i, out| gemm::round_row(chunk(x, CHUNK, i), out));
     out
 }
 
 fn widened(x: &[u16], out: &mut Vec<f32>) {
     out.resize(x.len(), 0.0);
-    out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(out, x)| {
-        for (out, &x) in out.iter_mut().zip(x) {
+    for_each_chunk(out, CHUNK, |i, out| {
+        for (out, &x) in out.iter_mut().zip(chunk(x, CHUNK, i)) {
             *out = gemm::widen_bf16(x);
         }
     });
@@ -56,8 +56,9 @@ fn widened(x: &[u16], out: &mut Vec<f32>) {
 
 /// `x += y`.
 fn add(x: &mut [f32], y: &[f32]) {
-    x.par_chunks_mut(CHUNK).zip(y.par_chunks(CHUNK)).for_each(|(x, y)| {
-        for (x, y) in x.iter_mut().zip(y) {
+    let size = share(x.len(), CHUNK);
+    for_each_chunk(x, size, |i, x| {
+        for (x, y) in x.iter_mut().zip(chunk(y, size, i)) {
             *x += y;
         }
     });

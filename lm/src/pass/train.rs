@@ -28,7 +28,7 @@ impl<O: Ops> Pass<O> {
     fn new(ops: O, decoder: &Decoder, batch: &Batch) -> Result<Self> {
         let rows = Rows::new(&ops, decoder, batch.positions(), &batch.families)?;
         let mut buffers = Buffers::new(&ops);
-        let scale = decoder.embedding_scale()?;
+        let scale = decoder.embedding_scale();
         ops.embed(decoder.layers(), scale, &batch.ids, batch.positions(), &mut buffers.x)?;
         Ok(Self { ops, rows, buffers, prepared: None })
     }
@@ -111,7 +111,7 @@ impl<'a, O: Ops> Trace<'a, O> {
         }
         let (layers, names) = (decoder.layers(), decoder.architecture().names());
         let table = gradients.sum(names.embed(), &layers.embed)?;
-        ops.embed_back(&batch.ids, decoder.embedding_scale()?, &upstream, &table)?;
+        ops.embed_back(&batch.ids, decoder.embedding_scale(), &upstream, &table)?;
         if let Some(positions) = &layers.positions {
             let table = gradients.sum(names.positions(), positions)?;
             ops.embed_back(batch.positions(), 1.0, &upstream, &table)?;

@@ -2,10 +2,9 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::{Heads, softmax};
 use crate::kernels::Shared;
+use crate::kernels::team::{for_each, lend};
 use crate::kernels::gemm::{Packed, Precision, View, gemm_serial, gemm_shared};
 use crate::kernels::isa::per_isa;
 use crate::kernels::math::{bend, dot, exp_row};
@@ -74,8 +73,8 @@ struct Scratch {
     d_values: Vec<f32>,
 }
 
-impl Scratch {
-    fn new() -> Self {
+impl Default for Scratch {
+    fn default() -> Self {
         let sides = Sides::empty;
         let packed = || Packed::empty(Precision::F32);
         Self {
@@ -93,9 +92,12 @@ impl Scratch {
     }
 }
 
-/// Every (family, key head) pair: the unit of work between threads.
-fn tasks(families: &[Family], heads: &Heads) -> Vec<(usize, usize)> {
-    (0..families.len()).flat_map(|f| (0..heads.keys).map(move |h| (f, h))).collect()
+/// Calls `work` for every family and key head: the unit of work between threads.
+fn for_each_task(families: &[Family], heads: &Heads, work: impl Fn(&Family, usize, &mut Scratch) + Sync) {
+    for_each(families.len() * heads.keys, |task| {
+        let (family, head) = (task / heads.keys, task % heads.keys);
+        lend!(Scratch, |scratch: &mut Scratch| work(&families[family], head, scratch));
+    });
 }
 
 fn blocks(part: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
@@ -107,8 +109,8 @@ fn blocks(part: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
 /// and, for the way back, the log-sum-exp of each row's scores, `[tokens, queries]`.
 pub fn forward(qkv: &[f32], families: &[Family], heads: &Heads, out: &mut [f32], lse: &mut [f32]) {
     let (out, lse) = (Shared::new(out), Shared::new(lse));
-    tasks(families, heads).into_par_iter().with_max_len(1).for_each_init(Scratch::new, |scratch, (family, head)| {
-        for (before, part) in families[family].parts() {
+    for_each_task(families, heads, |family, head, scratch| {
+        for (before, part) in family.parts() {
             // SAFETY: a task alone writes its family's rows in its heads' columns.
             unsafe { forward_part(qkv, &before, &part, head, heads, out, lse, scratch) };
         }
@@ -243,8 +245,7 @@ pub struct Saved<'a> {
 /// Fills `d_qkv`, the gradient with respect to `qkv`.
 pub fn backward(saved: Saved<'_>, families: &[Family], heads: &Heads, d_qkv: &mut [f32]) {
     let d_qkv = Shared::new(d_qkv);
-    tasks(families, heads).into_par_iter().with_max_len(1).for_each_init(Scratch::new, |scratch, (family, head)| {
-        let family = &families[family];
+    for_each_task(families, heads, |family, head, scratch| {
         // SAFETY: a task alone writes its family's rows in its heads' columns.
         unsafe { backward_family(saved, family, head, heads, d_qkv, scratch) };
     });
@@ -415,7 +416,7 @@ mod tests {
                 let (mut scores, mut last) = (vec![0.0; capacity], vec![0.0; heads.dim]);
                 let query = &single[(len - 1) * width + 4 * heads.dim..][..heads.dim];
                 let first = heads.first_key(len - 1);
-                attend(query, &keys, &values, heads.dim, first, len, &heads, &mut scores, &mut last);
+                attend(query, &keys, &values, first, len, &heads, &mut scores, &mut last);
                 assert_eq!(last, got[(len - 1) * out_width + 4 * heads.dim..][..heads.dim]);
             }
         }

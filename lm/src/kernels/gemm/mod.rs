@@ -11,9 +11,8 @@ mod tile;
 pub use bf16::{round as round_bf16, round_row, widen as widen_bf16};
 pub use pack::Element;
 
-use rayon::prelude::*;
-
 use super::Shared;
+use super::team::{self, for_each, for_each_chunk};
 use bf16::Pair;
 use pack::Lane;
 use tile::{AHEAD, MR, NR, Out, Tile, panel_rows, rows_written};
@@ -23,8 +22,10 @@ const KC: usize = 1024;
 /// Row panels that a task runs against one column panel before it fetches the next.
 const PANELS_PER_TASK: usize = 4;
 
-/// Elements of the left-hand side below which packing it is not worth sharing.
-const PARALLEL_PACKING: usize = 64 * 1024;
+/// Elements of the left-hand side up to which packing it is not worth sharing.
+fn packing_worth_sharing() -> usize {
+    if team::is_awake() { 2 * 1024 } else { 64 * 1024 }
+}
 
 /// What the factors of a product are rounded to; sums are always f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -169,7 +170,7 @@ fn fill_panels<E: Element, L: Lane>(
     let size = NR * depth.div_ceil(L::STEPS);
     // Columns past the last keep what was there: their results are not used.
     data.resize(cols.div_ceil(NR) * size, L::default());
-    let fill = |(p, panel): (usize, &mut [L])| {
+    let fill = |p: usize, panel: &mut [L]| {
         let first = p * NR;
         let mut offset = 0;
         for part in parts {
@@ -181,9 +182,9 @@ fn fill_panels<E: Element, L: Lane>(
         }
     };
     if parallel {
-        data.par_chunks_mut(size.max(1)).enumerate().for_each(fill);
+        for_each_chunk(data, size, fill);
     } else {
-        data.chunks_mut(size.max(1)).enumerate().for_each(fill);
+        data.chunks_mut(size.max(1)).enumerate().for_each(|(p, panel)| fill(p, panel));
     }
 }
 
@@ -292,7 +293,7 @@ unsafe fn tiles<E: Element, L: Lane>(
     L::with_scratch(|packed_a| {
         for start in (0..a.cols).step_by(KC) {
             let k = start..(start + KC).min(a.cols);
-            pack::rows(a, k.clone(), packed_a, parallel && a.rows * k.len() > PARALLEL_PACKING);
+            pack::rows(a, k.clone(), packed_a, parallel && a.rows * k.len() > packing_worth_sharing());
             let lanes = k.len().div_ceil(L::STEPS);
             let first_lane = start / L::STEPS;
             let continues = add || start > 0;
@@ -322,10 +323,10 @@ unsafe fn tiles<E: Element, L: Lane>(
                 }
             };
             let tasks = row_tasks * column_tasks;
-            if tasks == 1 || !parallel {
-                (0..tasks).for_each(work);
+            if parallel {
+                for_each(tasks, work);
             } else {
-                (0..tasks).into_par_iter().for_each(work);
+                (0..tasks).for_each(work);
             }
         }
     });

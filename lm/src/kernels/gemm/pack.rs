@@ -1,11 +1,10 @@
 //! Operands in panels: the summed index outermost, so that a tile reads both operands front to back.
 
-use rayon::prelude::*;
-
 use super::bf16::{Pair, round};
 use super::tile::{MR, NR, panel_rows};
 use super::{View, bf16, tile};
 use crate::kernels::isa::per_isa;
+use crate::kernels::team::{for_each_chunk, lend};
 
 /// What a matrix is made of: f32 or bfloat16.
 pub trait Element: Copy + Send + Sync {
@@ -104,17 +103,6 @@ pub trait Lane: Copy + Default + Send + Sync + 'static {
     fn with_scratch<T>(f: impl FnOnce(&mut Vec<Self>) -> T) -> T;
 }
 
-/// Lends a thread's buffer; a call inside a call gets a fresh one.
-macro_rules! scratch {
-    ($ty:ty, $f:ident) => {{
-        thread_local!(static BUFFER: std::cell::Cell<Vec<$ty>> = const { std::cell::Cell::new(Vec::new()) });
-        let mut buffer = BUFFER.take();
-        let result = $f(&mut buffer);
-        BUFFER.set(buffer);
-        result
-    }};
-}
-
 impl Lane for f32 {
     const STEPS: usize = 1;
     fn copy_row<E: Element>(row: &[E], out: &mut [f32]) {
@@ -128,7 +116,7 @@ impl Lane for f32 {
         unsafe { tile::accumulate(rows, a, b, out) }
     }
     fn with_scratch<T>(f: impl FnOnce(&mut Vec<f32>) -> T) -> T {
-        scratch!(f32, f)
+        lend!(Vec<f32>, f)
     }
 }
 
@@ -152,7 +140,7 @@ impl Lane for Pair {
         unsafe { bf16::accumulate(rows, a, b, out) }
     }
     fn with_scratch<T>(f: impl FnOnce(&mut Vec<Pair>) -> T) -> T {
-        scratch!(Pair, f)
+        lend!(Vec<Pair>, f)
     }
 }
 
@@ -203,7 +191,7 @@ pub fn rows<E: Element, L: Lane>(a: View<'_, E>, k: std::ops::Range<usize>, pack
     let size = lanes * MR;
     // Rows past the last of `a` keep what was there: their results are not used.
     packed.resize(a.rows.div_ceil(MR) * size, L::default());
-    let fill = |(p, panel): (usize, &mut [L])| {
+    let fill = |p: usize, panel: &mut [L]| {
         let rows = panel_rows(a.rows, p);
         if a.col_stride == 1 {
             let rows =
@@ -224,8 +212,8 @@ pub fn rows<E: Element, L: Lane>(a: View<'_, E>, k: std::ops::Range<usize>, pack
         }
     };
     if parallel {
-        packed.par_chunks_mut(size.max(1)).enumerate().for_each(fill);
+        for_each_chunk(packed, size, fill);
     } else {
-        packed.chunks_mut(size.max(1)).enumerate().for_each(fill);
+        packed.chunks_mut(size.max(1)).enumerate().for_each(|(p, panel)| fill(p, panel));
     }
 }
