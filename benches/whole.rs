@@ -4,8 +4,9 @@
 //!     cargo bench --bench whole                  # everything, some minutes
 //!     cargo bench --bench whole -- generate      # what matches
 
+use std::cell::RefCell;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
@@ -83,7 +84,8 @@ fn train(decoder: &Decoder, batch: &Batch) {
     forward.backward(&grad, &mut gradients).expect("a backward pass");
 }
 
-fn decode(generator: &mut Generator, prompts: &[Vec<u32>], each: usize, new: usize) {
+/// Generates, and says when each pass began.
+fn decode(generator: &mut Generator, prompts: &[Vec<u32>], each: usize, new: usize) -> Vec<Instant> {
     let prompts: Vec<_> = prompts.iter().cloned().map(Arc::new).collect();
     let requests = (0..prompts.len() * each)
         .map(|i| Request { id: i as u64, prompt: prompts[i / each].clone() })
@@ -97,7 +99,14 @@ fn decode(generator: &mut Generator, prompts: &[Vec<u32>], each: usize, new: usi
         seed: 1,
         batch: requests.len(),
     };
-    generator.generate(requests, &options, None, &|| false, &mut |_| {}).expect("completions");
+    let began = RefCell::<Vec<Instant>>::default();
+    // It is asked before every pass whether to stop.
+    let note = || {
+        began.borrow_mut().push(Instant::now());
+        false
+    };
+    generator.generate(requests, &options, None, &note, &mut |_| {}).expect("completions");
+    began.into_inner()
 }
 
 /// New tokens per second by batch, prompts of 40 tokens.
@@ -109,9 +118,36 @@ fn generation(c: &mut Criterion) {
             let work = Work::new(batch, 40, 1, 1);
             group.throughput(Throughput::Elements((batch * 48) as u64));
             group.bench_function(BenchmarkId::new(name, batch), |b| {
-                b.iter(|| decode(&mut generator, &work.prompts, 1, 48))
+                b.iter(|| drop(decode(&mut generator, &work.prompts, 1, 48)))
             });
         }
+    }
+    group.finish();
+}
+
+/// One token for each of 16 sequences, prompts and their passes left out: what is called decoding.
+fn decoding(c: &mut Criterion) {
+    const SEQUENCES: usize = 16;
+    let mut group = c.benchmark_group("decode a token");
+    for (name, precision) in PRECISIONS {
+        let mut generator = Generator::new(&model(precision)).expect("a generator");
+        let work = Work::new(SEQUENCES, 40, 1, 1);
+        group.throughput(Throughput::Elements(SEQUENCES as u64));
+        group.bench_function(BenchmarkId::new(name, SEQUENCES), |b| {
+            b.iter_custom(|times| {
+                let mut taken = Duration::ZERO;
+                let mut left = times as u32;
+                while left > 0 {
+                    let began = decode(&mut generator, &work.prompts, 1, 48);
+                    // Two passes read the prompts; the last has fewer rows, and its end is not noted.
+                    let passes = &began[2..];
+                    let count = left.min(passes.len() as u32 - 1);
+                    taken += (passes[passes.len() - 1] - passes[0]) * count / (passes.len() as u32 - 1);
+                    left -= count;
+                }
+                taken
+            })
+        });
     }
     group.finish();
 }
@@ -143,7 +179,7 @@ fn training(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(10).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(3));
-    targets = generation, training
+    targets = generation, decoding, training
 }
 
 fn main() {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::cache::{Cache, Row};
 use crate::error::Result;
-use crate::kernels::attention::{self, Heads};
+use crate::kernels::attention::{self, Heads, KEY_BLOCK};
 use crate::kernels::gemm::{Packed, View, gemm};
 use crate::kernels::math::softcap;
 use crate::kernels::team::{for_each_chunk, lend};
@@ -91,9 +91,14 @@ fn attend(cache: &Cache, layer: usize, rows: &[Row], qkv: &[f32], heads: &Heads,
         let (keys, values) = cache.head(layer, rows[row].slot, head);
         let position = rows[row].position;
         let (first, len) = (heads.first_key(position), position + 1);
+        let (next_row, next_head) = ((task + 1) / heads.keys, (task + 1) % heads.keys);
+        let next = rows.get(next_row).map_or(&[][..], |row| {
+            let seen = heads.first_key(row.position) / KEY_BLOCK * KEY_BLOCK..row.position + 1;
+            &cache.head(layer, row.slot, next_head).0[seen.start * heads.dim..seen.end * heads.dim]
+        });
         lend!(Vec<f32>, |scores: &mut Vec<f32>| {
             scores.resize(cache.capacity(), 0.0);
-            attention::attend(queries, keys, values, first, len, heads, scores, out);
+            attention::attend(queries, keys, values, first, len, heads, next, scores, out);
         });
     });
 }

@@ -11,7 +11,7 @@ per_isa! {
     /// `out` alike.
     ///
     /// `keys` is `[blocks][dim][KEY_BLOCK]`, `values` `[blocks * KEY_BLOCK][dim]`. `scores` is scratch of at least [`KEY_BLOCK`]
-    /// for each block.
+    /// for each block. `next` is what is read after this: it is asked for meanwhile.
     pub fn attend(
         queries: &[f32],
         keys: &[f32],
@@ -19,17 +19,19 @@ per_isa! {
         first: usize,
         len: usize,
         heads: &Heads,
+        next: &[f32],
         scores: &mut [f32],
         out: &mut [f32],
     ) {
         let dim = heads.dim;
         for (i, (query, out)) in queries.chunks_exact(dim).zip(out.chunks_exact_mut(dim)).enumerate() {
-            // The first query brings the values on their way while it goes through the keys; the others find both near.
-            let coming = if i == 0 { &values[..len * dim] } else { &[] };
+            // The first query has the values fetched while it goes through the keys, and what comes next while it goes through
+            // the values; the others find both near.
+            let (coming, next) = if i == 0 { (&values[..len * dim], next) } else { (&[][..], &[][..]) };
             products(query, keys, coming, first, len, scores);
             let row = &mut scores[first..len];
             let (_, total) = softmax(row, heads);
-            weighted_sum(row, &values[first * dim..], out);
+            weighted_sum(row, &values[first * dim..], next, out);
             let inverse = 1.0 / total;
             for x in out.iter_mut() {
                 *x *= inverse;
@@ -60,11 +62,7 @@ fn products(x: &[f32], keys: &[f32], coming: &[f32], first: usize, len: usize, o
 fn block_products<const W: usize>(x: &[f32], keys: &[f32], coming: &[f32], out: &mut [f32]) {
     let mut lanes = [0.0f32; W];
     for ((d, &x), column) in x.iter().enumerate().zip(keys.as_chunks::<KEY_BLOCK>().0) {
-        if (d + 1) * KEY_BLOCK <= coming.len() {
-            for line in 0..KEY_BLOCK / LANES {
-                prefetch(&coming[d * KEY_BLOCK + line * LANES]);
-            }
-        }
+        fetch::<KEY_BLOCK>(coming, d);
         for i in 0..W {
             lanes[i] = x.mul_add(column[i], lanes[i]);
         }
@@ -72,23 +70,34 @@ fn block_products<const W: usize>(x: &[f32], keys: &[f32], coming: &[f32], out: 
     out[..W].copy_from_slice(&lanes);
 }
 
+/// Asks for the `n`-th `W` floats of what is coming.
+#[inline(always)]
+fn fetch<const W: usize>(coming: &[f32], n: usize) {
+    if let Some(part) = coming.get(n * W..(n + 1) * W) {
+        part.iter().step_by(LANES).for_each(prefetch);
+    }
+}
+
 /// `out = Σ_j weights[j] * rows[j]`, each element one chain in the order of `j`.
 #[inline(always)]
-fn weighted_sum(weights: &[f32], rows: &[f32], out: &mut [f32]) {
+fn weighted_sum(weights: &[f32], rows: &[f32], next: &[f32], out: &mut [f32]) {
     match out.len() {
-        n if n % 64 == 0 => weighted_blocks::<64>(weights, rows, out),
-        n if n % 32 == 0 => weighted_blocks::<32>(weights, rows, out),
-        n if n % 8 == 0 => weighted_blocks::<8>(weights, rows, out),
-        _ => weighted_blocks::<1>(weights, rows, out),
+        n if n % 64 == 0 => weighted_blocks::<64>(weights, rows, next, out),
+        n if n % 32 == 0 => weighted_blocks::<32>(weights, rows, next, out),
+        n if n % 8 == 0 => weighted_blocks::<8>(weights, rows, next, out),
+        _ => weighted_blocks::<1>(weights, rows, next, out),
     }
 }
 
 #[inline(always)]
-fn weighted_blocks<const W: usize>(weights: &[f32], rows: &[f32], out: &mut [f32]) {
+fn weighted_blocks<const W: usize>(weights: &[f32], rows: &[f32], next: &[f32], out: &mut [f32]) {
     let stride = out.len();
     for (block, out) in out.as_chunks_mut::<W>().0.iter_mut().enumerate() {
         let mut lanes = [0.0f32; W];
         for (j, &w) in weights.iter().enumerate() {
+            if block == 0 {
+                fetch::<W>(next, j);
+            }
             let row: &[f32; W] = rows[j * stride + block * W..].first_chunk().expect("a whole row");
             for i in 0..W {
                 lanes[i] = w.mul_add(row[i], lanes[i]);

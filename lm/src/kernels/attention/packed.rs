@@ -416,7 +416,7 @@ mod tests {
                 let (mut scores, mut last) = (vec![0.0; capacity], vec![0.0; heads.dim]);
                 let query = &single[(len - 1) * width + 4 * heads.dim..][..heads.dim];
                 let first = heads.first_key(len - 1);
-                attend(query, &keys, &values, first, len, &heads, &mut scores, &mut last);
+                attend(query, &keys, &values, first, len, &heads, &[], &mut scores, &mut last);
                 assert_eq!(last, got[(len - 1) * out_width + 4 * heads.dim..][..heads.dim]);
             }
         }

@@ -15,7 +15,7 @@ use super::Shared;
 use super::team::{self, for_each, for_each_chunk};
 use bf16::Pair;
 use pack::Lane;
-use tile::{AHEAD, MR, NR, Out, Tile, panel_rows, rows_written};
+use tile::{Fetch, MR, NR, Out, Tile, panel_rows, rows_written};
 
 /// Depth of a packed block: panels of this many `k` stay in the second-level cache.
 const KC: usize = 1024;
@@ -308,11 +308,13 @@ unsafe fn tiles<E: Element, L: Lane>(
                     for row_panel in row_panels.clone() {
                         let a_panel = &packed_a[row_panel * MR * lanes..(row_panel + 1) * MR * lanes];
                         let rows = panel_rows(a.rows, row_panel);
-                        let again = row_panel > row_panels.start && row_panel + 1 == row_panels.end;
+                        // Each of these tiles fetches its part of the panel that follows.
+                        let (part, parts) = (row_panel - row_panels.start, row_panels.len());
+                        let fetch = Fetch { from: panel_size + part * lanes * NR / parts, step: NR / parts };
                         let place = Place {
                             row: rows.start,
                             rows: rows.len(),
-                            ahead: if again { panel_size } else { AHEAD },
+                            fetch,
                             column: column_panel * NR,
                             columns: NR.min(b.cols - column_panel * NR),
                             stride,
@@ -339,8 +341,7 @@ struct Place {
     column: usize,
     columns: usize,
     stride: usize,
-    /// See [`Out`].
-    ahead: usize,
+    fetch: Fetch,
 }
 
 impl Place {
@@ -350,7 +351,7 @@ impl Place {
         // SAFETY: the caller's promise.
         let row = |i: usize| unsafe { out.slice((self.row + i) * self.stride + self.column, self.columns) };
         if self.columns == NR && rows_written(self.rows) == self.rows {
-            let out = Out { start: row(0).as_mut_ptr(), stride: self.stride, add, ahead: self.ahead };
+            let out = Out { start: row(0).as_mut_ptr(), stride: self.stride, add, fetch: self.fetch };
             let _last = row(self.rows - 1); // inside the buffer, or this panics
             // SAFETY: all rows of the tile are in the result and belong to the caller.
             return unsafe { L::accumulate(self.rows, a, b, out) };

@@ -19,18 +19,21 @@ pub struct Out {
     pub stride: usize,
     /// The sums continue what is there; else they start from zero.
     pub add: bool,
-    /// Elements of the right-hand panel between what is read and what is fetched ahead: further on in the panel, or the next
-    /// one, where this one is in the cache already.
-    pub ahead: usize,
+    pub fetch: Fetch,
 }
 
-/// How far ahead a panel is fetched that comes from memory.
-pub const AHEAD: usize = 16 * NR;
+/// What a tile asks of memory for those after it: with each step of the summed index, the next `step` elements (at most [`NR`])
+/// from `from` elements after the start of the right-hand panel on.
+#[derive(Clone, Copy, Default)]
+pub struct Fetch {
+    pub from: usize,
+    pub step: usize,
+}
 
 impl Out {
     /// A whole tile of memory.
     pub fn tile(tile: &mut Tile, add: bool) -> Self {
-        Self { start: tile.as_mut_ptr(), stride: NR, add, ahead: AHEAD }
+        Self { start: tile.as_mut_ptr(), stride: NR, add, fetch: Fetch::default() }
     }
 }
 
@@ -134,9 +137,11 @@ macro_rules! avx512_kernel {
                     }
                 }
                 let (mut pa, mut pb) = (a.as_ptr(), b.as_ptr());
+                let mut ahead = pb.wrapping_add(out.fetch.from);
                 for _ in 0..depth {
-                    _mm_prefetch::<_MM_HINT_T0>(pb.wrapping_add(out.ahead).cast());
-                    _mm_prefetch::<_MM_HINT_T0>(pb.wrapping_add(out.ahead + 16).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                    _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(out.fetch.step / 2).cast());
+                    ahead = ahead.wrapping_add(out.fetch.step);
                     let $b = pb;
                     let first = $load;
                     let $b = pb.add(16);
