@@ -5,8 +5,10 @@ use std::sync::OnceLock;
 /// An instruction set a kernel is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
-    /// Whatever the target offers without asking (NEON on AArch64).
+    /// Whatever the compiler makes of plain loops.
     Portable,
+    /// NEON, which every AArch64 has.
+    Neon,
     /// AVX2 with FMA.
     Avx2,
     /// AVX-512 F, VL, BW and DQ.
@@ -44,7 +46,12 @@ impl Isa {
         }
     }
 
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    fn widest() -> Isa {
+        Isa::Neon
+    }
+
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     fn widest() -> Isa {
         Isa::Portable
     }
@@ -93,7 +100,7 @@ macro_rules! per_isa {
                     $crate::kernels::Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     $crate::kernels::Isa::Avx2 => return unsafe { avx2($($arg),*) },
-                    $crate::kernels::Isa::Portable => {}
+                    $crate::kernels::Isa::Portable | $crate::kernels::Isa::Neon => {}
                 }
             }
             body($($arg),*)

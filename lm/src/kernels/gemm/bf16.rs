@@ -105,6 +105,11 @@ pub unsafe fn accumulate(rows: usize, a: &[Pair], b: &[Pair], out: Out) {
         // SAFETY: the machine has AVX-512-BF16; the panels are equally deep; the caller's promise.
         return unsafe { x86::dot(rows, a, b, out) };
     }
+    #[cfg(target_arch = "aarch64")]
+    if crate::kernels::Isa::detect() == crate::kernels::Isa::Neon {
+        // SAFETY: the panels are equally deep; the caller's promise.
+        return unsafe { super::neon::bf16_tile(rows, a, b, out) };
+    }
     for i in 0..rows {
         // SAFETY: the caller's promise.
         let row = unsafe { &mut *out.start.add(i * out.stride).cast::<[f32; NR]>() };
@@ -138,7 +143,7 @@ per_isa! {
 
 /// A denormal as a zero of its sign.
 #[inline(always)]
-fn flushed(bits: u32) -> f32 {
+pub(super) fn flushed(bits: u32) -> f32 {
     f32::from_bits(if bits & 0x7f80_0000 == 0 { bits & 0x8000_0000 } else { bits })
 }
 

@@ -5,6 +5,8 @@
 //! kept and reused, and says in which precision the product runs.
 
 mod bf16;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod pack;
 mod tile;
 

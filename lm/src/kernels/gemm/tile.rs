@@ -76,6 +76,8 @@ pub unsafe fn accumulate(rows: usize, a: &[f32], b: &[f32], out: Out) {
             Isa::Avx512 => x86::avx512(rows, a, b, out),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => x86::avx2(rows, a, b, out),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => super::neon::f32_tile(rows, a, b, out),
             _ => portable(rows, a, b, out),
         }
     }
