@@ -184,7 +184,8 @@ impl Generator {
             let rows: Vec<Row> = rows.into_iter().map(|(_, row)| row).collect();
             let vocab = self.decoder.architecture().vocab;
             let logits = self.forward(&rows)?;
-            let mut drawing: Vec<_> = active.iter_mut().zip(wants).filter_map(|(a, wants)| wants.then_some(a)).collect();
+            let mut drawing: Vec<_> =
+                active.iter_mut().zip(wants).filter_map(|(a, wants)| wants.then_some(a)).collect();
             for_each_chunk(&mut drawing, 1, |i, a| a[0].draw(&logits[i * vocab..(i + 1) * vocab], options));
             for (a, rows) in active.iter_mut().zip(advance) {
                 a.cached += rows;

@@ -74,7 +74,7 @@ fn block_products<const W: usize>(x: &[f32], keys: &[f32], coming: &[f32], out: 
 #[inline(always)]
 fn fetch<const W: usize>(coming: &[f32], n: usize) {
     if let Some(part) = coming.get(n * W..(n + 1) * W) {
-        part.iter().step_by(LANES).for_each(prefetch);
+        part.iter().step_by(LANES).for_each(|x| prefetch(x));
     }
 }
 

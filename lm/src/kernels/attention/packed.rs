@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use super::{Heads, softmax};
 use crate::kernels::Shared;
-use crate::kernels::team::{for_each, lend};
 use crate::kernels::gemm::{Packed, Precision, View, gemm_serial, gemm_shared};
 use crate::kernels::isa::per_isa;
 use crate::kernels::math::{bend, dot, exp_row};
+use crate::kernels::team::{for_each, lend};
 
 /// Queries whose scores exist at a time.
 const BLOCK: usize = 48;

@@ -141,8 +141,8 @@ macro_rules! avx512_kernel {
                 let (mut pa, mut pb) = (a.as_ptr(), b.as_ptr());
                 let mut ahead = pb.wrapping_add(out.fetch.from);
                 for _ in 0..depth {
-                    _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-                    _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(out.fetch.step / 2).cast());
+                    $crate::kernels::isa::prefetch(ahead);
+                    $crate::kernels::isa::prefetch(ahead.wrapping_add(out.fetch.step / 2));
                     ahead = ahead.wrapping_add(out.fetch.step);
                     let $b = pb;
                     let first = $load;
@@ -173,6 +173,7 @@ pub(crate) use avx512_kernel;
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{MR, NR, Out};
+    use crate::kernels::isa::prefetch;
     use std::arch::x86_64::*;
 
     avx512_kernel!(
@@ -215,7 +216,11 @@ mod x86 {
                 }
             }
             let (mut pa, mut pb) = (a.as_ptr().add(first), b.as_ptr());
+            let mut ahead = pb.wrapping_add(out.fetch.from);
             for _ in 0..depth {
+                prefetch(ahead);
+                prefetch(ahead.wrapping_add(out.fetch.step / 2));
+                ahead = ahead.wrapping_add(out.fetch.step);
                 let x: [__m256; R] = std::array::from_fn(|i| _mm256_set1_ps(*pa.add(i)));
                 for j in 0..4 {
                     let y = _mm256_loadu_ps(pb.add(8 * j));
