@@ -202,7 +202,7 @@ fn sampling(c: &mut Criterion) {
     let with = |top_k, top_p| Sampling { temperature: 0.9, top_k, top_p, min_p: 0.0 };
     for (name, sampling) in [("all", with(0, 1.0)), ("top-k 50", with(50, 1.0)), ("top-p 0.9", with(0, 0.9))] {
         let mut scratch = Scratch::default();
-        group.bench_function(name, |b| b.iter(|| black_box(sampling.draw(&logits, 0.37, &mut scratch))));
+        group.bench_function(name, |b| b.iter(|| black_box(sampling.draw(&logits, &[], 0.37, &mut scratch))));
     }
     group.finish();
 }

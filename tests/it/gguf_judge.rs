@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{Device, Tensor};
 use rehearsal::Sample;
 use rehearsal::judge::{Devices, Foreign, Form, Judge, JudgeModel, LocalJudge, Template};
-use rehearsal::lm::random::Stream;
 use rehearsal::lm::{Architecture, Batch, Decoder, Parameters, Sequence};
 use serde_json::json;
+
+use crate::support::small::weights;
 
 /// The bytes as GPT-2 writes them, which is a vocabulary for any text.
 fn alphabet() -> Vec<String> {
@@ -31,13 +31,7 @@ fn model(family: &str) -> (Architecture, Parameters) {
         "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": false,
     });
     let architecture = Architecture::from_json(&config).unwrap();
-    let tensor = |(i, (name, shape)): (usize, (String, Vec<usize>))| {
-        let (stream, n) = (Stream::new(6, i as u64), shape.iter().product::<usize>());
-        let centre = if name.ends_with("norm.weight") { 1.0 } else { 0.0 };
-        let data: Vec<f32> = (0..n as u64).map(|j| centre + 0.3 * stream.normal(j) as f32).collect();
-        (name, Tensor::from_vec(data, shape, &Device::Cpu).unwrap())
-    };
-    let parameters = architecture.parameters().into_iter().enumerate().map(tensor).collect();
+    let parameters = weights(&architecture, 6);
     (architecture, parameters)
 }
 

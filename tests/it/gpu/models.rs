@@ -7,10 +7,11 @@ use candle_core::{DType, Device, Tensor, Var};
 use rehearsal::lm::generate::{Completion, Generator, Options, Request, Sampling};
 use rehearsal::lm::gpu::{Argument, Board, Launch, Narrow, Source};
 use rehearsal::lm::random::Stream;
-use rehearsal::lm::{Architecture, Batch, Decoder, Gradients, Parameters, Precision, Sequence};
+use rehearsal::lm::{Architecture, Batch, Decoder, Gradients, Precision, Sequence};
 use rehearsal_learn::{AdamW, AdamWConfig, MomentType};
 
 use super::{Emulator, board};
+use crate::support::small::weights;
 
 /// A small model of a family, with random weights. Heads are not a multiple of 16 wide unless `dim` is.
 fn model(family: &str, dim: usize, more: serde_json::Value) -> Decoder {
@@ -21,13 +22,7 @@ fn model(family: &str, dim: usize, more: serde_json::Value) -> Decoder {
     });
     config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     let architecture = Architecture::from_json(&config).unwrap();
-    let tensor = |(i, (name, shape)): (usize, (String, Vec<usize>))| {
-        let (stream, n) = (Stream::new(9, i as u64), shape.iter().product::<usize>());
-        let centre = if name.ends_with("norm.weight") { 1.0 } else { 0.0 };
-        let data: Vec<f32> = (0..n as u64).map(|j| centre + 0.3 * stream.normal(j) as f32).collect();
-        (name, Tensor::from_vec(data, shape, &Device::Cpu).unwrap())
-    };
-    let parameters: Parameters = architecture.parameters().into_iter().enumerate().map(tensor).collect();
+    let parameters = weights(&architecture, 9);
     Decoder::trainable(architecture, parameters).unwrap()
 }
 

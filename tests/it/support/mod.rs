@@ -1,5 +1,7 @@
 //! Small jobs on the embedded model, in the process and as the real program.
 
+pub mod small;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
