@@ -10,6 +10,8 @@ pub enum Error {
     InUse { directory: PathBuf, owner: String },
     #[error("no room left on the disk of {path}; what was acknowledged is safe, free some space to go on")]
     DiskFull { path: PathBuf },
+    #[error("the database in {path} is open elsewhere; stop the job or program that uses it, then try again")]
+    Locked { path: PathBuf },
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: io::Error },
     #[error("the database in {path} failed: {reason}")]

@@ -4,6 +4,7 @@
 //! - A kill during open can leave `snap.*.generating`, and open then fails until it is gone.
 //! - A damaged snapshot can be set aside; a damaged log may panic or silently lose its tail. A sentinel file with
 //!   the last acknowledged sequence number exposes the latter.
+//! - A lock may outlive its holder by a moment, so it is waited for.
 //! - After an I/O error sled refuses everything until it is opened again.
 
 use std::cell::RefCell;
@@ -12,6 +13,7 @@ use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::error::IoContext;
 use crate::kv::{Changes, Entry, KeyValue};
@@ -149,13 +151,27 @@ impl KeyValue for SledKv {
 fn open_db(path: &Path) -> Result<sled::Db> {
     let config =
         sled::Config::new().path(path).cache_capacity(CACHE_BYTES).use_compression(false).flush_every_ms(Some(500));
-    guard(path, || config.open())
+    let until = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match guard(path, || config.open()) {
+            Err(Error::Locked { .. }) if Instant::now() < until => std::thread::sleep(Duration::from_millis(20)),
+            opened => return opened,
+        }
+    }
 }
+
+/// How long a lock that somebody holds is waited for.
+///
+/// A program that this process is just starting holds all its files, this lock too, until it runs; and a process that was
+/// killed holds its own for a moment.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// sled reports some damage by panicking; here that is an error like any other.
 fn guard<T>(path: &Path, f: impl FnOnce() -> sled::Result<T>) -> Result<T> {
     match catch_unwind(AssertUnwindSafe(f)) {
         Ok(Ok(value)) => Ok(value),
+        // sled says so in words alone.
+        Ok(Err(e)) if e.to_string().contains("could not acquire lock") => Err(Error::Locked { path: path.into() }),
         Ok(Err(sled::Error::Io(source))) => Err(source).at(path),
         Ok(Err(e)) if e.to_string().contains("StorageFull") || e.to_string().contains("No space left") => {
             Err(Error::DiskFull { path: path.into() })
@@ -256,6 +272,20 @@ mod tests {
             assert_eq!(of(&kv), of(&model));
         }
         assert_eq!(kv.get(b"a/1").unwrap(), model.get(b"a/1").unwrap());
+    }
+
+    #[test]
+    fn a_lock_is_waited_for_and_then_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let (held, _) = SledKv::open(directory.path()).unwrap();
+        let error = SledKv::open(directory.path()).err().expect("an error");
+        assert!(matches!(error, Error::Locked { .. }), "{error}");
+        let soon = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(200));
+            drop(held);
+        });
+        SledKv::open(directory.path()).unwrap();
+        soon.join().unwrap();
     }
 
     #[test]
