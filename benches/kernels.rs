@@ -3,6 +3,11 @@
 //!     cargo bench --bench kernels
 //!     cargo bench --bench kernels -- attention      # what matches
 
+// What the command runs on.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[path = "../runtime/main/heap.rs"]
+mod heap;
+
 use std::hint::black_box;
 use std::sync::Arc;
 
@@ -214,6 +219,8 @@ criterion_group! {
 }
 
 fn main() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    heap::keep();
     // As in a job: kernels run inside the pool, so that no call waits for a worker to wake up.
     let pool = rayon::ThreadPoolBuilder::new().build().expect("a thread pool");
     pool.install(benches);

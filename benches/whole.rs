@@ -4,6 +4,11 @@
 //!     cargo bench --bench whole                  # everything, some minutes
 //!     cargo bench --bench whole -- generate      # what matches
 
+// What the command runs on.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[path = "../runtime/main/heap.rs"]
+mod heap;
+
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -183,6 +188,8 @@ criterion_group! {
 }
 
 fn main() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    heap::keep();
     // As in a job: the passes run inside the pool, so that no call waits for a worker to wake up.
     let pool = rayon::ThreadPoolBuilder::new().build().expect("a thread pool");
     pool.install(benches);

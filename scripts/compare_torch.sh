@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Generation at batch 16 and a forward and backward pass over 8 x 128 tokens, by PyTorch and by Rehearsal, in turn.
+# Generation at batch 16, decoding alone, and a forward and backward pass over 8 x 128 tokens, by PyTorch and by Rehearsal, in turn.
 #
 #   scripts/compare_torch.sh PYTHON PROBE HF_DIR [ROUNDS]
 #
@@ -17,17 +17,20 @@ ours() { # WHOLE names the benchmark's program where it is built already
 for round in $(seq "$rounds"); do
   for dtype in f32 bf16; do
     theirs=$("$python" "$probe" "$dtype" "$hf" 2>/dev/null)
-    rm -rf "$criterion/generate 48 tokens" "$criterion/8 x 128 tokens $dtype"
+    decode=$("$python" "$here/scripts/torch_decode.py" "$dtype" "$hf" 2>/dev/null)
+    rm -rf "$criterion/decode a token/$dtype" "$criterion/generate 48 tokens" "$criterion/8 x 128 tokens $dtype"
     ours "generate 48 tokens/$dtype/16" >/dev/null 2>&1
+    ours "decode a token/$dtype" >/dev/null 2>&1
     ours "8 x 128 tokens $dtype" >/dev/null 2>&1
-    "$python" - "$round" "$dtype" "$criterion" "$theirs" <<'P'
+    "$python" - "$round" "$dtype" "$criterion" "$theirs" "$decode" <<'P'
 import json, re, sys
-round_, dtype, criterion, theirs = sys.argv[1:]
+round_, dtype, criterion, theirs, decode = sys.argv[1:]
 median = lambda path: json.load(open(f"{criterion}/{path}/new/estimates.json"))["median"]["point_estimate"] / 1e9
 rate = float(re.search(r"gen bs 16 ([\d.]+) tok/s", theirs).group(1))
 passes = sorted(float(x) for x in re.findall(r"fwd\+bwd ([\d.]+)", theirs))
 ours, step = 16 * 48 / median(f"generate 48 tokens/{dtype}/16"), median(f"8 x 128 tokens {dtype}/8")
-print(f"round {round_} {dtype}: generate {ours:.0f} against {rate:.0f} tokens/s = {ours / rate:.2f}; "
+token = 16 / median(f"decode a token/{dtype}/16")
+print(f"round {round_} {dtype}: decode {token:.0f} against {float(decode):.0f} tokens/s = {token / float(decode):.2f}; generate {ours:.0f} against {rate:.0f} tokens/s = {ours / rate:.2f}; "
       f"forward + backward {step:.2f} against {passes[0]:.2f} s (its best of {len(passes)}) = {step / passes[0]:.2f}")
 P
   done
