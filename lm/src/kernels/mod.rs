@@ -7,7 +7,9 @@
 //! 2. Reductions over a row run over sixteen fixed lanes and combine them in a fixed tree.
 //! 3. Work is split between threads by output, never by summand.
 //!
-//! A fused multiply-add rounds once everywhere, so AVX2, AVX-512 and the portable code agree bit for bit.
+//! A fused multiply-add rounds once everywhere, so AVX2, AVX-512, NEON and the portable code agree bit for bit.
+//!
+//! Loops are split by [`team`], and by nothing else.
 
 pub mod activation;
 pub mod attention;
