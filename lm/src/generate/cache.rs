@@ -18,9 +18,23 @@ pub struct Row {
 pub struct Cache {
     keys: Vec<f32>,
     values: Vec<f32>,
+    places: Places,
+}
+
+/// Where a head of a slot of a layer lies in keys and values alike.
+#[derive(Clone, Copy)]
+struct Places {
     heads: Heads,
     slots: usize,
     capacity: usize,
+}
+
+impl Places {
+    fn range(self, layer: usize, slot: usize, head: usize) -> std::ops::Range<usize> {
+        let size = self.heads.dim * self.capacity;
+        let at = ((layer * self.slots + slot) * self.heads.keys + head) * size;
+        at..at + size
+    }
 }
 
 impl Cache {
@@ -29,43 +43,36 @@ impl Cache {
         let heads = architecture.attention(0);
         let capacity = len.next_multiple_of(KEY_BLOCK);
         let floats = architecture.layers * slots * heads.keys * heads.dim * capacity;
-        Self { keys: vec![0.0; floats], values: vec![0.0; floats], heads, slots, capacity }
+        Self { keys: vec![0.0; floats], values: vec![0.0; floats], places: Places { heads, slots, capacity } }
     }
 
     /// Whether this cache serves `slots` sequences of `len` tokens.
     pub fn fits(&self, slots: usize, len: usize) -> bool {
-        self.slots >= slots && self.capacity >= len
+        self.places.slots >= slots && self.places.capacity >= len
     }
 
     /// Tokens a slot holds.
     pub fn capacity(&self) -> usize {
-        self.capacity
-    }
-
-    fn range(&self, layer: usize, slot: usize, head: usize) -> std::ops::Range<usize> {
-        let size = self.heads.dim * self.capacity;
-        let at = ((layer * self.slots + slot) * self.heads.keys + head) * size;
-        at..at + size
+        self.places.capacity
     }
 
     /// Keys and values of one head of one sequence.
     pub fn head(&self, layer: usize, slot: usize, head: usize) -> (&[f32], &[f32]) {
-        let range = self.range(layer, slot, head);
+        let range = self.places.range(layer, slot, head);
         (&self.keys[range.clone()], &self.values[range])
     }
 
     /// Stores the keys and values of rows `[queries | keys | values]` at their positions.
     pub fn append(&mut self, layer: usize, rows: &[Row], qkv: &[f32]) {
-        let (dim, width) = (self.heads.dim, self.heads.width());
-        let (q, kv) = (self.heads.query_width(), self.heads.key_width());
-        let starts: Vec<usize> = rows.iter().map(|row| self.range(layer, row.slot, 0).start).collect();
+        let (places, heads) = (self.places, self.places.heads);
+        let (dim, width) = (heads.dim, heads.width());
+        let (q, kv) = (heads.query_width(), heads.key_width());
         let (all_keys, all_values) = (Shared::new(&mut self.keys), Shared::new(&mut self.values));
-        let size = dim * self.capacity;
         for_each(rows.len(), |i| {
             let (keys, values) = qkv[i * width + q..(i + 1) * width].split_at(kv);
             let (block, place) = (rows[i].position / KEY_BLOCK, rows[i].position % KEY_BLOCK);
-            for head in 0..self.heads.keys {
-                let start = starts[i] + head * size;
+            for head in 0..heads.keys {
+                let start = places.range(layer, rows[i].slot, head).start;
                 let columns = head * dim..(head + 1) * dim;
                 // SAFETY: no two rows have the same slot and position, so this place belongs to this task.
                 unsafe {
@@ -80,12 +87,12 @@ impl Cache {
 
     /// Copies the first `len` tokens of a slot to another: completions of one prompt compute it once.
     pub fn copy_prefix(&mut self, layers: usize, from: usize, to: usize, len: usize) {
-        let dim = self.heads.dim;
+        let (places, dim) = (self.places, self.places.heads.dim);
         // Whole blocks: what lies past the last token is written before it is read.
         let keys = len.div_ceil(KEY_BLOCK) * KEY_BLOCK * dim;
         for layer in 0..layers {
-            for head in 0..self.heads.keys {
-                let (source, target) = (self.range(layer, from, head).start, self.range(layer, to, head).start);
+            for head in 0..places.heads.keys {
+                let [source, target] = [from, to].map(|slot| places.range(layer, slot, head).start);
                 self.keys.copy_within(source..source + keys, target);
                 self.values.copy_within(source..source + len * dim, target);
             }

@@ -7,13 +7,12 @@ use std::collections::VecDeque;
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::sync::Arc;
 
-use super::{Active, Completion, Options, Request};
+use super::{Active, Call, Completion, Options, Request};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Fields, Gpu, Layout, Numbers, Pass, Recorded, int, shape};
 use crate::kernels::attention::Heads;
 use crate::model::Decoder;
 use crate::pass::{Buffers, Norm, Ops, PreparedBlock, Rows, norm};
-use crate::text::Text;
 
 /// Tokens between two looks of the host.
 const STEPS: usize = 16;
@@ -96,11 +95,7 @@ impl GpuGenerator {
     pub fn generate(
         &mut self,
         decoder: &Decoder,
-        requests: Vec<Request>,
-        options: &Options,
-        text: Option<&Text>,
-        cancelled: &dyn Fn() -> bool,
-        finished: &mut dyn FnMut(Completion),
+        Call { requests, options, text, cancelled, finished }: Call<'_>,
     ) -> Result<()> {
         if options.eos.len() > ENDS_MAX {
             let message = format!("{} tokens end a completion; on a GPU {ENDS_MAX} may", options.eos.len());

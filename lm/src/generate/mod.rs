@@ -147,20 +147,14 @@ impl Generator {
     ) -> Result<()> {
         options.sampling.validate()?;
         self.check(&requests, options)?;
-        if let Backend::Gpu(gpu) = &mut self.backend {
-            return gpu.generate(&self.decoder, requests, options, text, cancelled, finished);
+        let call = Call { requests, options, text, cancelled, finished };
+        match &mut self.backend {
+            Backend::Gpu(gpu) => gpu.generate(&self.decoder, call),
+            _ => awake(|| self.generate_on_the_cpu(call)),
         }
-        awake(|| self.generate_on_the_cpu(requests, options, text, cancelled, finished))
     }
 
-    fn generate_on_the_cpu(
-        &mut self,
-        requests: Vec<Request>,
-        options: &Options,
-        text: Option<&Text>,
-        cancelled: &dyn Fn() -> bool,
-        finished: &mut dyn FnMut(Completion),
-    ) -> Result<()> {
+    fn generate_on_the_cpu(&mut self, Call { requests, options, text, cancelled, finished }: Call<'_>) -> Result<()> {
         let (slots, longest) = room(&requests, options);
         self.reserve(slots, longest);
 
@@ -284,6 +278,15 @@ impl Generator {
             Backend::Gpu(_) => Ok(Vec::new().into()),
         }
     }
+}
+
+/// What [`Generator::generate`] was given.
+struct Call<'a> {
+    requests: Vec<Request>,
+    options: &'a Options,
+    text: Option<&'a Text>,
+    cancelled: &'a dyn Fn() -> bool,
+    finished: &'a mut dyn FnMut(Completion),
 }
 
 /// Slots and tokens a slot that a cache needs for these requests.

@@ -4,7 +4,6 @@ use std::arch::aarch64::*;
 
 use super::bf16::{Pair, flushed};
 use super::tile::{MR, NR, Out};
-use crate::kernels::isa::prefetch;
 
 /// Vectors of a row of a tile.
 const VECTORS: usize = NR / 4;
@@ -34,11 +33,9 @@ unsafe fn f32_rows<const R: usize>(first: usize, a: &[f32], b: &[f32], out: Out)
     unsafe {
         let mut c = load::<R>(first, out);
         let (mut pa, mut pb) = (a.as_ptr().add(first), b.as_ptr());
-        let mut ahead = pb.wrapping_add(out.fetch.from);
+        let mut ahead = out.fetch.ahead_of(pb);
         for _ in 0..depth {
-            prefetch(ahead);
-            prefetch(ahead.wrapping_add(out.fetch.step / 2));
-            ahead = ahead.wrapping_add(out.fetch.step);
+            ahead.go_on();
             let x: [f32; R] = std::array::from_fn(|i| *pa.add(i));
             for j in 0..VECTORS {
                 let y = vld1q_f32(pb.add(4 * j));
@@ -76,11 +73,9 @@ unsafe fn bf16_rows<const R: usize>(first: usize, a: &[Pair], b: &[Pair], out: O
     unsafe {
         let mut c = load::<R>(first, out);
         let (mut pa, mut pb) = (a.as_ptr().add(first), b.as_ptr().cast::<u32>());
-        let mut ahead = pb.wrapping_add(out.fetch.from);
+        let mut ahead = out.fetch.ahead_of(pb);
         for _ in 0..depth {
-            prefetch(ahead);
-            prefetch(ahead.wrapping_add(out.fetch.step / 2));
-            ahead = ahead.wrapping_add(out.fetch.step);
+            ahead.go_on();
             let low: [f32; R] = std::array::from_fn(|i| flushed((*pa.add(i)).0 << 16));
             let high: [f32; R] = std::array::from_fn(|i| flushed((*pa.add(i)).0 & 0xffff_0000));
             for j in 0..VECTORS {

@@ -3,6 +3,7 @@
 //! Panels are packed with the summed index outermost: `a[k * MR + i]`, `b[k * NR + j]`.
 
 use crate::kernels::Isa;
+use crate::kernels::isa::prefetch;
 
 /// Rows of a tile.
 pub const MR: usize = 12;
@@ -28,6 +29,30 @@ pub struct Out {
 pub struct Fetch {
     pub from: usize,
     pub step: usize,
+}
+
+impl Fetch {
+    /// The walk that a tile takes ahead of the panel it reads.
+    #[inline(always)]
+    pub fn ahead_of<L>(self, panel: *const L) -> Ahead<L> {
+        Ahead { at: panel.wrapping_add(self.from), step: self.step }
+    }
+}
+
+/// A [`Fetch`] under way.
+pub struct Ahead<L> {
+    at: *const L,
+    step: usize,
+}
+
+impl<L> Ahead<L> {
+    /// Asks for what belongs to one step of the summed index: two lines of memory at most.
+    #[inline(always)]
+    pub fn go_on(&mut self) {
+        prefetch(self.at);
+        prefetch(self.at.wrapping_add(self.step / 2));
+        self.at = self.at.wrapping_add(self.step);
+    }
 }
 
 impl Out {
@@ -139,11 +164,9 @@ macro_rules! avx512_kernel {
                     }
                 }
                 let (mut pa, mut pb) = (a.as_ptr(), b.as_ptr());
-                let mut ahead = pb.wrapping_add(out.fetch.from);
+                let mut ahead = out.fetch.ahead_of(pb);
                 for _ in 0..depth {
-                    $crate::kernels::isa::prefetch(ahead);
-                    $crate::kernels::isa::prefetch(ahead.wrapping_add(out.fetch.step / 2));
-                    ahead = ahead.wrapping_add(out.fetch.step);
+                    ahead.go_on();
                     let $b = pb;
                     let first = $load;
                     let $b = pb.add(16);
@@ -173,7 +196,6 @@ pub(crate) use avx512_kernel;
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{MR, NR, Out};
-    use crate::kernels::isa::prefetch;
     use std::arch::x86_64::*;
 
     avx512_kernel!(
@@ -216,11 +238,9 @@ mod x86 {
                 }
             }
             let (mut pa, mut pb) = (a.as_ptr().add(first), b.as_ptr());
-            let mut ahead = pb.wrapping_add(out.fetch.from);
+            let mut ahead = out.fetch.ahead_of(pb);
             for _ in 0..depth {
-                prefetch(ahead);
-                prefetch(ahead.wrapping_add(out.fetch.step / 2));
-                ahead = ahead.wrapping_add(out.fetch.step);
+                ahead.go_on();
                 let x: [__m256; R] = std::array::from_fn(|i| _mm256_set1_ps(*pa.add(i)));
                 for j in 0..4 {
                     let y = _mm256_loadu_ps(pb.add(8 * j));

@@ -94,7 +94,7 @@ impl Team {
 
     /// Tasks that are a thread's own.
     fn share(&self, thread: usize, tasks: usize) -> Range<usize> {
-        let threads = self.next.len();
+        let threads = self.threads();
         thread * tasks / threads..(thread + 1) * tasks / threads
     }
 
@@ -102,7 +102,7 @@ impl Team {
     fn work(&self, thread: usize, step: Step) {
         // SAFETY: the caller is inside the step.
         let work = unsafe { &*step.work };
-        let threads = self.next.len();
+        let threads = self.threads();
         let all = || {
             for share in (thread..threads).chain(0..thread) {
                 let end = self.share(share, step.tasks).end;
