@@ -19,7 +19,7 @@ pub struct MemoryBudget {
     pub gradients: u64,
     /// What a micro-batch keeps for its way back; only while a step is taken.
     pub activations: u64,
-    /// Packed weights and the cache; only while completions are generated.
+    /// Packed weights and the cache, and what is kept for the update; only while completions are generated.
     pub generation: u64,
     /// The most that is held at a time.
     pub peak: u64,
@@ -36,15 +36,18 @@ impl MemoryBudget {
         let rollout = &config.rollout;
         let (prompts, new) = (rollout.prompts_per_step as u64, rollout.max_new_tokens as u64);
         let completions = config.completions_per_step() as u64;
-        // The best and the worst of each prompt's completions are learned from.
-        let tokens = prompts * (prompt_tokens + 2 * new);
+        let all = prompts * prompt_tokens + completions * new;
+        let keeps = config.kept_tokens() as u64;
+        // Else the best and the worst of each prompt's completions are computed again to be learned from.
+        let tokens = if all <= keeps { all } else { prompts * (prompt_tokens + 2 * new) };
         let micro_batch = tokens.min(config.optimizer.micro_batch_tokens as u64);
         let moments = parameters * 2 * config.optimizer.adamw.moments.bits() / 8;
         let (weights, reference) = (4 * parameters, precision.dtype().size_in_bytes() as u64 * parameters);
         let gradients = 4 * parameters;
         let activations = model.activation_bytes(micro_batch, precision, config.optimizer.gradient_checkpointing);
         let generation = model.packed_bytes(precision)
-            + model.cache_bytes(completions.min(rollout.batch as u64), prompt_tokens + new);
+            + model.cache_bytes(completions.min(rollout.batch as u64), prompt_tokens + new)
+            + model.activation_bytes(all.min(keeps), precision, false);
         let peak = weights + reference + moments + generation.max(gradients + activations);
         Some(Self { weights, reference, moments, gradients, activations, generation, peak })
     }
@@ -76,6 +79,8 @@ mod tests {
         assert_eq!((small.moments * 2, small.reference * 2), (full.moments, full.reference));
         assert!(small.activations < full.activations && small.peak < full.peak);
         assert_eq!(small.gradients, full.gradients);
+        // What is kept from generation on is held while it goes on.
+        assert!(predict("[limits]\nkept_tokens = 0\n").generation < full.generation);
     }
 
     #[test]

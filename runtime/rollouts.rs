@@ -145,7 +145,8 @@ impl Run {
         if !requests.is_empty() {
             let (sender, mut receiver) = mpsc::unbounded_channel();
             let (policy, options, cancel) = (self.roles.policy()?.clone(), self.generation(), self.cancel.clone());
-            let generating = tokio::spawn(async move { policy.generate(requests, options, sender, cancel).await });
+            let keep = if logged.is_some() { self.config.kept_tokens() } else { 0 };
+            let generating = tokio::spawn(async move { policy.generate(requests, options, keep, sender, cancel).await });
             // What goes wrong early ends the step only when all completions are there and logged.
             let mut failed = None;
             loop {

@@ -20,16 +20,21 @@ pub struct PolicyHandle {
 impl PolicyHandle {
     /// Generates; each completion is sent to `finished` as it ends. Ends early, with [`crate::Error::Cancelled`], when
     /// `cancel` is.
+    ///
+    /// What is computed of `keep_tokens` tokens at most is kept for an update on these completions with the weights that
+    /// said them: neither it nor [`PolicyHandle::logprobs`] computes it again. That changes no result, since a row is the
+    /// same bits wherever it goes through the model. Where there are more tokens, and on a GPU, nothing is kept.
     pub async fn generate(
         &self,
         requests: Vec<Request>,
         options: Options,
+        keep_tokens: usize,
         finished: UnboundedSender<Completion>,
         cancel: CancellationToken,
     ) -> Result<()> {
         let options = Box::new(options);
         self.link
-            .ask(|_ticket, reply| TrainedMsg::Generate { requests, options, finished, cancel, _ticket, reply })
+            .ask(|_ticket, reply| TrainedMsg::Generate { requests, options, keep_tokens, finished, cancel, _ticket, reply })
             .await
     }
 

@@ -9,7 +9,7 @@ use std::time::Instant;
 use candle_core::{DType, Tensor, Var};
 use rehearsal_learn::{AdamW, AdamWConfig, clip_scale, ema, global_norm};
 use rehearsal_lm::generate::{Completion, Generator, Options, Request};
-use rehearsal_lm::{Checkpoint, Decoder, HeadKind, Lora, LoraConfig, Parameters, Precision};
+use rehearsal_lm::{Checkpoint, Decoder, HeadKind, Lora, LoraConfig, Parameters, Precision, Recording};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio_util::sync::CancellationToken;
 
@@ -83,6 +83,7 @@ pub(crate) enum TrainedMsg {
     Generate {
         requests: Vec<Request>,
         options: Box<Options>,
+        keep_tokens: usize,
         finished: UnboundedSender<Completion>,
         cancel: CancellationToken,
         _ticket: Ticket,
@@ -145,6 +146,8 @@ pub(crate) struct Trained {
     version: u64,
     /// Packed weights of the current version, made when needed and dropped before an update.
     generator: Option<Generator>,
+    /// What the current version computed of its last completions.
+    recording: Option<Recording>,
 }
 
 impl Trained {
@@ -165,7 +168,7 @@ impl Trained {
         let trained = lora.as_ref().map_or(decoder.variables(), Lora::variables);
         let optimizer = AdamW::new(trained, config.optimizer)?;
         let average = config.ema_decay.map(|_| copies(trained)).transpose()?;
-        Ok(Self { checkpoint, seat, config, decoder, lora, optimizer, average, version: 0, generator: None })
+        Ok(Self { checkpoint, seat, config, decoder, lora, optimizer, average, version: 0, generator: None, recording: None })
     }
 
     /// What the optimiser changes, by name: the weights, or their adapters.
@@ -181,21 +184,37 @@ impl Trained {
         &mut self,
         requests: Vec<Request>,
         options: &Options,
+        keep_tokens: usize,
         finished: UnboundedSender<Completion>,
         cancel: &CancellationToken,
     ) -> Result<()> {
+        self.recording = None;
         let mut generator = match self.generator.take() {
             Some(generator) => generator,
             None => self.seat.run(|| Generator::new(&self.decoder))?,
         };
         let text = &self.checkpoint.text;
         let result = self.seat.run(|| {
-            generator.generate(requests, options, Some(text), &|| cancel.is_cancelled(), &mut |completion| {
+            let mut finished = |completion| {
                 let _ = finished.send(completion); // a caller that has gone needs no more
-            })
+            };
+            let cancelled = || cancel.is_cancelled();
+            generator.generate_recorded(requests, options, Some(text), &cancelled, &mut finished, keep_tokens)
         });
         self.generator = Some(generator);
-        Ok(result?)
+        self.recording = result?;
+        Ok(())
+    }
+
+    fn logprobs(&self, tokens: &[Tokens], temperature: f64) -> Result<Vec<Vec<f32>>> {
+        let said = |t: &Tokens| self.recording.as_ref()?.logprobs(&t.prompt, &t.completion, temperature);
+        match tokens.iter().map(|t| said(t).map(<[f32]>::to_vec)).collect() {
+            Some(known) => Ok(known),
+            None => {
+                let budget = self.config.micro_batch_tokens;
+                self.seat.run(|| passes::logprobs(&self.decoder, tokens, temperature, budget))
+            }
+        }
     }
 
     fn step(&mut self, batch: &UpdateBatch, cancel: &CancellationToken) -> Result<StepReport> {
@@ -207,6 +226,7 @@ impl Trained {
     fn update(&mut self, batch: &UpdateBatch, cancel: &CancellationToken) -> Result<StepReport> {
         let decoder = self.decoder.clone();
         let mut pass = Pass::new(&decoder, batch.temperature, self.config.micro_batch_tokens, cancel);
+        pass.recording = self.recording.take();
         pass.run(&batch.objective)?;
         let (stats, loss, tokens, mut times) = (pass.stats(), pass.loss, pass.tokens, pass.times);
         let start = Instant::now();
@@ -254,7 +274,7 @@ impl Trained {
     }
 
     fn restore(&mut self, snapshot: &ModelSnapshot) -> Result<()> {
-        self.generator = None;
+        (self.generator, self.recording) = (None, None);
         let get = |name: &str| {
             let missing = || rehearsal_learn::Error::Moments(format!("the snapshot has no `{name}`"));
             snapshot.tensors.get(name).ok_or_else(missing)
@@ -321,11 +341,11 @@ impl Machine for Trained {
     fn apply(&mut self, message: TrainedMsg) {
         let budget = self.config.micro_batch_tokens;
         match message {
-            TrainedMsg::Generate { requests, options, finished, cancel, reply, .. } => {
-                answer(reply, self.generate(requests, &options, finished, &cancel))
+            TrainedMsg::Generate { requests, options, keep_tokens, finished, cancel, reply, .. } => {
+                answer(reply, self.generate(requests, &options, keep_tokens, finished, &cancel))
             }
             TrainedMsg::Logprobs { tokens, temperature, reply, .. } => {
-                answer(reply, self.seat.run(|| passes::logprobs(&self.decoder, &tokens, temperature, budget)))
+                answer(reply, self.logprobs(&tokens, temperature))
             }
             TrainedMsg::Likelihoods { sequences, reply, .. } => {
                 answer(reply, self.seat.run(|| passes::likelihoods(&self.decoder, &sequences, budget)))

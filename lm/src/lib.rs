@@ -21,4 +21,5 @@ pub use kernels::gemm::Precision;
 pub use load::{Checkpoint, Files};
 pub use lora::{Lora, LoraConfig};
 pub use model::{Architecture, Batch, Decoder, Forward, Gradients, HeadKind, Parameters, Sequence};
+pub use pass::Recording;
 pub use text::{ChatTemplate, Message, Text};

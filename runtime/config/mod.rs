@@ -196,6 +196,8 @@ pub struct LimitsConfig {
     pub restarts_max: u32,
     pub rollouts_max: usize,
     pub staleness_max: u64,
+    /// Tokens of a step, at most, of which what generation computed is kept for the update.
+    pub kept_tokens: usize,
 }
 
 /// `[metrics]`
@@ -275,6 +277,17 @@ impl Config {
                 adapter: lora.adapter.clone(),
                 seed: self.job.seed,
             }),
+        }
+    }
+
+    /// Tokens of a step's completions, at most, of which the policy keeps what it computed for the update on them.
+    pub(crate) fn kept_tokens(&self) -> usize {
+        match self.job.algorithm {
+            // Those that update with the weights that generated.
+            Algorithm::OnlineDpo | Algorithm::Ppo if !self.optimizer.gradient_checkpointing => {
+                self.limits.kept_tokens.min(self.optimizer.micro_batch_tokens)
+            }
+            _ => 0,
         }
     }
 

@@ -400,6 +400,12 @@ fn limits(mut s: Section<'_>) -> LimitsConfig {
             Range::from(0.0),
             "Updates a rollout may be old when it is learned from.",
         ),
+        kept_tokens: s.integer(
+            "kept_tokens",
+            4096,
+            Range::from(0.0),
+            "What was computed of a step's tokens while they were generated is kept for the update on them, which then begins with the way back. A step of more tokens than this, or than `optimizer.micro_batch_tokens`, computes them twice, as does everything on a GPU. Memory against speed: changes no result.",
+        ) as usize,
     }
 }
 

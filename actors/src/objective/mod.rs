@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor, Var};
-use rehearsal_lm::{Decoder, Forward, Gradients};
+use rehearsal_lm::{Batch, Decoder, Forward, Gradients, Recording};
 use tokio_util::sync::CancellationToken;
 
 pub use demonstrations::{Demonstrations, Marked};
@@ -64,6 +64,8 @@ pub(crate) struct Pass<'a> {
     /// Tokens of a micro-batch at most; what belongs together is never split.
     pub budget: usize,
     pub cancel: &'a CancellationToken,
+    /// What the weights computed of completions that they have just generated.
+    pub recording: Option<Recording>,
     pub gradients: Gradients,
     /// The loss of the batch: shares of micro-batches added up.
     pub loss: f64,
@@ -80,6 +82,7 @@ impl<'a> Pass<'a> {
             temperature,
             budget,
             cancel,
+            recording: None,
             gradients: Gradients::default(),
             loss: 0.0,
             tokens: 0,
@@ -109,6 +112,22 @@ impl<'a> Pass<'a> {
     /// The statistics' means.
     pub fn stats(&self) -> Stats {
         self.sums.iter().map(|(name, (sum, n))| (*name, if *n > 0.0 { sum / n } else { 0.0 })).collect()
+    }
+
+    /// [`Pass::micro_step`] on completions, of which what generation computed is used where it was kept. After the `last`
+    /// it is given up layer by layer.
+    fn completions_step(
+        &mut self,
+        batch: &Batch,
+        last: bool,
+        loss: impl FnOnce(&mut Self, &Tensor) -> Result<Tensor>,
+    ) -> Result<()> {
+        let recording = if last { self.recording.take() } else { self.recording.clone() };
+        let forward = |model: &'a Decoder, temperature| match recording {
+            Some(recording) => model.forward_recalled(batch, temperature, recording),
+            None => model.forward(batch, temperature),
+        };
+        self.micro_step(batch.tokens(), forward, loss)
     }
 
     /// Forward, loss, backward of one micro-batch: `loss` gives the micro-batch's share of the batch's loss as a

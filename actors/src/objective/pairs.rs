@@ -41,15 +41,13 @@ impl Pairs {
     pub(super) fn run(&self, pass: &mut Pass<'_>) -> Result<()> {
         let whole =
             Whole { sequences: self.pairs.len(), tokens: self.pairs.iter().map(|p| p.chosen.completion.len()).sum() };
-        for part in micro_batches(&self.pairs, pass.budget, pass.cancel, PairTokens::size) {
+        let mut parts = micro_batches(&self.pairs, pass.budget, pass.cancel, PairTokens::size).peekable();
+        while let Some(part) = parts.next() {
             let pairs = part?;
             // A pair's completions stand side by side, so that they share their prompt.
             let batch = Batch::new(pairs.iter().flat_map(|p| [p.chosen.sequence(), p.rejected.sequence()]));
-            pass.micro_step(
-                batch.tokens(),
-                |model, t| model.forward(&batch, t),
-                |pass, logprobs| self.loss(pass, pairs, &batch, logprobs, whole),
-            )?;
+            let last = parts.peek().is_none();
+            pass.completions_step(&batch, last, |pass, logprobs| self.loss(pass, pairs, &batch, logprobs, whole))?;
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! Policy gradients: clipped losses on sampled completions, with a pretraining mix.
 
+use candle_core::Tensor;
 use rehearsal_learn::Whole;
 use rehearsal_learn::ppo::{PolicyLossConfig, PolicyTokens, policy_loss};
 use rehearsal_lm::Batch;
@@ -32,46 +33,52 @@ impl Rollouts {
             sequences: self.rollouts.len(),
             tokens: self.rollouts.iter().map(|r| r.tokens.completion.len()).sum(),
         };
-        for part in micro_batches(&self.rollouts, pass.budget, pass.cancel, |r| length(&r.tokens)) {
-            let rollouts = part?;
+        let mut parts = micro_batches(&self.rollouts, pass.budget, pass.cancel, |r| length(&r.tokens)).peekable();
+        while let Some(part) = parts.next() {
+            let (rollouts, last) = (part?, parts.peek().is_none());
             let mut batch = Batch::new(rollouts.iter().map(|r| r.tokens.sequence()));
             if self.loss.entropy > 0.0 {
                 batch = batch.with_entropy();
             }
-            let n = batch.scored();
-            pass.micro_step(
-                batch.tokens(),
-                |model, t| model.forward(&batch, t),
-                |pass, output| {
-                    let logprobs = &output.narrow(0, 0, n)?;
-                    let entropies = if self.loss.entropy > 0.0 { Some(output.narrow(0, n, n)?) } else { None };
-                    let all = |of: fn(&RolloutTokens) -> &Vec<f32>| {
-                        column(rollouts.iter().flat_map(|r| of(r).iter().copied()).collect(), logprobs)
-                    };
-                    let reference = all(|r| &r.ref_logprobs)?;
-                    let tokens = PolicyTokens {
-                        logprobs,
-                        old_logprobs: &all(|r| &r.old_logprobs)?,
-                        advantages: &all(|r| &r.advantages)?,
-                        ref_logprobs: Some(&reference),
-                        entropies: entropies.as_ref(),
-                        spans: batch.spans(),
-                    };
-                    let loss = policy_loss(&tokens, &self.loss, whole)?;
-                    if let Some(entropies) = &entropies {
-                        pass.add("policy_entropy", total(&entropies.detach())?, n);
-                    }
-                    pass.add("clip_fraction", loss.clipped, n);
-                    pass.add("approx_kl", loss.approx_kl, n);
-                    pass.add("policy_kl", loss.policy_kl, n);
-                    pass.add("ratio", loss.ratio, n);
-                    Ok(loss.loss)
-                },
-            )?;
+            pass.completions_step(&batch, last, |pass, output| self.loss(pass, rollouts, &batch, output, whole))?;
         }
         match &self.pretraining {
             Some((text, weight)) => text.run(pass, *weight),
             None => Ok(()),
         }
+    }
+
+    fn loss(
+        &self,
+        pass: &mut Pass<'_>,
+        rollouts: &[RolloutTokens],
+        batch: &Batch,
+        output: &Tensor,
+        whole: Whole,
+    ) -> Result<Tensor> {
+        let n = batch.scored();
+        let logprobs = &output.narrow(0, 0, n)?;
+        let entropies = if self.loss.entropy > 0.0 { Some(output.narrow(0, n, n)?) } else { None };
+        let all = |of: fn(&RolloutTokens) -> &Vec<f32>| {
+            column(rollouts.iter().flat_map(|r| of(r).iter().copied()).collect(), logprobs)
+        };
+        let reference = all(|r| &r.ref_logprobs)?;
+        let tokens = PolicyTokens {
+            logprobs,
+            old_logprobs: &all(|r| &r.old_logprobs)?,
+            advantages: &all(|r| &r.advantages)?,
+            ref_logprobs: Some(&reference),
+            entropies: entropies.as_ref(),
+            spans: batch.spans(),
+        };
+        let loss = policy_loss(&tokens, &self.loss, whole)?;
+        if let Some(entropies) = &entropies {
+            pass.add("policy_entropy", total(&entropies.detach())?, n);
+        }
+        pass.add("clip_fraction", loss.clipped, n);
+        pass.add("approx_kl", loss.approx_kl, n);
+        pass.add("policy_kl", loss.policy_kl, n);
+        pass.add("ratio", loss.ratio, n);
+        Ok(loss.loss)
     }
 }

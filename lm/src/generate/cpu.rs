@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use super::cache::{Cache, Row};
 use crate::error::Result;
+use crate::kernels::Shared;
 use crate::kernels::attention::{self, Heads, KEY_BLOCK};
 use crate::kernels::gemm::{Packed, View, gemm};
 use crate::kernels::math::softcap;
 use crate::kernels::team::{for_each_chunk, lend};
 use crate::model::Decoder;
-use crate::pass::{Buffers, Cpu, Norm, Ops, PreparedBlock, Rows, norm, pack_into};
+use crate::pass::{Buffers, Cpu, Norm, Ops, PreparedBlock, Recorder, Rows, norm, pack_into};
 
 /// All weights of a decoder, packed.
 pub struct PackedWeights {
@@ -46,13 +47,14 @@ impl Room {
 }
 
 /// Runs rows through the model, appends their keys and values to the cache, and returns the logits of the rows
-/// that want them, in order.
+/// that want them, in order. What is computed on the way goes to the recorder, if there is one.
 pub fn forward<'a>(
     decoder: &Decoder,
     weights: &PackedWeights,
     cache: &mut Cache,
     rows: &[Row],
     room: &'a mut Room,
+    mut recorder: Option<&mut Recorder>,
 ) -> Result<&'a [f32]> {
     let (arch, ops) = (decoder.architecture(), &weights.ops);
     let positions: Vec<u32> = rows.iter().map(|r| r.position as u32).collect();
@@ -62,16 +64,23 @@ pub fn forward<'a>(
     ops.embed(decoder.layers(), decoder.embedding_scale(), &ids, &positions, &mut b.x)?;
     for (layer, block) in weights.blocks.iter().enumerate() {
         let heads = pass.heads(layer);
-        block.forward(ops, &pass, layer, b, false, |qkv, attended, _| {
+        let kept = block.forward(ops, &pass, layer, b, recorder.is_some(), |qkv, attended, lse| {
             attended.resize(rows.len() * heads.query_width(), 0.0);
+            lse.resize(rows.len() * heads.queries, 0.0);
             cache.append(layer, rows, qkv);
-            attend(cache, layer, rows, qkv, heads, attended);
+            attend(cache, layer, rows, qkv, heads, attended, lse);
             Ok(())
         })?;
+        if let (Some(recorder), Some(kept)) = (&mut recorder, kept) {
+            recorder.keep(layer, kept);
+        }
     }
     room.wanted.clear();
     let wanted = rows.iter().zip(b.x.chunks_exact(arch.hidden)).filter(|(row, _)| row.wants_logits);
     wanted.for_each(|(_, x)| room.wanted.extend_from_slice(x));
+    if let Some(recorder) = recorder {
+        recorder.end_pass(rows.len(), &room.wanted);
+    }
     ops.norm(&room.wanted, &weights.norm, &mut b.normed)?;
     let wanted = room.wanted.len() / arch.hidden;
     room.logits.resize(wanted * weights.head.cols(), 0.0);
@@ -83,8 +92,9 @@ pub fn forward<'a>(
 }
 
 /// One task for each row and key head, whose query heads are neighbours in the output.
-fn attend(cache: &Cache, layer: usize, rows: &[Row], qkv: &[f32], heads: &Heads, out: &mut [f32]) {
+fn attend(cache: &Cache, layer: usize, rows: &[Row], qkv: &[f32], heads: &Heads, out: &mut [f32], lse: &mut [f32]) {
     let width = heads.group() * heads.dim;
+    let lse = Shared::new(lse);
     for_each_chunk(out, width, |task, out| {
         let (row, head) = (task / heads.keys, task % heads.keys);
         let queries = &qkv[row * heads.width() + head * width..][..width];
@@ -96,9 +106,11 @@ fn attend(cache: &Cache, layer: usize, rows: &[Row], qkv: &[f32], heads: &Heads,
             let seen = heads.first_key(row.position) / KEY_BLOCK * KEY_BLOCK..row.position + 1;
             &cache.head(layer, row.slot, next_head).0[seen.start * heads.dim..seen.end * heads.dim]
         });
+        // SAFETY: the query heads of a task are its own.
+        let lse = unsafe { lse.slice(task * heads.group(), heads.group()) };
         lend!(Vec<f32>, |scores: &mut Vec<f32>| {
             scores.resize(cache.capacity(), 0.0);
-            attention::attend(queries, keys, values, first, len, heads, next, scores, out);
+            attention::attend(queries, keys, values, first, len, heads, next, scores, out, lse);
         });
     });
 }

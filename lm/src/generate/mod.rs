@@ -20,7 +20,7 @@ use crate::kernels::head::logprob;
 use crate::kernels::math::log_sum_exp;
 use crate::kernels::team::{awake, for_each_chunk};
 use crate::model::Decoder;
-use crate::pass::{Machine, machine};
+use crate::pass::{Machine, Recorder, Recording, Trail, machine};
 use crate::random::Stream;
 use crate::text::Text;
 use cache::{Cache, Row};
@@ -96,6 +96,8 @@ struct PackedBackend {
 pub struct Generator {
     decoder: Decoder,
     backend: Backend,
+    /// What the call under way computes, if it is to be kept.
+    recorder: Option<Recorder>,
 }
 
 struct Active {
@@ -106,6 +108,9 @@ struct Active {
     stream: Stream,
     tokens: Vec<u32>,
     logprobs: Vec<f32>,
+    /// Log-sum-exp of the logits that each token was drawn from.
+    lse: Vec<f32>,
+    trail: Trail,
     scratch: Scratch,
 }
 
@@ -113,7 +118,17 @@ impl Active {
     /// A sequence that begins, with so many tokens of its prompt in the cache.
     fn new(request: Request, slot: usize, cached: usize, seed: u64) -> Self {
         let stream = Stream::new(seed, request.id);
-        Self { request, slot, cached, stream, tokens: Vec::new(), logprobs: Vec::new(), scratch: Scratch::default() }
+        Self {
+            request,
+            slot,
+            cached,
+            stream,
+            tokens: Vec::new(),
+            logprobs: Vec::new(),
+            lse: Vec::new(),
+            trail: Trail::default(),
+            scratch: Scratch::default(),
+        }
     }
 }
 
@@ -130,7 +145,7 @@ impl Generator {
             Some(Machine::Gpu(gpu)) => Backend::Gpu(Box::new(GpuGenerator::new(gpu, decoder)?)),
             None => Backend::Plain { cache: plain::PlainCache::new(decoder, 0) },
         };
-        Ok(Self { decoder: decoder.clone(), backend })
+        Ok(Self { decoder: decoder.clone(), backend, recorder: None })
     }
 
     /// Generates every request and hands each completion to `finished` as it ends.
@@ -154,6 +169,27 @@ impl Generator {
         }
     }
 
+    /// [`Generator::generate`], with what was computed of the completions kept for an update on them, `tokens` tokens of
+    /// it at most: see [`Decoder::forward_recalled`]. Nothing is kept where there were more, or where a decoder's
+    /// passes cannot be recalled (other devices, frozen weights, gradient checkpointing).
+    pub fn generate_recorded(
+        &mut self,
+        requests: Vec<Request>,
+        options: &Options,
+        text: Option<&Text>,
+        cancelled: &dyn Fn() -> bool,
+        finished: &mut dyn FnMut(Completion),
+        tokens: usize,
+    ) -> Result<Option<Recording>> {
+        if matches!(self.backend, Backend::Packed(_)) && self.decoder.recalls() {
+            let temperature = options.sampling.logprob_temperature();
+            self.recorder = Some(Recorder::new(self.decoder.architecture().layers, tokens, temperature));
+        }
+        let result = self.generate(requests, options, text, cancelled, finished);
+        let recorder = self.recorder.take();
+        result.map(|()| recorder.map(Recorder::finish))
+    }
+
     fn generate_on_the_cpu(&mut self, Call { requests, options, text, cancelled, finished }: Call<'_>) -> Result<()> {
         let (slots, longest) = room(&requests, options);
         self.reserve(slots, longest);
@@ -175,12 +211,21 @@ impl Generator {
             for (which, row) in &rows {
                 wants[*which] |= row.wants_logits;
             }
-            let rows: Vec<Row> = rows.into_iter().map(|(_, row)| row).collect();
+            let (owners, rows): (Vec<usize>, Vec<Row>) = rows.into_iter().unzip();
             let vocab = self.decoder.architecture().vocab;
+            self.recorder = self.recorder.take().filter(|recorder| recorder.has_room(rows.len()));
             let logits = self.forward(&rows)?;
             let mut drawing: Vec<_> =
                 active.iter_mut().zip(wants).filter_map(|(a, wants)| wants.then_some(a)).collect();
             for_each_chunk(&mut drawing, 1, |i, a| a[0].draw(&logits[i * vocab..(i + 1) * vocab], options));
+            drop(logits);
+            if let Some(recorder) = &self.recorder {
+                let mut read = 0..;
+                for (i, (&which, row)) in owners.iter().zip(&rows).enumerate() {
+                    let read = if row.wants_logits { read.next() } else { None };
+                    recorder.note(&mut active[which].trail, i, read);
+                }
+            }
             for (a, rows) in active.iter_mut().zip(advance) {
                 a.cached += rows;
             }
@@ -189,6 +234,9 @@ impl Generator {
                 match a.finish(options, text)? {
                     Some(finish) => {
                         free.push(a.slot);
+                        if let Some(recorder) = &mut self.recorder {
+                            recorder.end(&a.request.prompt, &a.tokens, a.trail, &a.logprobs, &a.lse);
+                        }
                         finished(Completion { id: a.request.id, tokens: a.tokens, logprobs: a.logprobs, finish });
                     }
                     None => going.push(a),
@@ -272,7 +320,7 @@ impl Generator {
         match &mut self.backend {
             Backend::Packed(packed) => {
                 let PackedBackend { weights, room, cache } = &mut **packed;
-                Ok(cpu::forward(&self.decoder, weights, cache, rows, room)?.into())
+                Ok(cpu::forward(&self.decoder, weights, cache, rows, room, self.recorder.as_mut())?.into())
             }
             Backend::Plain { cache } => Ok(plain::forward(&self.decoder, cache, rows)?.into()),
             Backend::Gpu(_) => Ok(Vec::new().into()),
@@ -328,6 +376,7 @@ impl Active {
         let token = options.sampling.draw(logits, banned, u, &mut self.scratch);
         self.tokens.push(token);
         self.logprobs.push(logprob(logits, token, temperature, lse));
+        self.lse.push(lse);
     }
 
     fn finish(&self, options: &Options, text: Option<&Text>) -> Result<Option<Finish>> {

@@ -120,3 +120,76 @@ fn cancelling_ends_the_call() {
     let result = generator.generate(requests(), &options(2), None, &|| true, &mut |_| {});
     assert!(matches!(result, Err(Error::Cancelled)));
 }
+
+/// Log-probabilities, and every gradient of a sum of them with weights.
+fn way_back(forward: crate::Forward<'_>, decoder: &Decoder) -> (Vec<f32>, Vec<Vec<f32>>) {
+    let output = forward.output();
+    let logprobs: Vec<f32> = output.to_vec1().unwrap();
+    let weights: Vec<f32> = (0..logprobs.len()).map(|i| (i % 7) as f32 - 2.3).collect();
+    let mut gradients = crate::Gradients::default();
+    forward.backward(&candle_core::Tensor::new(weights, &Device::Cpu).unwrap(), &mut gradients).unwrap();
+    let flat = |t: candle_core::Tensor| t.flatten_all().unwrap().to_vec1().unwrap();
+    (logprobs, gradients.complete(decoder).unwrap().into_values().map(flat).collect())
+}
+
+#[test]
+fn what_generation_computed_is_what_a_forward_pass_computes() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let decoder = testing::checkpoint().trainable(&Device::Cpu, DType::F32).unwrap().with_precision(precision);
+        // More prompts than go through the model in one pass, each of two completions, in fewer slots.
+        let prompts: Vec<_> = (0..9).map(|p| Arc::new((0..70).map(|i| (i * 5 + p) % 27).collect::<Vec<_>>())).collect();
+        let request = |i: usize| Request { id: 7 + i as u64, prompt: prompts[i / 2].clone() };
+        let requests: Vec<Request> = (0..18).map(request).collect();
+        for slots in [1, 5, 18] {
+            let (mut all, mut generator) = (Vec::new(), Generator::new(&decoder).unwrap());
+            let recorded = generator
+                .generate_recorded(requests.clone(), &options(slots), None, &|| false, &mut |c| all.push(c), 2000)
+                .unwrap()
+                .unwrap();
+            all.sort_by_key(|c| c.id);
+            let sequence = |i: usize| Sequence { prompt: &prompts[i / 2], completion: &all[i].tokens };
+            // Everything; a part of it in another order, with a prompt that is not shared.
+            for order in [(0..18).collect::<Vec<_>>(), vec![7, 3, 16, 2]] {
+                let batch = Batch::new(order.iter().map(|&i| sequence(i)));
+                let want = way_back(decoder.forward(&batch, 0.9).unwrap(), &decoder);
+                let got = way_back(decoder.forward_recalled(&batch, 0.9, recorded.clone()).unwrap(), &decoder);
+                assert!(recorded.knows(&batch, 0.9) && got == want, "{precision:?}, {slots} slots");
+                let asked = batch.with_entropy();
+                let want = way_back(decoder.forward(&asked, 0.9).unwrap(), &decoder);
+                assert_eq!(way_back(decoder.forward_recalled(&asked, 0.9, recorded.clone()).unwrap(), &decoder), want);
+            }
+            assert_eq!(recorded.logprobs(&prompts[2], &all[5].tokens, 0.9).unwrap(), all[5].logprobs);
+        }
+    }
+}
+
+#[test]
+fn what_was_not_kept_is_computed() {
+    let decoder = testing::checkpoint().trainable(&Device::Cpu, DType::F32).unwrap();
+    let record = |decoder: &Decoder, tokens: usize| {
+        let mut all = Vec::new();
+        let mut generator = Generator::new(decoder).unwrap();
+        let kept = generator
+            .generate_recorded(requests(), &options(4), None, &|| false, &mut |c| all.push(c), tokens)
+            .unwrap();
+        all.sort_by_key(|c| c.id);
+        (kept, all)
+    };
+    let (kept, all) = record(&decoder, 1000);
+    let kept = kept.unwrap();
+    let requests = requests();
+    let of = |i: usize| Sequence { prompt: &requests[i].prompt, completion: &all[i].tokens };
+    let strange = Batch::new([of(0), Sequence { prompt: &[1, 2], completion: &[3, 4] }]);
+    let cut = Batch::new([Sequence { completion: &all[0].tokens[..1], ..of(0) }]);
+    for (batch, temperature) in [(&Batch::new([of(0)]), 1.0), (&strange, 0.9), (&cut, 0.9)] {
+        assert!(!kept.knows(batch, temperature));
+        let want = way_back(decoder.forward(batch, temperature).unwrap(), &decoder);
+        let got = way_back(decoder.forward_recalled(batch, temperature, kept.clone()).unwrap(), &decoder);
+        assert_eq!(got, want);
+    }
+    assert!(kept.logprobs(&requests[0].prompt, &all[0].tokens, 1.0).is_none());
+    // More than was to be kept; nothing that could be gone back through.
+    assert!(record(&decoder, 100).0.is_none());
+    assert!(record(&decoder.with_gradient_checkpointing(true), 1000).0.is_none());
+    assert!(record(&testing::checkpoint().frozen(&Device::Cpu, DType::F32).unwrap(), 1000).0.is_none());
+}

@@ -13,7 +13,7 @@ use super::{Batch, Decoder, HeadKind, Layers, Norm, Projection};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::ops;
-use crate::pass::{self, Cpu, Machine};
+use crate::pass::{self, Cpu, Machine, Recording};
 
 /// Gradients by parameter name, summed over micro-batches.
 #[derive(Default)]
@@ -85,6 +85,24 @@ impl Decoder {
     pub fn forward(&self, batch: &Batch, temperature: f64) -> Result<Forward<'_>> {
         self.wants(HeadKind::Language)?;
         self.traced(batch, temperature)
+    }
+
+    /// [`Decoder::forward`] on completions that the same weights have just generated: what generation computed is taken
+    /// from `recording`, to the bit what would be computed again. A batch of which the recording lacks something is
+    /// computed.
+    pub fn forward_recalled(&self, batch: &Batch, temperature: f64, recording: Recording) -> Result<Forward<'_>> {
+        if let (Some(Machine::Cpu(cpu)), true) = (pass::machine(self), self.recalls()) {
+            if let Some(trace) = pass::Trace::recall(cpu, self, batch, temperature, recording)? {
+                return Ok(Forward(Trace::Cpu(Box::new(trace))));
+            }
+        }
+        self.forward(batch, temperature)
+    }
+
+    /// Whether what generation computes can be gone back through.
+    pub(crate) fn recalls(&self) -> bool {
+        let trained = self.trained.is_some() && self.dtype() == DType::F32 && !self.recomputes();
+        trained && matches!(pass::machine(self), Some(Machine::Cpu(_))) && self.wants(HeadKind::Language).is_ok()
     }
 
     /// Scores of the batch's rows, with what [`Forward::backward`] needs, for a trainable model with a score head.

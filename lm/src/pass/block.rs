@@ -14,6 +14,8 @@ pub struct Rows<O: Ops> {
     /// Heads and angles of each layer.
     layers: Vec<(Heads, Option<O::Angles>)>,
     pub mlp: Mlp,
+    /// Width of the residual stream.
+    pub hidden: usize,
     pub count: usize,
 }
 
@@ -41,6 +43,7 @@ impl<O: Ops> Rows<O> {
             layout,
             layers: (0..arch.layers).map(layer).collect::<Result<_>>()?,
             mlp: Mlp { gated: arch.gated, activation: arch.activation, width: arch.mlp },
+            hidden: arch.hidden,
             count,
         })
     }

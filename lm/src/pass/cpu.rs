@@ -8,7 +8,9 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Result, Tensor, WithDType};
 use half::bf16;
 
+use super::block::Activations;
 use super::ops::{Answers, Mlp, Norm, Ops, Question, Sum};
+use super::recording::Place;
 use super::weights::{PackedProjection, as_floats, pack_into, with_views};
 use crate::kernels::attention::{self, Family, Heads, Saved};
 use crate::kernels::gemm::{self, Element, Packed, Precision, View};
@@ -34,6 +36,35 @@ pub struct Layout {
 pub enum Kept {
     F32(Vec<f32>),
     Bf16(Vec<u16>),
+    /// Rows of other passes.
+    Recalled(Recalled),
+}
+
+/// One activation of a layer, in passes that are over.
+pub struct Recalled {
+    pub passes: Arc<Vec<Activations<Cpu>>>,
+    pub which: fn(&Activations<Cpu>) -> Option<&Kept>,
+    /// Its rows in the order in which they are wanted, and their width.
+    pub rows: Arc<Vec<Place>>,
+    pub width: usize,
+}
+
+impl Recalled {
+    fn gather(&self, out: &mut Vec<f32>) {
+        let (rows, width) = (&self.rows, self.width);
+        out.resize(rows.len() * width, 0.0);
+        let group = CHUNK.div_ceil(width);
+        for_each_chunk(out, group * width, |i, out| {
+            for (place, out) in chunk(rows, group, i).iter().zip(out.chunks_exact_mut(width)) {
+                let at = place.row as usize * width..(place.row as usize + 1) * width;
+                match (self.which)(&self.passes[place.pass as usize]) {
+                    Some(Kept::F32(data)) => out.copy_from_slice(&data[at]),
+                    Some(Kept::Bf16(data)) => widen_row(&data[at], out),
+                    Some(Kept::Recalled(_)) | None => unreachable!("a pass kept what it was asked to"),
+                }
+            }
+        });
+    }
 }
 
 /// Elements a task takes at a time, at most.
@@ -47,11 +78,13 @@ fn rounded(x: &[f32]) -> Vec<u16> {
 
 fn widened(x: &[u16], out: &mut Vec<f32>) {
     out.resize(x.len(), 0.0);
-    for_each_chunk(out, CHUNK, |i, out| {
-        for (out, &x) in out.iter_mut().zip(chunk(x, CHUNK, i)) {
-            *out = gemm::widen_bf16(x);
-        }
-    });
+    for_each_chunk(out, CHUNK, |i, out| widen_row(chunk(x, CHUNK, i), out));
+}
+
+fn widen_row(x: &[u16], out: &mut [f32]) {
+    for (out, &x) in out.iter_mut().zip(x) {
+        *out = gemm::widen_bf16(x);
+    }
 }
 
 /// `x += y`.
@@ -166,6 +199,7 @@ impl Ops for Cpu {
         match kept {
             Kept::F32(data) => *buffer = data,
             Kept::Bf16(data) => widened(&data, buffer),
+            Kept::Recalled(recalled) => recalled.gather(buffer),
         }
         Ok(())
     }

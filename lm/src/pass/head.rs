@@ -30,15 +30,28 @@ fn question<'a>(decoder: &Decoder, batch: &'a Batch, temperature: f32) -> Questi
 impl<O: Ops> Head<O> {
     /// Reads the batch's rows of the residual stream.
     pub fn forward(ops: &O, decoder: &Decoder, batch: &Batch, stream: &O::Buffer, temperature: f64) -> Result<Self> {
+        let mut x = ops.wide();
+        ops.gather(stream, decoder.architecture().hidden, &batch.rows, &mut x)?;
+        Self::on(ops, decoder, batch, x, temperature, None)
+    }
+
+    /// Reads rows, of which the answers may be known.
+    pub fn on(
+        ops: &O,
+        decoder: &Decoder,
+        batch: &Batch,
+        x: O::Buffer,
+        temperature: f64,
+        known: Option<Answers<O::Buffer>>,
+    ) -> Result<Self> {
         let (arch, layers) = (decoder.architecture(), decoder.layers());
-        let (mut x, mut hidden) = (ops.wide(), ops.narrow());
-        ops.gather(stream, arch.hidden, &batch.rows, &mut x)?;
-        let norm = norm(ops, &layers.norm)?;
+        let (mut hidden, norm) = (ops.narrow(), norm(ops, &layers.norm)?);
         ops.norm(&x, &norm, &mut hidden)?;
         let temperature = temperature as f32;
-        let said = match arch.head {
-            HeadKind::Score => Said::Scores(ops.scores(&hidden, &layers.head)?),
-            HeadKind::Language => {
+        let said = match (arch.head, known) {
+            (HeadKind::Score, _) => Said::Scores(ops.scores(&hidden, &layers.head)?),
+            (HeadKind::Language, Some(answers)) => Said::Words(answers),
+            (HeadKind::Language, None) => {
                 Said::Words(ops.answer(&hidden, &layers.head, question(decoder, batch, temperature))?)
             }
         };

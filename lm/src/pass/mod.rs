@@ -5,12 +5,14 @@ mod block;
 mod cpu;
 mod head;
 mod ops;
+mod recording;
 mod train;
 mod weights;
 
 pub use block::{Buffers, PreparedBlock, Rows, norm};
 pub use cpu::Cpu;
 pub use ops::{Answers, Mlp, Norm, Ops, Question, Sum};
+pub use recording::{Recorder, Recording, Trail};
 pub use train::{Trace, output};
 pub use weights::{pack_into, with_views};
 

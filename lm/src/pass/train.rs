@@ -1,10 +1,14 @@
 //! A whole pass for training: forward with activations kept (or computed again), and the way back.
 
-use candle_core::{Result, Tensor};
+use std::sync::Arc;
+
+use candle_core::{Device, Error, Result, Tensor};
 
 use super::block::{Activations, Buffers, PreparedBlock, Rows, norm};
+use super::cpu::Cpu;
 use super::head::Head;
-use super::ops::{Ops, Sum};
+use super::ops::{Answers, Ops, Sum};
+use super::recording::Recording;
 use crate::model::{Batch, Block, Decoder, Gradients, Norm, Projection};
 
 /// Log-probabilities of a batch's targets, or scores of its rows, nothing kept.
@@ -26,11 +30,16 @@ struct Pass<O: Ops> {
 
 impl<O: Ops> Pass<O> {
     fn new(ops: O, decoder: &Decoder, batch: &Batch) -> Result<Self> {
+        let mut pass = Self::idle(ops, decoder, batch)?;
+        let (ops, scale) = (&pass.ops, decoder.embedding_scale());
+        ops.embed(decoder.layers(), scale, &batch.ids, batch.positions(), &mut pass.buffers.x)?;
+        Ok(pass)
+    }
+
+    /// A pass that carries nothing yet.
+    fn idle(ops: O, decoder: &Decoder, batch: &Batch) -> Result<Self> {
         let rows = Rows::new(&ops, decoder, batch.positions(), &batch.families)?;
-        let mut buffers = Buffers::new(&ops);
-        let scale = decoder.embedding_scale();
-        ops.embed(decoder.layers(), scale, &batch.ids, batch.positions(), &mut buffers.x)?;
-        Ok(Self { ops, rows, buffers, prepared: None })
+        Ok(Self { rows, buffers: Buffers::new(&ops), prepared: None, ops })
     }
 
     /// Carries the residual stream through a block.
@@ -62,6 +71,31 @@ pub struct Trace<'a, O: Ops> {
     batch: Batch,
     blocks: Vec<Memory<O>>,
     head: Head<O>,
+}
+
+impl<'a> Trace<'a, Cpu> {
+    /// The forward pass that generation has run already, if the recording has all of the batch.
+    pub fn recall(
+        ops: Cpu,
+        decoder: &'a Decoder,
+        batch: &Batch,
+        temperature: f64,
+        recording: Recording,
+    ) -> Result<Option<Self>> {
+        let Some(found) = recording.of(batch, temperature, decoder.architecture().hidden) else { return Ok(None) };
+        let pass = Pass::idle(ops, decoder, batch)?;
+        let places = Arc::new(found.rows);
+        let layers = recording.into_layers().into_iter().enumerate();
+        let blocks = layers
+            .map(|(layer, passes)| Memory::Whole(Box::new(Activations::recall(&pass.rows, layer, passes, &places))))
+            .collect();
+        // Entropies were not asked for when the tokens were drawn.
+        let known = (!batch.entropy)
+            .then(|| Ok::<_, Error>(Answers { output: Tensor::new(found.logprobs, &Device::Cpu)?, lse: found.lse }))
+            .transpose()?;
+        let head = Head::on(&pass.ops, decoder, batch, found.stream, temperature, known)?;
+        Ok(Some(Self { pass, decoder, batch: batch.clone(), blocks, head }))
+    }
 }
 
 impl<'a, O: Ops> Trace<'a, O> {

@@ -1,11 +1,12 @@
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var, safetensors};
 use rehearsal_learn::reward::{Pairwise, PairwiseConfig, pairwise};
 use rehearsal_learn::{NllReduction, Whole, global_norm, sft};
 use rehearsal_lm::generate::{Generator, Options, Request, Sampling};
 use rehearsal_lm::ops::Kernels;
-use rehearsal_lm::{Architecture, Batch, Decoder, Gradients, Parameters, Sequence};
+use rehearsal_lm::{Architecture, Batch, Decoder, Forward, Gradients, Parameters, Sequence};
 
 use super::{Golden, flat, folder, rows};
 use crate::gpu::board;
@@ -173,6 +174,44 @@ fn golden_models_greedy() {
                 .unwrap();
             assert_eq!(seen, want.len());
         }
+    }
+}
+
+#[test]
+fn golden_models_recall_what_they_generated() {
+    for model in FAMILIES {
+        let golden = golden_of(model);
+        let decoder = trainable(model, DType::F32);
+        let prompts: Vec<Arc<Vec<u32>>> = unpadded(&golden, "right").into_iter().map(Arc::new).collect();
+        let request = |i: usize| Request { id: i as u64, prompt: prompts[i / 2].clone() };
+        let options = Options {
+            sampling: Sampling { temperature: 0.8, ..Default::default() },
+            max_new_tokens: 12,
+            min_new_tokens: 0,
+            eos: vec![],
+            stop: vec![],
+            seed: 3,
+            batch: 3,
+        };
+        let (mut all, requests) = (Vec::new(), (0..2 * prompts.len()).map(request).collect());
+        let recorded = Generator::new(&decoder)
+            .unwrap()
+            .generate_recorded(requests, &options, None, &|| false, &mut |c| all.push(c), 1000)
+            .unwrap()
+            .unwrap();
+        all.sort_by_key(|c| c.id);
+        let sequences = all.iter().map(|c| Sequence { prompt: &prompts[c.id as usize / 2], completion: &c.tokens });
+        let batch = Batch::new(sequences);
+        assert!(recorded.knows(&batch, 0.8), "{model}");
+        let back = |forward: Forward<'_>| {
+            let output = forward.output();
+            let mut gradients = Gradients::default();
+            forward.backward(&output.sin().unwrap(), &mut gradients).unwrap();
+            let named = gradients.complete(&decoder).unwrap().into_iter().map(|(name, t)| (name, flat(&t)));
+            (flat(&output), named.collect::<Vec<_>>())
+        };
+        let want = back(decoder.forward(&batch, 0.8).unwrap());
+        assert_eq!(back(decoder.forward_recalled(&batch, 0.8, recorded).unwrap()), want, "{model}");
     }
 }
 

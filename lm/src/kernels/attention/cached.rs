@@ -11,7 +11,8 @@ per_isa! {
     /// `out` alike.
     ///
     /// `keys` is `[blocks][dim][KEY_BLOCK]`, `values` `[blocks * KEY_BLOCK][dim]`. `scores` is scratch of at least [`KEY_BLOCK`]
-    /// for each block. `next` is what is read after this: it is asked for meanwhile.
+    /// for each block. `next` is what is read after this: it is asked for meanwhile. `lse` takes the log-sum-exp of each query's
+    /// scores.
     pub fn attend(
         queries: &[f32],
         keys: &[f32],
@@ -22,6 +23,7 @@ per_isa! {
         next: &[f32],
         scores: &mut [f32],
         out: &mut [f32],
+        lse: &mut [f32],
     ) {
         let dim = heads.dim;
         for (i, (query, out)) in queries.chunks_exact(dim).zip(out.chunks_exact_mut(dim)).enumerate() {
@@ -30,7 +32,8 @@ per_isa! {
             let (coming, next) = if i == 0 { (&values[..len * dim], next) } else { (&[][..], &[][..]) };
             products(query, keys, coming, first, len, scores);
             let row = &mut scores[first..len];
-            let (_, total) = softmax(row, heads);
+            let (top, total) = softmax(row, heads);
+            lse[i] = top + total.ln();
             weighted_sum(row, &values[first * dim..], next, out);
             let inverse = 1.0 / total;
             for x in out.iter_mut() {

@@ -416,8 +416,10 @@ mod tests {
                 let (mut scores, mut last) = (vec![0.0; capacity], vec![0.0; heads.dim]);
                 let query = &single[(len - 1) * width + 4 * heads.dim..][..heads.dim];
                 let first = heads.first_key(len - 1);
-                attend(query, &keys, &values, first, len, &heads, &[], &mut scores, &mut last);
+                let mut sum = [0.0];
+                attend(query, &keys, &values, first, len, &heads, &[], &mut scores, &mut last, &mut sum);
                 assert_eq!(last, got[(len - 1) * out_width + 4 * heads.dim..][..heads.dim]);
+                assert_eq!(sum[0], l[(len - 1) * heads.queries + 4]);
             }
         }
     }

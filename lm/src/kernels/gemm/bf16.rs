@@ -186,22 +186,22 @@ mod x86 {
     /// The machine has AVX-512-BF16.
     #[target_feature(enable = "avx512f,avx512bf16")]
     pub unsafe fn zip_rows(low: &[f32], high: &[f32], out: &mut [Pair]) {
-        let n = low.len().min(high.len()).min(out.len()) / 16 * 16;
+        let n = low.len().min(high.len()).min(out.len());
         let wide = |x: __m512| {
             let rounded = _mm512_cvtneps_pbh(x);
             // SAFETY: a vector of bfloat16 and one of integers have the same size and no invalid values.
             _mm512_cvtepu16_epi32(unsafe { std::mem::transmute::<__m256bh, __m256i>(rounded) })
         };
         for i in (0..n).step_by(16) {
-            // SAFETY: sixteen elements from `i` on exist in each.
+            // All sixteen, or those that are left: the rows of a tile are fewer.
+            let there = u16::MAX >> (16 - (n - i).min(16));
+            // SAFETY: the elements that are marked exist in each.
             unsafe {
-                let (l, h) = (_mm512_loadu_ps(low.as_ptr().add(i)), _mm512_loadu_ps(high.as_ptr().add(i)));
+                let l = _mm512_maskz_loadu_ps(there, low.as_ptr().add(i));
+                let h = _mm512_maskz_loadu_ps(there, high.as_ptr().add(i));
                 let both = _mm512_or_si512(wide(l), _mm512_slli_epi32::<16>(wide(h)));
-                _mm512_storeu_si512(out.as_mut_ptr().add(i).cast(), both);
+                _mm512_mask_storeu_epi32(out.as_mut_ptr().add(i).cast(), there, both);
             }
-        }
-        for ((out, &l), &h) in out.iter_mut().zip(low).zip(high).skip(n) {
-            *out = Pair(round(l) as u32 | (round(h) as u32) << 16);
         }
     }
 }
