@@ -146,7 +146,8 @@ impl Run {
             let (sender, mut receiver) = mpsc::unbounded_channel();
             let (policy, options, cancel) = (self.roles.policy()?.clone(), self.generation(), self.cancel.clone());
             let keep = if logged.is_some() { self.config.kept_tokens() } else { 0 };
-            let generating = tokio::spawn(async move { policy.generate(requests, options, keep, sender, cancel).await });
+            let generating =
+                tokio::spawn(async move { policy.generate(requests, options, keep, sender, cancel).await });
             // What goes wrong early ends the step only when all completions are there and logged.
             let mut failed = None;
             loop {

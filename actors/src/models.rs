@@ -34,7 +34,15 @@ impl PolicyHandle {
     ) -> Result<()> {
         let options = Box::new(options);
         self.link
-            .ask(|_ticket, reply| TrainedMsg::Generate { requests, options, keep_tokens, finished, cancel, _ticket, reply })
+            .ask(|_ticket, reply| TrainedMsg::Generate {
+                requests,
+                options,
+                keep_tokens,
+                finished,
+                cancel,
+                _ticket,
+                reply,
+            })
             .await
     }
 

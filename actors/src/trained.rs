@@ -168,7 +168,18 @@ impl Trained {
         let trained = lora.as_ref().map_or(decoder.variables(), Lora::variables);
         let optimizer = AdamW::new(trained, config.optimizer)?;
         let average = config.ema_decay.map(|_| copies(trained)).transpose()?;
-        Ok(Self { checkpoint, seat, config, decoder, lora, optimizer, average, version: 0, generator: None, recording: None })
+        Ok(Self {
+            checkpoint,
+            seat,
+            config,
+            decoder,
+            lora,
+            optimizer,
+            average,
+            version: 0,
+            generator: None,
+            recording: None,
+        })
     }
 
     /// What the optimiser changes, by name: the weights, or their adapters.

@@ -14,7 +14,7 @@ pub struct Row {
     pub wants_logits: bool,
 }
 
-/// Keys (`[capacity / KEY_BLOCK][dim][KEY_BLOCK]`) and values (`[capacity][dim]`) of every layer, slot and key head.
+/// Keys (`[length / KEY_BLOCK][dim][KEY_BLOCK]`) and values (`[length][dim]`) of every layer, slot and key head.
 pub struct Cache {
     keys: Vec<f32>,
     values: Vec<f32>,
@@ -22,38 +22,51 @@ pub struct Cache {
 }
 
 /// Where a head of a slot of a layer lies in keys and values alike.
-#[derive(Clone, Copy)]
 struct Places {
     heads: Heads,
-    slots: usize,
-    capacity: usize,
+    /// Tokens before each slot, in all slots of a layer at the end.
+    starts: Vec<usize>,
 }
 
 impl Places {
-    fn range(self, layer: usize, slot: usize, head: usize) -> std::ops::Range<usize> {
-        let size = self.heads.dim * self.capacity;
-        let at = ((layer * self.slots + slot) * self.heads.keys + head) * size;
+    fn slots(&self) -> usize {
+        self.starts.len() - 1
+    }
+
+    fn length(&self, slot: usize) -> usize {
+        self.starts[slot + 1] - self.starts[slot]
+    }
+
+    fn range(&self, layer: usize, slot: usize, head: usize) -> std::ops::Range<usize> {
+        let size = self.heads.dim * self.length(slot);
+        let tokens = layer * self.starts[self.slots()] + self.starts[slot];
+        let at = tokens * self.heads.key_width() + head * size;
         at..at + size
     }
 }
 
 impl Cache {
-    /// Room for `slots` sequences of `len` tokens.
-    pub fn new(architecture: &Architecture, slots: usize, len: usize) -> Self {
+    /// Slots for sequences of these lengths.
+    pub fn new(architecture: &Architecture, lengths: &[usize]) -> Self {
         let heads = architecture.attention(0);
-        let capacity = len.next_multiple_of(KEY_BLOCK);
-        let floats = architecture.layers * slots * heads.keys * heads.dim * capacity;
-        Self { keys: vec![0.0; floats], values: vec![0.0; floats], places: Places { heads, slots, capacity } }
+        let mut starts = vec![0];
+        let mut end = 0;
+        starts.extend(lengths.iter().map(|length| {
+            end += length.next_multiple_of(KEY_BLOCK);
+            end
+        }));
+        let floats = architecture.layers * end * heads.key_width();
+        Self { keys: vec![0.0; floats], values: vec![0.0; floats], places: Places { heads, starts } }
     }
 
-    /// Whether this cache serves `slots` sequences of `len` tokens.
-    pub fn fits(&self, slots: usize, len: usize) -> bool {
-        self.places.slots >= slots && self.places.capacity >= len
+    /// Whether this cache has slots of these lengths.
+    pub fn fits(&self, lengths: &[usize]) -> bool {
+        lengths.len() <= self.places.slots() && lengths.iter().enumerate().all(|(i, &n)| n <= self.places.length(i))
     }
 
-    /// Tokens a slot holds.
-    pub fn capacity(&self) -> usize {
-        self.places.capacity
+    /// Tokens that any slot holds at most.
+    pub fn longest(&self) -> usize {
+        (0..self.places.slots()).map(|slot| self.places.length(slot)).max().unwrap_or(0)
     }
 
     /// Keys and values of one head of one sequence.
@@ -64,7 +77,7 @@ impl Cache {
 
     /// Stores the keys and values of rows `[queries | keys | values]` at their positions.
     pub fn append(&mut self, layer: usize, rows: &[Row], qkv: &[f32]) {
-        let (places, heads) = (self.places, self.places.heads);
+        let (places, heads) = (&self.places, self.places.heads);
         let (dim, width) = (heads.dim, heads.width());
         let (q, kv) = (heads.query_width(), heads.key_width());
         let (all_keys, all_values) = (Shared::new(&mut self.keys), Shared::new(&mut self.values));
@@ -87,7 +100,7 @@ impl Cache {
 
     /// Copies the first `len` tokens of a slot to another: completions of one prompt compute it once.
     pub fn copy_prefix(&mut self, layers: usize, from: usize, to: usize, len: usize) {
-        let (places, dim) = (self.places, self.places.heads.dim);
+        let (places, dim) = (&self.places, self.places.heads.dim);
         // Whole blocks: what lies past the last token is written before it is read.
         let keys = len.div_ceil(KEY_BLOCK) * KEY_BLOCK * dim;
         for layer in 0..layers {

@@ -64,16 +64,14 @@ pub fn forward<'a>(
     ops.embed(decoder.layers(), decoder.embedding_scale(), &ids, &positions, &mut b.x)?;
     for (layer, block) in weights.blocks.iter().enumerate() {
         let heads = pass.heads(layer);
-        let kept = block.forward(ops, &pass, layer, b, recorder.is_some(), |qkv, attended, lse| {
+        let kept = recorder.as_mut().map(|recorder| recorder.layer(layer));
+        block.forward(ops, &pass, layer, b, kept, |qkv, attended, lse| {
             attended.resize(rows.len() * heads.query_width(), 0.0);
             lse.resize(rows.len() * heads.queries, 0.0);
             cache.append(layer, rows, qkv);
             attend(cache, layer, rows, qkv, heads, attended, lse);
             Ok(())
         })?;
-        if let (Some(recorder), Some(kept)) = (&mut recorder, kept) {
-            recorder.keep(layer, kept);
-        }
     }
     room.wanted.clear();
     let wanted = rows.iter().zip(b.x.chunks_exact(arch.hidden)).filter(|(row, _)| row.wants_logits);
@@ -94,7 +92,7 @@ pub fn forward<'a>(
 /// One task for each row and key head, whose query heads are neighbours in the output.
 fn attend(cache: &Cache, layer: usize, rows: &[Row], qkv: &[f32], heads: &Heads, out: &mut [f32], lse: &mut [f32]) {
     let width = heads.group() * heads.dim;
-    let lse = Shared::new(lse);
+    let (longest, lse) = (cache.longest(), Shared::new(lse));
     for_each_chunk(out, width, |task, out| {
         let (row, head) = (task / heads.keys, task % heads.keys);
         let queries = &qkv[row * heads.width() + head * width..][..width];
@@ -109,7 +107,7 @@ fn attend(cache: &Cache, layer: usize, rows: &[Row], qkv: &[f32], heads: &Heads,
         // SAFETY: the query heads of a task are its own.
         let lse = unsafe { lse.slice(task * heads.group(), heads.group()) };
         lend!(Vec<f32>, |scores: &mut Vec<f32>| {
-            scores.resize(cache.capacity(), 0.0);
+            scores.resize(longest, 0.0);
             attention::attend(queries, keys, values, first, len, heads, next, scores, out, lse);
         });
     });

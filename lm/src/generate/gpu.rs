@@ -280,7 +280,7 @@ impl Weights {
         for (layer, block) in self.blocks.iter().enumerate() {
             let heads = rows.heads(layer);
             block
-                .forward(gpu, rows, layer, b, false, |qkv, out, _| cache.attend(gpu, layer, heads, places, qkv, out))?;
+                .forward(gpu, rows, layer, b, None, |qkv, out, _| cache.attend(gpu, layer, heads, places, qkv, out))?;
         }
         Ok(())
     }

@@ -138,7 +138,7 @@ impl Generator {
         let backend = match machine(decoder) {
             Some(Machine::Cpu(_)) => {
                 let weights = PackedWeights::new(decoder)?;
-                let cache = Cache::new(decoder.architecture(), 0, 0);
+                let cache = Cache::new(decoder.architecture(), &[]);
                 let room = Room::new(&weights);
                 Backend::Packed(Box::new(PackedBackend { weights, room, cache }))
             }
@@ -183,7 +183,7 @@ impl Generator {
     ) -> Result<Option<Recording>> {
         if matches!(self.backend, Backend::Packed(_)) && self.decoder.recalls() {
             let temperature = options.sampling.logprob_temperature();
-            self.recorder = Some(Recorder::new(self.decoder.architecture().layers, tokens, temperature));
+            self.recorder = Some(Recorder::new(&self.decoder, tokens, rows_in_all(&requests, options), temperature));
         }
         let result = self.generate(requests, options, text, cancelled, finished);
         let recorder = self.recorder.take();
@@ -191,17 +191,16 @@ impl Generator {
     }
 
     fn generate_on_the_cpu(&mut self, Call { requests, options, text, cancelled, finished }: Call<'_>) -> Result<()> {
-        let (slots, longest) = room(&requests, options);
-        self.reserve(slots, longest);
+        let mut slots = Slots::new(&requests, options);
+        self.reserve(&slots.lengths);
 
         let mut waiting: VecDeque<Request> = requests.into();
-        let mut free: Vec<usize> = (0..slots).rev().collect();
         let mut active: Vec<Active> = Vec::new();
         while !(waiting.is_empty() && active.is_empty()) {
             if cancelled() {
                 return Err(Error::Cancelled);
             }
-            self.admit(&mut waiting, &mut free, &mut active, options)?;
+            self.admit(&mut waiting, &mut slots, &mut active, options)?;
             let rows = rows(&active);
             let mut advance = vec![0; active.len()];
             for (which, _) in &rows {
@@ -233,7 +232,7 @@ impl Generator {
             for a in active {
                 match a.finish(options, text)? {
                     Some(finish) => {
-                        free.push(a.slot);
+                        slots.free.push(a.slot);
                         if let Some(recorder) = &mut self.recorder {
                             recorder.end(&a.request.prompt, &a.tokens, a.trail, &a.logprobs, &a.lse);
                         }
@@ -267,11 +266,11 @@ impl Generator {
         Ok(())
     }
 
-    fn reserve(&mut self, slots: usize, len: usize) {
+    fn reserve(&mut self, lengths: &[usize]) {
         match &mut self.backend {
-            Backend::Packed(packed) if packed.cache.fits(slots, len) => {}
-            Backend::Packed(packed) => packed.cache = Cache::new(self.decoder.architecture(), slots, len),
-            Backend::Plain { cache } => *cache = plain::PlainCache::new(&self.decoder, slots),
+            Backend::Packed(packed) if packed.cache.fits(lengths) => {}
+            Backend::Packed(packed) => packed.cache = Cache::new(self.decoder.architecture(), lengths),
+            Backend::Plain { cache } => *cache = plain::PlainCache::new(&self.decoder, lengths.len()),
             Backend::Gpu(_) => {}
         }
     }
@@ -281,16 +280,17 @@ impl Generator {
     fn admit(
         &mut self,
         waiting: &mut VecDeque<Request>,
-        free: &mut Vec<usize>,
+        slots: &mut Slots,
         active: &mut Vec<Active>,
         options: &Options,
     ) -> Result<()> {
-        while let Some(&slot) = free.last() {
+        while !slots.free.is_empty() {
             // The last prompt token runs again for its logits: the same bits, by batch invariance.
             let shared = |prompt: &Arc<Vec<u32>>| prompt.len() - 1;
             let twin = |r: &Request| active.iter().find(|a| Arc::ptr_eq(&a.request.prompt, &r.prompt));
             let ready = |r: &Request| twin(r).is_none_or(|t| t.cached >= shared(&r.prompt));
             let Some(next) = waiting.iter().position(ready) else { break };
+            let Some(slot) = slots.take(length(&waiting[next], options)) else { break };
             let Some(request) = waiting.remove(next) else { break };
             let cached = match twin(&request).map(|t| t.slot) {
                 Some(from) => {
@@ -299,7 +299,6 @@ impl Generator {
                 }
                 None => 0,
             };
-            free.pop();
             active.push(Active::new(request, slot, cached, options.seed));
         }
         Ok(())
@@ -337,10 +336,51 @@ struct Call<'a> {
     finished: &'a mut dyn FnMut(Completion),
 }
 
-/// Slots and tokens a slot that a cache needs for these requests.
+/// Tokens of a sequence at most.
+fn length(request: &Request, options: &Options) -> usize {
+    request.prompt.len() + options.max_new_tokens
+}
+
+/// Slots and tokens a slot that a cache of equal slots needs for these requests.
 fn room(requests: &[Request], options: &Options) -> (usize, usize) {
-    let longest = requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0);
-    (options.batch.clamp(1, requests.len().max(1)), longest + options.max_new_tokens)
+    let longest = requests.iter().map(|r| length(r, options)).max().unwrap_or(0);
+    (options.batch.clamp(1, requests.len().max(1)), longest)
+}
+
+/// Places for the sequences under way.
+struct Slots {
+    lengths: Vec<usize>,
+    free: Vec<usize>,
+}
+
+impl Slots {
+    /// One for each request, as long as it can become; or as many as there may be, each as long as any can become.
+    fn new(requests: &[Request], options: &Options) -> Self {
+        let (slots, longest) = room(requests, options);
+        let lengths = match slots == requests.len() {
+            true => requests.iter().map(|r| length(r, options)).collect(),
+            false => vec![longest; slots],
+        };
+        Self { free: (0..slots).collect(), lengths }
+    }
+
+    /// The tightest that fits: so there is one for every request, in whatever order they come.
+    fn take(&mut self, length: usize) -> Option<usize> {
+        let fitting = self.free.iter().enumerate().filter(|(_, slot)| self.lengths[**slot] >= length);
+        let (at, _) = fitting.min_by_key(|(_, slot)| self.lengths[**slot])?;
+        Some(self.free.swap_remove(at))
+    }
+}
+
+/// Rows that go through the model if no completion ends early.
+fn rows_in_all(requests: &[Request], options: &Options) -> usize {
+    let rows = |i: usize| {
+        let prompt = &requests[i].prompt;
+        // A twin takes all but the last row of its prompt from the one before.
+        let twin = i > 0 && Arc::ptr_eq(prompt, &requests[i - 1].prompt);
+        options.max_new_tokens - 1 + if twin { 1 } else { prompt.len() }
+    };
+    (0..requests.len()).map(rows).sum()
 }
 
 /// The rows of the next pass: a new token for each sequence under way, and prompts up to a limit.

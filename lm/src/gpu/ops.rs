@@ -16,6 +16,14 @@ use crate::kernels::rope::Angles;
 use crate::model::{Layers, Projection};
 use crate::pass::{Answers, Mlp, Norm, Ops, Question, Sum};
 
+/// Passes put away one by one, not one behind another.
+fn holds_nothing(kept: &Buffer) -> Result<()> {
+    match kept.len() {
+        0 => Ok(()),
+        n => candle_core::bail!("{n} numbers were put away there already"),
+    }
+}
+
 impl Ops for Gpu {
     type Buffer = Buffer;
     type Kept = Buffer;
@@ -79,20 +87,27 @@ impl Ops for Gpu {
         Layout::new(&self.launcher, positions, families)
     }
 
-    fn keep(&self, buffer: &Buffer) -> Result<Buffer> {
-        let mut kept = self.narrow();
-        if buffer.narrow == kept.narrow {
-            self.copy(buffer, &mut kept)?;
-        } else {
-            self.room(&mut kept, buffer.len())?;
-            self.launcher.each("rows", "narrowed", buffer.len(), &[buffer, &kept, &buffer.len()])?;
-        }
-        Ok(kept)
+    fn kept(&self) -> Buffer {
+        self.narrow()
     }
 
-    fn take(&self, buffer: &mut Buffer) -> Result<Buffer> {
-        let empty = Buffer::empty(buffer.narrow);
-        Ok(std::mem::replace(buffer, empty))
+    fn keep(&self, buffer: &mut Buffer, spent: bool, onto: &mut Buffer) -> Result<()> {
+        holds_nothing(onto)?;
+        if buffer.narrow != onto.narrow {
+            self.room(onto, buffer.len())?;
+            return self.launcher.each("rows", "narrowed", buffer.len(), &[&*buffer, &*onto, &buffer.len()]);
+        }
+        if spent {
+            std::mem::swap(buffer, onto);
+            return Ok(());
+        }
+        self.copy(buffer, onto)
+    }
+
+    fn stack(&self, buffer: &mut Buffer, onto: &mut Buffer) -> Result<()> {
+        holds_nothing(onto)?;
+        std::mem::swap(buffer, onto);
+        Ok(())
     }
 
     fn restore(&self, kept: Buffer, buffer: &mut Buffer) -> Result<()> {

@@ -171,7 +171,22 @@ impl<O: Ops> PreparedBlock<O> {
         })
     }
 
-    /// Carries the residual stream `b.x` through the block, and says what the way back needs if it is to be `kept`.
+    /// Room for this block's activations.
+    pub fn activations(&self, ops: &O) -> Activations<O> {
+        let some = |norm: &Option<_>| norm.is_some().then(|| ops.kept());
+        Activations {
+            x: ops.kept(),
+            qkv: ops.kept(),
+            attended: ops.kept(),
+            lse: ops.wide(),
+            projected: some(&self.attention_norm),
+            middle: ops.kept(),
+            gate_up: ops.kept(),
+            down: some(&self.mlp_norm),
+        }
+    }
+
+    /// Carries the residual stream `b.x` through the block, and puts away what the way back needs if it is to be `kept`.
     /// `attend` fills the attention's output, and for the way back its log-sum-exps, from the rotated queries, keys and
     /// values.
     pub fn forward(
@@ -180,38 +195,44 @@ impl<O: Ops> PreparedBlock<O> {
         rows: &Rows<O>,
         layer: usize,
         b: &mut Buffers<O>,
-        kept: bool,
+        mut kept: Option<&mut Activations<O>>,
         attend: impl FnOnce(&O::Buffer, &mut O::Buffer, &mut O::Buffer) -> Result<()>,
-    ) -> Result<Option<Activations<O>>> {
-        let keep = |buffer: &O::Buffer| kept.then(|| ops.keep(buffer)).transpose();
-        let x = keep(&b.x)?;
+    ) -> Result<()> {
+        let raw = self.qk_norm.is_some();
+        if let Some(kept) = &mut kept {
+            ops.keep(&mut b.x, false, &mut kept.x)?;
+        }
         ops.norm(&b.x, &self.input_norm, &mut b.normed)?;
         ops.project(&b.normed, &self.qkv, &mut b.qkv)?;
-        let raw = if self.qk_norm.is_some() { keep(&b.qkv)? } else { None };
+        if let (Some(kept), true) = (&mut kept, raw) {
+            ops.keep(&mut b.qkv, false, &mut kept.qkv)?;
+        }
         self.head_norms(ops, rows.heads(layer), &mut b.qkv)?;
         rows.rotate(ops, layer, &mut b.qkv, false)?;
         attend(&b.qkv, &mut b.attended, &mut b.lse)?;
-        let qkv = match raw {
-            Some(raw) => Some(raw),
-            None => kept.then(|| ops.take(&mut b.qkv)).transpose()?,
-        };
+        if let Some(kept) = &mut kept {
+            ops.stack(&mut b.lse, &mut kept.lse)?;
+            if !raw {
+                ops.keep(&mut b.qkv, true, &mut kept.qkv)?;
+            }
+        }
         let onto = Onto { x: &mut b.x, projected: &mut b.projected, outer: &mut b.outer };
-        let projected = onto.add(ops, &b.attended, &self.o, &self.attention_norm, kept)?;
-        let attended = kept.then(|| ops.take(&mut b.attended)).transpose()?;
-        let middle = keep(&b.x)?;
+        let projected = kept.as_mut().and_then(|kept| kept.projected.as_mut());
+        onto.add(ops, &b.attended, &self.o, &self.attention_norm, projected)?;
+        if let Some(kept) = &mut kept {
+            ops.keep(&mut b.attended, true, &mut kept.attended)?;
+            ops.keep(&mut b.x, false, &mut kept.middle)?;
+        }
         ops.norm(&b.x, &self.post_norm, &mut b.normed)?;
         ops.project(&b.normed, &self.gate_up, &mut b.gate_up)?;
         ops.activate(rows.mlp, &b.gate_up, &mut b.mlp)?;
-        let gate_up = kept.then(|| ops.take(&mut b.gate_up)).transpose()?;
         let onto = Onto { x: &mut b.x, projected: &mut b.projected, outer: &mut b.outer };
-        let down = onto.add(ops, &b.mlp, &self.down, &self.mlp_norm, kept)?;
-        let lse = kept.then(|| std::mem::replace(&mut b.lse, ops.wide()));
-        Ok(match (x, qkv, attended, lse, middle, gate_up) {
-            (Some(x), Some(qkv), Some(attended), Some(lse), Some(middle), Some(gate_up)) => {
-                Some(Activations { x, qkv, attended, lse, projected, middle, gate_up, down })
-            }
-            _ => None,
-        })
+        let down = kept.as_mut().and_then(|kept| kept.down.as_mut());
+        onto.add(ops, &b.mlp, &self.down, &self.mlp_norm, down)?;
+        match kept {
+            Some(kept) => ops.keep(&mut b.gate_up, true, &mut kept.gate_up),
+            None => Ok(()),
+        }
     }
 }
 
@@ -234,7 +255,7 @@ struct Onto<'a, O: Ops> {
 }
 
 impl<O: Ops> Onto<'_, O> {
-    /// Adds a projection of `input` to the residual stream, through its norm where there is one, whose input is returned
+    /// Adds a projection of `input` to the residual stream, through its norm where there is one, whose input is put away
     /// if it is to be kept.
     fn add(
         self,
@@ -242,15 +263,17 @@ impl<O: Ops> Onto<'_, O> {
         input: &O::Buffer,
         projection: &O::Projection,
         norm: &Option<Norm<O::Vector>>,
-        kept: bool,
-    ) -> Result<Option<O::Kept>> {
+        kept: Option<&mut O::Kept>,
+    ) -> Result<()> {
         let Some(norm) = norm else {
-            ops.project_onto(input, projection, self.projected, self.x)?;
-            return Ok(None);
+            return ops.project_onto(input, projection, self.projected, self.x);
         };
         ops.project(input, projection, self.projected)?;
         ops.norm(self.projected, norm, self.outer)?;
         ops.add(self.x, self.outer)?;
-        kept.then(|| ops.keep(self.projected)).transpose()
+        match kept {
+            Some(kept) => ops.keep(self.projected, true, kept),
+            None => Ok(()),
+        }
     }
 }

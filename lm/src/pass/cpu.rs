@@ -10,7 +10,6 @@ use half::bf16;
 
 use super::block::Activations;
 use super::ops::{Answers, Mlp, Norm, Ops, Question, Sum};
-use super::recording::Place;
 use super::weights::{PackedProjection, as_floats, pack_into, with_views};
 use crate::kernels::attention::{self, Family, Heads, Saved};
 use crate::kernels::gemm::{self, Element, Packed, Precision, View};
@@ -36,32 +35,45 @@ pub struct Layout {
 pub enum Kept {
     F32(Vec<f32>),
     Bf16(Vec<u16>),
-    /// Rows of other passes.
+    /// Rows that were put away before.
     Recalled(Recalled),
 }
 
-/// One activation of a layer, in passes that are over.
+impl Kept {
+    /// Nothing yet, with room for so many numbers.
+    pub fn with_capacity(precision: Precision, numbers: usize) -> Self {
+        match precision {
+            Precision::F32 => Self::F32(Vec::with_capacity(numbers)),
+            Precision::Bf16 => Self::Bf16(Vec::with_capacity(numbers)),
+        }
+    }
+}
+
+/// Some rows of one activation of a layer, in the order in which they are wanted.
 pub struct Recalled {
-    pub passes: Arc<Vec<Activations<Cpu>>>,
+    pub from: Arc<Activations<Cpu>>,
     pub which: fn(&Activations<Cpu>) -> Option<&Kept>,
-    /// Its rows in the order in which they are wanted, and their width.
-    pub rows: Arc<Vec<Place>>,
+    pub rows: Arc<Vec<u32>>,
     pub width: usize,
 }
 
 impl Recalled {
-    fn gather(&self, out: &mut Vec<f32>) {
+    fn gather(&self, out: &mut Vec<f32>) -> Result<()> {
+        match (self.which)(&self.from) {
+            Some(Kept::F32(data)) => self.gather_from(data, out, |row, out| out.copy_from_slice(row)),
+            Some(Kept::Bf16(data)) => self.gather_from(data, out, widen_row),
+            Some(Kept::Recalled(_)) | None => candle_core::bail!("a pass that is recalled did not keep everything"),
+        }
+        Ok(())
+    }
+
+    fn gather_from<E: Sync>(&self, data: &[E], out: &mut Vec<f32>, copy: fn(&[E], &mut [f32])) {
         let (rows, width) = (&self.rows, self.width);
         out.resize(rows.len() * width, 0.0);
         let group = CHUNK.div_ceil(width);
         for_each_chunk(out, group * width, |i, out| {
-            for (place, out) in chunk(rows, group, i).iter().zip(out.chunks_exact_mut(width)) {
-                let at = place.row as usize * width..(place.row as usize + 1) * width;
-                match (self.which)(&self.passes[place.pass as usize]) {
-                    Some(Kept::F32(data)) => out.copy_from_slice(&data[at]),
-                    Some(Kept::Bf16(data)) => widen_row(&data[at], out),
-                    Some(Kept::Recalled(_)) | None => unreachable!("a pass kept what it was asked to"),
-                }
+            for (&row, out) in chunk(rows, group, i).iter().zip(out.chunks_exact_mut(width)) {
+                copy(&data[row as usize * width..][..width], out);
             }
         });
     }
@@ -70,10 +82,11 @@ impl Recalled {
 /// Elements a task takes at a time, at most.
 const CHUNK: usize = 16 * 1024;
 
-fn rounded(x: &[f32]) -> Vec<u16> {
-    let mut out = vec![0; x.len()];
-    for_each_chunk(&mut out, CHUNK, |i, out| gemm::round_row(chunk(x, CHUNK, i), out));
-    out
+/// Rounded, behind what `out` holds.
+fn round_onto(out: &mut Vec<u16>, x: &[f32]) {
+    let start = out.len();
+    out.resize(start + x.len(), 0);
+    for_each_chunk(&mut out[start..], CHUNK, |i, out| gemm::round_row(chunk(x, CHUNK, i), out));
 }
 
 fn widened(x: &[u16], out: &mut Vec<f32>) {
@@ -181,25 +194,33 @@ impl Ops for Cpu {
         Ok(Layout { positions: positions.to_vec(), families: families.clone() })
     }
 
-    fn keep(&self, buffer: &Vec<f32>) -> Result<Kept> {
-        Ok(match self.0 {
-            Precision::F32 => Kept::F32(buffer.clone()),
-            Precision::Bf16 => Kept::Bf16(rounded(buffer)),
-        })
+    fn kept(&self) -> Kept {
+        Kept::with_capacity(self.0, 0)
     }
 
-    fn take(&self, buffer: &mut Vec<f32>) -> Result<Kept> {
-        Ok(match self.0 {
-            Precision::F32 => Kept::F32(std::mem::take(buffer)),
-            Precision::Bf16 => Kept::Bf16(rounded(buffer)),
-        })
+    fn keep(&self, buffer: &mut Vec<f32>, spent: bool, onto: &mut Kept) -> Result<()> {
+        match onto {
+            Kept::F32(data) if spent => self.stack(buffer, data)?,
+            Kept::F32(data) => data.extend_from_slice(buffer),
+            Kept::Bf16(data) => round_onto(data, buffer),
+            Kept::Recalled(_) => candle_core::bail!("what is recalled is not added to"),
+        }
+        Ok(())
+    }
+
+    fn stack(&self, buffer: &mut Vec<f32>, onto: &mut Vec<f32>) -> Result<()> {
+        match onto.capacity() {
+            0 => *onto = std::mem::take(buffer),
+            _ => onto.extend_from_slice(buffer),
+        }
+        Ok(())
     }
 
     fn restore(&self, kept: Kept, buffer: &mut Vec<f32>) -> Result<()> {
         match kept {
             Kept::F32(data) => *buffer = data,
             Kept::Bf16(data) => widened(&data, buffer),
-            Kept::Recalled(recalled) => recalled.gather(buffer),
+            Kept::Recalled(recalled) => recalled.gather(buffer)?,
         }
         Ok(())
     }

@@ -92,8 +92,12 @@ pub trait Ops: Clone {
     /// Rows at positions, in families whose rows follow one another.
     fn layout(&self, positions: &[u32], families: &Arc<Vec<Family>>) -> Result<Self::Layout>;
 
-    fn keep(&self, buffer: &Self::Buffer) -> Result<Self::Kept>;
-    fn take(&self, buffer: &mut Self::Buffer) -> Result<Self::Kept>;
+    /// Nothing put away yet.
+    fn kept(&self) -> Self::Kept;
+    /// Puts rows away, behind those that were put there before; a buffer that is `spent` may be taken for it.
+    fn keep(&self, buffer: &mut Self::Buffer, spent: bool, onto: &mut Self::Kept) -> Result<()>;
+    /// Puts the rows of a wide buffer, which is spent, behind those of another.
+    fn stack(&self, buffer: &mut Self::Buffer, onto: &mut Self::Buffer) -> Result<()>;
     fn restore(&self, kept: Self::Kept, buffer: &mut Self::Buffer) -> Result<()>;
     /// `x` as the products read it; `room` is used if that takes a copy.
     fn narrowed<'a>(&self, x: &'a Self::Buffer, room: &'a mut Self::Buffer) -> Result<&'a Self::Buffer>;

@@ -8,22 +8,15 @@ use std::sync::Arc;
 
 use super::block::{Activations, Rows};
 use super::cpu::{Cpu, Kept, Recalled};
-use crate::model::Batch;
-
-/// A row of one of generation's passes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
-    pub pass: u32,
-    pub row: u32,
-}
+use crate::model::{Batch, Decoder};
 
 /// Where the rows of one sequence are.
 #[derive(Debug, Clone, Default)]
 pub struct Trail {
     /// Of its last tokens, all but the very last: from the first that was not copied from a twin.
-    rows: Vec<Place>,
+    rows: Vec<u32>,
     /// Among the rows that went through the head: one for each token of the completion.
-    read: Vec<Place>,
+    read: Vec<u32>,
 }
 
 /// A completion that ended, as it was sampled.
@@ -36,33 +29,50 @@ struct Said {
 /// A prompt's rows, and what was said to it.
 #[derive(Default)]
 struct Answered {
-    rows: Vec<Place>,
+    rows: Vec<u32>,
     said: HashMap<Vec<u32>, Said>,
 }
 
-/// Writes down what passes compute.
+/// Writes down what passes compute, pass by pass.
 pub struct Recorder {
     limit: usize,
+    layers: Vec<Activations<Cpu>>,
+    /// Rows of the passes before the last, and of those the ones that went through the head.
+    before: (u32, u32),
     rows: usize,
-    passes: u32,
-    /// Activations of each layer, pass by pass.
-    layers: Vec<Vec<Activations<Cpu>>>,
     kept: Index,
 }
 
 /// Where everything is.
 struct Index {
     temperature: f64,
-    /// The residual stream before the last norm, pass by pass, of the rows that went through the head.
-    streams: Vec<Vec<f32>>,
+    hidden: usize,
+    /// The residual stream before the last norm of the rows that went through the head.
+    stream: Vec<f32>,
     prompts: HashMap<Vec<u32>, Answered>,
 }
 
 impl Recorder {
-    /// For `limit` rows at most, sampled at a temperature.
-    pub fn new(layers: usize, limit: usize, temperature: f64) -> Self {
-        let kept = Index { temperature, streams: Vec::new(), prompts: HashMap::new() };
-        Self { limit, rows: 0, passes: 0, layers: (0..layers).map(|_| Vec::new()).collect(), kept }
+    /// For `limit` rows at most, of which `expected` are expected, sampled at a temperature.
+    pub fn new(decoder: &Decoder, limit: usize, expected: usize, temperature: f64) -> Self {
+        let (arch, room) = (decoder.architecture(), limit.min(expected));
+        let hidden = arch.hidden;
+        let layer = |layer: usize| {
+            let heads = arch.attention(layer);
+            let of = |width: usize| Kept::with_capacity(decoder.precision(), room * width);
+            Activations {
+                x: of(hidden),
+                qkv: of(heads.width()),
+                attended: of(heads.query_width()),
+                lse: Vec::with_capacity(room * heads.queries),
+                projected: arch.sandwich.then(|| of(hidden)),
+                middle: of(hidden),
+                gate_up: of(if arch.gated { 2 * arch.mlp } else { arch.mlp }),
+                down: arch.sandwich.then(|| of(hidden)),
+            }
+        };
+        let kept = Index { temperature, hidden, stream: Vec::new(), prompts: HashMap::new() };
+        Self { limit, layers: (0..arch.layers).map(layer).collect(), before: (0, 0), rows: 0, kept }
     }
 
     /// Whether so many more rows can be kept.
@@ -70,23 +80,23 @@ impl Recorder {
         self.rows + rows <= self.limit
     }
 
-    /// Keeps a layer's activations of the pass under way.
-    pub fn keep(&mut self, layer: usize, activations: Activations<Cpu>) {
-        self.layers[layer].push(activations);
+    /// Where a layer's activations go.
+    pub fn layer(&mut self, layer: usize) -> &mut Activations<Cpu> {
+        &mut self.layers[layer]
     }
 
     /// Ends a pass of `rows` rows; `stream` is the residual stream of those that went through the head.
     pub fn end_pass(&mut self, rows: usize, stream: &[f32]) {
+        self.before = (self.rows as u32, (self.kept.stream.len() / self.kept.hidden) as u32);
         self.rows += rows;
-        self.passes += 1;
-        self.kept.streams.push(stream.to_vec());
+        self.kept.stream.extend_from_slice(stream);
     }
 
-    /// Notes that a row of the last pass belongs to a sequence, and where it went through the head if it did.
+    /// Notes that a row of the last pass belongs to a sequence, and which of those that went through the head it is if it
+    /// did.
     pub fn note(&self, trail: &mut Trail, row: usize, read: Option<usize>) {
-        let place = |row: usize| Place { pass: self.passes - 1, row: row as u32 };
-        trail.rows.push(place(row));
-        trail.read.extend(read.map(place));
+        trail.rows.push(self.before.0 + row as u32);
+        trail.read.extend(read.map(|read| self.before.1 + read as u32));
     }
 
     /// Notes a completion that ended.
@@ -108,7 +118,7 @@ impl Recorder {
 /// were sampled from. Clones share memory.
 #[derive(Clone)]
 pub struct Recording {
-    layers: Vec<Arc<Vec<Activations<Cpu>>>>,
+    layers: Vec<Arc<Activations<Cpu>>>,
     kept: Arc<Index>,
 }
 
@@ -121,14 +131,15 @@ impl Recording {
 
     /// Whether all of a batch is known.
     pub fn knows(&self, batch: &Batch, temperature: f64) -> bool {
-        self.of(batch, temperature, 0).is_some()
+        self.of(batch, temperature).is_some()
     }
 
-    /// What is known of a batch for a model of width `hidden`, if all of it is.
-    pub(super) fn of(&self, batch: &Batch, temperature: f64, hidden: usize) -> Option<Found> {
+    /// What is known of a batch, if all of it is.
+    pub(super) fn of(&self, batch: &Batch, temperature: f64) -> Option<Found> {
         if temperature != self.kept.temperature || batch.targets.len() != batch.rows.len() {
             return None;
         }
+        let hidden = self.kept.hidden;
         let mut found = Found::default();
         let mut spans = batch.spans().windows(2);
         for family in batch.families.iter() {
@@ -141,9 +152,8 @@ impl Recording {
                 let span = spans.next()?;
                 let Said { trail, logprobs, lse } = answered.said.get(&batch.targets[span[0]..span[1]])?;
                 found.rows.extend(&trail.rows[trail.rows.len().checked_sub(completion.len())?..]);
-                for place in &trail.read {
-                    let at = place.row as usize * hidden;
-                    found.stream.extend(&self.kept.streams[place.pass as usize][at..at + hidden]);
+                for &row in &trail.read {
+                    found.stream.extend(&self.kept.stream[row as usize * hidden..][..hidden]);
                 }
                 found.logprobs.extend(logprobs);
                 found.lse.extend(lse);
@@ -152,36 +162,29 @@ impl Recording {
         (found.rows.len() == batch.tokens() && found.lse.len() == batch.rows.len()).then_some(found)
     }
 
-    /// Activations of each layer, pass by pass.
-    pub(super) fn into_layers(self) -> Vec<Arc<Vec<Activations<Cpu>>>> {
+    /// Activations of each layer.
+    pub(super) fn into_layers(self) -> Vec<Arc<Activations<Cpu>>> {
         self.layers
     }
 }
 
 impl Activations<Cpu> {
-    /// Those of rows that went through a layer in other passes.
-    pub(super) fn recall(rows: &Rows<Cpu>, layer: usize, passes: Arc<Vec<Self>>, places: &Arc<Vec<Place>>) -> Self {
-        let heads = rows.heads(layer);
+    /// Those of some rows, in another order.
+    pub(super) fn recall(pass: &Rows<Cpu>, layer: usize, kept: &Arc<Self>, rows: &Arc<Vec<u32>>) -> Self {
+        let heads = pass.heads(layer);
         let of = |which: fn(&Self) -> Option<&Kept>, width: usize| {
-            let passes = passes.clone();
-            Kept::Recalled(Recalled { passes, which, rows: places.clone(), width })
+            Kept::Recalled(Recalled { from: kept.clone(), which, rows: rows.clone(), width })
         };
-        let hidden = rows.hidden;
-        let sandwich = passes.first().is_some_and(|p| p.down.is_some());
-        let mut lse = Vec::with_capacity(places.len() * heads.queries);
-        for place in places.iter() {
-            let at = place.row as usize * heads.queries;
-            lse.extend(&passes[place.pass as usize].lse[at..at + heads.queries]);
-        }
+        let lse = |&row: &u32| &kept.lse[row as usize * heads.queries..][..heads.queries];
         Self {
-            x: of(|a| Some(&a.x), hidden),
+            x: of(|a| Some(&a.x), pass.hidden),
             qkv: of(|a| Some(&a.qkv), heads.width()),
             attended: of(|a| Some(&a.attended), heads.query_width()),
-            lse,
-            projected: sandwich.then(|| of(|a| a.projected.as_ref(), hidden)),
-            middle: of(|a| Some(&a.middle), hidden),
-            gate_up: of(|a| Some(&a.gate_up), rows.mlp.input_width()),
-            down: sandwich.then(|| of(|a| a.down.as_ref(), hidden)),
+            lse: rows.iter().flat_map(lse).copied().collect(),
+            projected: kept.projected.as_ref().map(|_| of(|a| a.projected.as_ref(), pass.hidden)),
+            middle: of(|a| Some(&a.middle), pass.hidden),
+            gate_up: of(|a| Some(&a.gate_up), pass.mlp.input_width()),
+            down: kept.down.as_ref().map(|_| of(|a| a.down.as_ref(), pass.hidden)),
         }
     }
 }
@@ -189,7 +192,7 @@ impl Activations<Cpu> {
 /// Where a batch's rows are, and what the head said of those that it read.
 #[derive(Default)]
 pub(super) struct Found {
-    pub rows: Vec<Place>,
+    pub rows: Vec<u32>,
     pub stream: Vec<f32>,
     pub logprobs: Vec<f32>,
     pub lse: Vec<f32>,

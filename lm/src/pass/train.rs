@@ -50,7 +50,8 @@ impl<O: Ops> Pass<O> {
             None => PreparedBlock::new(ops, block)?,
         };
         let heads = rows.heads(layer);
-        let activations = prepared.forward(ops, rows, layer, &mut self.buffers, kept, |qkv, out, lse| {
+        let mut activations = kept.then(|| prepared.activations(ops));
+        prepared.forward(ops, rows, layer, &mut self.buffers, activations.as_mut(), |qkv, out, lse| {
             ops.attention(qkv, &rows.layout, heads, out, lse)
         })?;
         self.prepared = Some(prepared);
@@ -82,12 +83,12 @@ impl<'a> Trace<'a, Cpu> {
         temperature: f64,
         recording: Recording,
     ) -> Result<Option<Self>> {
-        let Some(found) = recording.of(batch, temperature, decoder.architecture().hidden) else { return Ok(None) };
+        let Some(found) = recording.of(batch, temperature) else { return Ok(None) };
         let pass = Pass::idle(ops, decoder, batch)?;
         let places = Arc::new(found.rows);
         let layers = recording.into_layers().into_iter().enumerate();
         let blocks = layers
-            .map(|(layer, passes)| Memory::Whole(Box::new(Activations::recall(&pass.rows, layer, passes, &places))))
+            .map(|(layer, kept)| Memory::Whole(Box::new(Activations::recall(&pass.rows, layer, &kept, &places))))
             .collect();
         // Entropies were not asked for when the tokens were drawn.
         let known = (!batch.entropy)
