@@ -114,22 +114,26 @@ type Codes<'a> = (&'a mut [u8], &'a mut [f32]);
 fn eight(p: &mut [f32], (m, ms): Codes<'_>, (v, vs): Codes<'_>, g: &[f32], rule: Rule) {
     wide! {
         fn block(p: &mut [f32], m: (&mut [u8], &mut f32), v: (&mut [u8], &mut f32), g: &[f32], r: Numbers<f32>, from: u32, salts: [u32; 2]) {
-            let ((m, m_scale), (v, v_scale)) = (m, v);
+            let n = p.len().min(QUANTUM);
+            let ((m, m_scale), (v, v_scale)) = ((&mut m.0[..n], m.1), (&mut v.0[..n], v.1));
+            let (p, g) = (&mut p[..n], &g[..n]);
             let (mut first, mut second) = ([0.0f32; QUANTUM], [0.0f32; QUANTUM]);
-            let (mut m_top, mut v_top) = (0.0f32, 0.0f32);
-            for i in 0..p.len() {
+            let (first, second) = (&mut first[..n], &mut second[..n]);
+            for i in 0..n {
                 let old = decode(u32::from(v[i]), UNSIGNED) * *v_scale;
                 (first[i], second[i]) = r.blend(signed(m[i]) * *m_scale, old, g[i]);
-                (m_top, v_top) = (m_top.max(first[i].abs()), v_top.max(second[i]));
             }
+            let (m_top, v_top) = (largest(first), largest(second));
             (*m_scale, *v_scale) = (m_top, v_top);
             let inverse = |top: f32| if top > 0.0 { 1.0 / top } else { 0.0 };
             let (m_inverse, v_inverse) = (inverse(m_top), inverse(v_top));
-            for i in 0..p.len() {
+            for i in 0..n {
                 let seed = from.wrapping_add(i as u32);
                 let x = first[i] * m_inverse;
                 m[i] = encode(x.abs(), SIGNED, seed ^ salts[0]) as u8 | if x < 0.0 { 128 } else { 0 };
                 v[i] = encode(second[i] * v_inverse, UNSIGNED, seed ^ salts[1]) as u8;
+            }
+            for i in 0..n {
                 p[i] = r.moved(p[i], signed(m[i]) * m_top, decode(u32::from(v[i]), UNSIGNED) * v_top);
             }
         }
@@ -140,6 +144,19 @@ fn eight(p: &mut [f32], (m, ms): Codes<'_>, (v, vs): Codes<'_>, g: &[f32], rule:
     blocks.with_min_len(BLOCK / QUANTUM).for_each(|(at, ((p, g), ((m, v), (m_scale, v_scale))))| {
         block(p, (m, m_scale), (v, v_scale), g, r, (at * QUANTUM) as u32, rule.salts);
     });
+}
+
+/// The largest magnitude: the same in any order, so lanes may share the work.
+#[inline(always)]
+fn largest(x: &[f32]) -> f32 {
+    let (whole, rest) = x.as_chunks::<16>();
+    let mut lanes = [0.0f32; 16];
+    for x in whole {
+        for (lane, x) in lanes.iter_mut().zip(x) {
+            *lane = if x.abs() > *lane { x.abs() } else { *lane };
+        }
+    }
+    lanes.iter().chain(rest).fold(0.0, |top, x| if x.abs() > top { x.abs() } else { top })
 }
 
 /// A code beside its sign.

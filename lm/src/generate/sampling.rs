@@ -130,31 +130,51 @@ fn drop_where(p: &mut [f32], drop: impl Fn(f32) -> bool) {
 /// Drops every token that, with all less likely ones, has no more than `1 - top_p` of the probability.
 fn keep_nucleus(p: &mut [f32], top_p: f64) {
     let wanted = p.iter().map(|&x| x as f64).sum::<f64>() - (1.0 - top_p);
-    let mut order: Vec<u32> = (0..p.len() as u32).filter(|&i| p[i as usize] > 0.0).collect();
     let likelier = |&a: &u32, &b: &u32| p[b as usize].total_cmp(&p[a as usize]).then(b.cmp(&a));
-    // The nucleus is small as a rule: sort only as many of the likeliest as it takes.
-    let mut top = 64;
-    let kept = loop {
-        let n = top.min(order.len());
-        if n < order.len() {
-            order.select_nth_unstable_by(n, likelier);
-        }
-        order[..n].sort_unstable_by(likelier);
+    // Only what may belong to the nucleus is put in order, and more only if rounding made that too little.
+    let mut least = least_of_nucleus(p, wanted);
+    let (order, kept) = loop {
+        let mut order: Vec<u32> = (0..p.len() as u32).filter(|&i| p[i as usize] >= least).collect();
+        order.sort_unstable_by(likelier);
         let mut above = 0.0;
-        let kept = order[..n].iter().take_while(|&&i| {
+        let kept = order.iter().take_while(|&&i| {
             let keep = above < wanted || above == 0.0;
             above += p[i as usize] as f64;
             keep
         });
         let kept = kept.count();
-        if kept < n || n == order.len() {
-            break kept;
+        if kept < order.len() || least == 0.0 {
+            break (order, kept);
         }
-        top *= 8;
+        least = 0.0;
     };
+    // A tie with the last one that stays is dropped if it comes earlier in the vocabulary.
     for &i in &order[kept..] {
         p[i as usize] = 0.0;
     }
+    for x in p.iter_mut().filter(|x| **x < least) {
+        *x = 0.0;
+    }
+}
+
+/// A probability such that the tokens of at least that are more than the `wanted` share: the lower end of the bucket in
+/// which, from the top, their sum passes it, and of one bucket more.
+fn least_of_nucleus(p: &[f32], wanted: f64) -> f32 {
+    // Exponent and three bits of fraction of numbers from 0 to 1 and a little above.
+    const SHIFT: u32 = 20;
+    let bucket = |x: f32| (x.to_bits() >> SHIFT) as usize;
+    let mut sums = [0.0f64; 1 << 11];
+    for &x in p {
+        sums[bucket(x) & 0x7ff] += x as f64;
+    }
+    let mut above = 0.0;
+    for (bucket, sum) in sums.iter().enumerate().rev() {
+        above += sum;
+        if above > wanted {
+            return f32::from_bits((bucket.saturating_sub(1) as u32) << SHIFT);
+        }
+    }
+    0.0
 }
 
 fn normalise(p: &mut [f32], scale: f32) {

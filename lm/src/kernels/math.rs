@@ -99,6 +99,30 @@ pub fn max(row: &[f32]) -> f32 {
     fold(lanes, |a, b| if a > b { a } else { b })
 }
 
+/// Sums of what `f` makes of the elements that stand at the same place in rows of one length: place `i` goes to lane
+/// `i % LANES`.
+#[inline(always)]
+pub fn sums<const K: usize, const N: usize>(rows: [&[f32]; K], f: impl Fn([f32; K]) -> [f32; N]) -> [f32; N] {
+    let split = rows.map(|row| row.as_chunks::<LANES>());
+    let mut lanes = [[0.0f32; LANES]; N];
+    for block in 0..rows[0].len() / LANES {
+        let blocks = split.map(|(blocks, _)| &blocks[block]);
+        for lane in 0..LANES {
+            let terms = f(blocks.map(|block| block[lane]));
+            for n in 0..N {
+                lanes[n][lane] += terms[n];
+            }
+        }
+    }
+    for lane in 0..rows[0].len() % LANES {
+        let terms = f(split.map(|(_, rest)| rest[lane]));
+        for n in 0..N {
+            lanes[n][lane] += terms[n];
+        }
+    }
+    lanes.map(|lanes| sum(&lanes))
+}
+
 /// Sum over sixteen lanes.
 #[inline(always)]
 pub fn sum(row: &[f32]) -> f32 {

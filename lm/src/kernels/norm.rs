@@ -2,12 +2,16 @@
 
 use std::ops::Range;
 
+use super::Shared;
 use super::isa::per_isa;
-use super::math::{LANES, dot, sum};
-use super::team::{chunk, for_each_chunk, lend, share};
+use super::math::{dot, sum, sums};
+use super::team::{chunk, for_each, for_each_chunk, lend, share};
 
 /// Rows a task takes at a time, at most.
 const ROWS: usize = 32;
+
+/// Columns of a weight's gradient that a task takes at a time.
+const COLUMNS: usize = 64;
 
 /// Elements a task takes at a time of rows of `width`.
 fn block(x: &[f32], width: usize) -> usize {
@@ -25,7 +29,7 @@ pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
 pub fn rms_norm_backward(x: &[f32], w: &[f32], eps: f32, grad: &[f32], dx: &mut [f32], dw: &mut [f32]) {
     let block = block(x, w.len());
     for_each_chunk(dx, block, |i, dx| rows_backward(chunk(x, block, i), w, eps, chunk(grad, block, i), dx));
-    weight_backward(x, eps, grad, dw);
+    weight_gradient(x, grad, &Vectors::rows(w.len()), eps, dw);
 }
 
 #[inline(always)]
@@ -49,11 +53,8 @@ per_isa! {
         let n = w.len();
         for ((x, grad), dx) in x.chunks_exact(n).zip(grad.chunks_exact(n)).zip(dx.chunks_exact_mut(n)) {
             let r = inverse_rms(x, eps);
-            let mut lanes = [0.0f32; LANES];
-            for (i, ((&g, &w), &x)) in grad.iter().zip(w).zip(x).enumerate() {
-                lanes[i % LANES] += g * w * x;
-            }
-            let pull = sum(&lanes) / n as f32 * r * r;
+            let [along] = sums([grad, w, x], |[g, w, x]| [g * w * x]);
+            let pull = along / n as f32 * r * r;
             for i in 0..n {
                 dx[i] += r * (grad[i] * w[i] - x[i] * pull);
             }
@@ -61,12 +62,59 @@ per_isa! {
     }
 }
 
+/// Where vectors that are normalised lie in a matrix: so many side by side in each row.
+struct Vectors {
+    width: usize,
+    columns: Range<usize>,
+    dim: usize,
+}
+
+impl Vectors {
+    /// Whole rows.
+    fn rows(dim: usize) -> Self {
+        Self { width: dim, columns: 0..dim, dim }
+    }
+
+    fn count(&self, x: &[f32]) -> usize {
+        x.len() / self.width.max(1) * self.per_row()
+    }
+
+    fn per_row(&self) -> usize {
+        self.columns.len() / self.dim.max(1)
+    }
+
+    /// Where a vector begins.
+    #[inline(always)]
+    fn start(&self, vector: usize) -> usize {
+        let (row, place) = (vector / self.per_row(), vector % self.per_row());
+        row * self.width + self.columns.start + place * self.dim
+    }
+}
+
+/// Adds the gradient of an RMSNorm's weight to `dw`, each column one chain over the vectors.
+fn weight_gradient(x: &[f32], grad: &[f32], vectors: &Vectors, eps: f32, dw: &mut [f32]) {
+    lend!(Vec<f32>, |inverse: &mut Vec<f32>| {
+        inverse.resize(vectors.count(x), 0.0);
+        for_each_chunk(inverse, ROWS, |i, inverse| inverses(x, vectors, eps, i * ROWS, inverse));
+        let inverse = &inverse[..];
+        for_each_chunk(dw, COLUMNS, |i, dw| weight_columns(x, grad, vectors, inverse, i * COLUMNS, dw));
+    })
+}
+
 per_isa! {
-    fn weight_backward(x: &[f32], eps: f32, grad: &[f32], dw: &mut [f32]) {
-        let n = dw.len();
-        for (x, grad) in x.chunks_exact(n).zip(grad.chunks_exact(n)) {
-            let r = inverse_rms(x, eps);
-            for i in 0..n {
+    fn inverses(x: &[f32], vectors: &Vectors, eps: f32, first: usize, out: &mut [f32]) {
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = inverse_rms(&x[vectors.start(first + i)..][..vectors.dim], eps);
+        }
+    }
+}
+
+per_isa! {
+    fn weight_columns(x: &[f32], grad: &[f32], vectors: &Vectors, inverse: &[f32], column: usize, dw: &mut [f32]) {
+        for (i, &r) in inverse.iter().enumerate() {
+            let at = vectors.start(i) + column;
+            let (x, grad) = (&x[at..][..dw.len()], &grad[at..][..dw.len()]);
+            for i in 0..dw.len() {
                 dw[i] = (grad[i] * r).mul_add(x[i], dw[i]);
             }
         }
@@ -90,9 +138,19 @@ pub fn layer_norm_backward(
     dw: &mut [f32],
     db: &mut [f32],
 ) {
-    let block = block(x, w.len());
+    let (n, block) = (w.len(), block(x, w.len()));
     for_each_chunk(dx, block, |i, dx| layer_rows_backward(chunk(x, block, i), w, eps, chunk(grad, block, i), dx));
-    layer_weight_backward(x, eps, grad, dw, db);
+    lend!(Vec<(f32, f32)>, |known: &mut Vec<(f32, f32)>| {
+        known.resize(x.len() / n.max(1), (0.0, 0.0));
+        for_each_chunk(known, ROWS, |i, known| all_moments(chunk(x, ROWS * n, i), eps, known));
+        let (known, dw, db) = (&known[..], Shared::new(dw), Shared::new(db));
+        for_each(n.div_ceil(COLUMNS), |i| {
+            let (at, len) = (i * COLUMNS, COLUMNS.min(n - i * COLUMNS));
+            // SAFETY: these columns are this task's.
+            let (dw, db) = unsafe { (dw.slice(at, len), db.slice(at, len)) };
+            layer_columns(x, grad, n, known, at, dw, db);
+        });
+    })
 }
 
 /// RMSNorm, in place, of every head of `w.len()` columns in some columns of rows.
@@ -115,9 +173,8 @@ pub fn head_norm_backward(
     grad: &mut [f32],
     dw: &mut [f32],
 ) {
-    for (x, grad) in before.chunks_exact(width).zip(grad.chunks_exact(width)) {
-        weight_backward(&x[columns.clone()], eps, &grad[columns.clone()], dw);
-    }
+    let vectors = Vectors { width, columns: columns.clone(), dim: w.len() };
+    weight_gradient(before, grad, &vectors, eps, dw);
     let block = block(before, width);
     for_each_chunk(grad, block, |i, grad| {
         lend!(Vec<f32>, |dx: &mut Vec<f32>| {
@@ -136,11 +193,16 @@ pub fn head_norm_backward(
 fn moments(x: &[f32], eps: f32) -> (f32, f32) {
     let n = x.len() as f32;
     let mean = sum(x) / n;
-    let mut lanes = [0.0f32; LANES];
-    for (i, &x) in x.iter().enumerate() {
-        lanes[i % LANES] += (x - mean) * (x - mean);
+    let [squares] = sums([x], |[x]| [(x - mean) * (x - mean)]);
+    (mean, 1.0 / (squares / n + eps).sqrt())
+}
+
+per_isa! {
+    fn all_moments(x: &[f32], eps: f32, out: &mut [(f32, f32)]) {
+        for (x, out) in x.chunks_exact(x.len() / out.len()).zip(out) {
+            *out = moments(x, eps);
+        }
     }
-    (mean, 1.0 / (sum(&lanes) / n + eps).sqrt())
 }
 
 per_isa! {
@@ -159,13 +221,8 @@ per_isa! {
         let n = w.len();
         for ((x, grad), dx) in x.chunks_exact(n).zip(grad.chunks_exact(n)).zip(dx.chunks_exact_mut(n)) {
             let (mean, r) = moments(x, eps);
-            let (mut plain, mut along) = ([0.0f32; LANES], [0.0f32; LANES]);
-            for i in 0..n {
-                let g = grad[i] * w[i];
-                plain[i % LANES] += g;
-                along[i % LANES] += g * (x[i] - mean);
-            }
-            let (plain, along) = (sum(&plain) / n as f32, sum(&along) / n as f32 * r * r);
+            let [plain, along] = sums([grad, w, x], |[g, w, x]| [g * w, g * w * (x - mean)]);
+            let (plain, along) = (plain / n as f32, along / n as f32 * r * r);
             for i in 0..n {
                 dx[i] += r * (grad[i] * w[i] - plain - (x[i] - mean) * along);
             }
@@ -174,11 +231,13 @@ per_isa! {
 }
 
 per_isa! {
-    fn layer_weight_backward(x: &[f32], eps: f32, grad: &[f32], dw: &mut [f32], db: &mut [f32]) {
-        let n = dw.len();
-        for (x, grad) in x.chunks_exact(n).zip(grad.chunks_exact(n)) {
-            let (mean, r) = moments(x, eps);
-            for i in 0..n {
+    /// The gradients of weight and bias from column `at` on, each one chain over the rows of width `n`.
+    fn layer_columns(x: &[f32], grad: &[f32], n: usize, known: &[(f32, f32)], at: usize, dw: &mut [f32], db: &mut [f32]) {
+        let db = &mut db[..dw.len()];
+        for (row, &(mean, r)) in known.iter().enumerate() {
+            let at = row * n + at;
+            let (x, grad) = (&x[at..][..dw.len()], &grad[at..][..dw.len()]);
+            for i in 0..dw.len() {
                 dw[i] = (grad[i] * r).mul_add(x[i] - mean, dw[i]);
                 db[i] += grad[i];
             }
