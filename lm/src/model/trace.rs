@@ -91,12 +91,14 @@ impl Decoder {
     /// from `recording`, to the bit what would be computed again. A batch of which the recording lacks something is
     /// computed.
     pub fn forward_recalled(&self, batch: &Batch, temperature: f64, recording: Recording) -> Result<Forward<'_>> {
-        if let (Some(Machine::Cpu(cpu)), true) = (pass::machine(self), self.recalls()) {
-            if let Some(trace) = pass::Trace::recall(cpu, self, batch, temperature, recording)? {
-                return Ok(Forward(Trace::Cpu(Box::new(trace))));
-            }
+        let trace = match pass::machine(self) {
+            Some(Machine::Cpu(cpu)) if self.recalls() => pass::Trace::recall(cpu, self, batch, temperature, recording)?,
+            _ => None,
+        };
+        match trace {
+            Some(trace) => Ok(Forward(Trace::Cpu(Box::new(trace)))),
+            None => self.forward(batch, temperature),
         }
-        self.forward(batch, temperature)
     }
 
     /// Whether what generation computes can be gone back through.

@@ -3,7 +3,7 @@
 use super::bf16::{Pair, round};
 use super::tile::{MR, NR, panel_rows};
 use super::{View, bf16, tile};
-use crate::kernels::isa::per_isa;
+use crate::kernels::isa::{per_isa, prefetch};
 use crate::kernels::team::{for_each_chunk, lend};
 
 /// What a matrix is made of: f32 or bfloat16.
@@ -30,7 +30,7 @@ impl Element for f32 {
         round(self)
     }
     fn copy(row: &[f32], out: &mut [f32]) {
-        out.copy_from_slice(row);
+        copy(row, out);
     }
     fn pair(row: &[f32], out: &mut [Pair]) {
         bf16::pair_row(row, out);
@@ -144,6 +144,48 @@ impl Lane for Pair {
     }
 }
 
+/// Rows ahead of the one being packed that are asked for.
+const AHEAD: usize = 16;
+
+/// Asks for a piece of a row of memory and of the one after it.
+#[inline(always)]
+fn fetch<E>(data: &[E], at: usize, len: usize, stride: usize) {
+    fetch_piece(data, at, len);
+    fetch_piece(data, at + stride, len);
+}
+
+/// Asks for elements of `data`, or of what lies behind it.
+#[inline(always)]
+fn fetch_piece<E>(data: &[E], at: usize, len: usize) {
+    for i in (0..len).step_by(64 / size_of::<E>()).chain(len.checked_sub(1)) {
+        prefetch(data.as_ptr().wrapping_add(at + i));
+    }
+}
+
+/// Copies a row of a tile, whose usual widths take no call.
+#[inline(always)]
+fn copy<T: Copy>(row: &[T], out: &mut [T]) {
+    #[inline(always)]
+    fn fixed<T: Copy, const N: usize>(row: &[T], out: &mut [T]) -> bool {
+        match (row.first_chunk::<N>(), out.first_chunk_mut::<N>()) {
+            (Some(row), Some(out)) => *out = *row,
+            _ => return false,
+        }
+        true
+    }
+    let done = match row.len() {
+        NR => fixed::<T, NR>(row, out),
+        MR => fixed::<T, MR>(row, out),
+        _ => false,
+    };
+    if !done {
+        out[..row.len()].copy_from_slice(row);
+    }
+}
+
+/// Panels that are filled together from rows of memory, so that longer pieces are read.
+const GROUP: usize = 4;
+
 /// Writes columns of `part` into a `[lanes][NR]` panel, from column `at` of the panel on.
 pub fn columns<E: Element, L: Lane>(part: &View<'_, E>, columns: std::ops::Range<usize>, panel: &mut [L], at: usize) {
     let depth = part.rows;
@@ -154,6 +196,7 @@ pub fn columns<E: Element, L: Lane>(part: &View<'_, E>, columns: std::ops::Range
                 &part.data[start + columns.start..start + columns.end]
             };
             let k = lane * L::STEPS;
+            fetch(part.data, (k + AHEAD) * part.row_stride + columns.start, columns.len(), part.row_stride);
             let second = (L::STEPS > 1 && k + 1 < depth).then(|| source(k + 1));
             L::copy_columns(source(k), second, &mut row[at..at + columns.len()]);
         }
@@ -171,11 +214,21 @@ fn interleave<'a, E: Element + 'a, L: Lane, const WIDTH: usize>(
     rows: impl Iterator<Item = (usize, &'a [E])>,
     panel: &mut [L],
 ) {
-    // Lanes that are made at a time, in a row of their own, before they are spread over the panel.
+    // Lanes that are made at a time, in a row of their own, before they are spread over their part of the panel, which
+    // stays in the first-level cache meanwhile.
     const BLOCK: usize = 64;
+    let mut all: [(usize, &[E]); WIDTH] = [(0, &[]); WIDTH];
+    let mut count = 0;
+    for (slot, row) in all.iter_mut().zip(rows) {
+        *slot = row;
+        count += 1;
+    }
     let mut lanes = [L::default(); BLOCK];
-    for (column, row) in rows {
-        for (steps, panel) in row.chunks(BLOCK * L::STEPS).zip(panel.chunks_mut(WIDTH * BLOCK)) {
+    for (block, panel) in panel.chunks_mut(WIDTH * BLOCK).enumerate() {
+        let at = block * BLOCK * L::STEPS;
+        for &(column, row) in &all[..count] {
+            let steps = &row[at.min(row.len())..(at + BLOCK * L::STEPS).min(row.len())];
+            fetch_piece(row, at + BLOCK * L::STEPS, BLOCK * L::STEPS);
             let n = steps.len().div_ceil(L::STEPS);
             L::copy_row(steps, &mut lanes[..n]);
             for (lane, out) in lanes[..n].iter().zip(panel.as_chunks_mut::<WIDTH>().0) {
@@ -191,29 +244,48 @@ pub fn rows<E: Element, L: Lane>(a: View<'_, E>, k: std::ops::Range<usize>, pack
     let size = lanes * MR;
     // Rows past the last of `a` keep what was there: their results are not used.
     packed.resize(a.rows.div_ceil(MR) * size, L::default());
-    let fill = |p: usize, panel: &mut [L]| {
-        let rows = panel_rows(a.rows, p);
-        if a.col_stride == 1 {
-            let rows =
-                rows.enumerate().map(|(i, r)| (i, &a.data[r * a.row_stride + k.start..r * a.row_stride + k.end]));
-            interleave::<_, _, MR>(rows, panel);
-        } else {
-            assert_eq!(a.row_stride, 1, "a view is row-major or the transpose of one");
-            for (lane, column) in panel.chunks_exact_mut(MR).enumerate() {
-                let source = |k: usize| {
-                    let start = k * a.col_stride + rows.start * a.row_stride;
-                    &a.data[start..]
-                };
-                let step = k.start + lane * L::STEPS;
-                let second = (L::STEPS > 1 && step + 1 < k.end).then(|| source(step + 1));
-                let n = rows.len();
-                L::copy_columns(&source(step)[..n], second.map(|s| &s[..n]), &mut column[..n]);
-            }
+    let turned = a.col_stride != 1;
+    assert!(!turned || a.row_stride == 1, "a view is row-major or the transpose of one");
+    let group = if turned { GROUP } else { 1 };
+    let fill = |first: usize, panels: &mut [L]| {
+        let first = first * group;
+        if turned {
+            return turned_rows(a, k.clone(), first, panels, size);
         }
+        let rows = panel_rows(a.rows, first).enumerate();
+        let rows = rows.map(|(i, r)| (i, &a.data[r * a.row_stride + k.start..r * a.row_stride + k.end]));
+        interleave::<_, _, MR>(rows, panels);
     };
+    let size = (group * size).max(1);
     if parallel {
         for_each_chunk(packed, size, fill);
     } else {
-        packed.chunks_mut(size.max(1)).enumerate().for_each(|(p, panel)| fill(p, panel));
+        packed.chunks_mut(size).enumerate().for_each(|(p, panels)| fill(p, panels));
+    }
+}
+
+/// Packs rows that lie in columns of memory: panels of `size` lanes, from the `first` on.
+fn turned_rows<E: Element, L: Lane>(
+    a: View<'_, E>,
+    k: std::ops::Range<usize>,
+    first: usize,
+    panels: &mut [L],
+    size: usize,
+) {
+    let all = panel_rows(a.rows, first).start..panel_rows(a.rows, first + panels.len().div_ceil(size) - 1).end;
+    let source = |k: usize| {
+        let start = k * a.col_stride;
+        &a.data[start + all.start..start + all.end]
+    };
+    let mut row = [L::default(); GROUP * MR];
+    let row = &mut row[..all.len()];
+    for (lane, step) in k.clone().step_by(L::STEPS).enumerate() {
+        fetch(a.data, (step + AHEAD) * a.col_stride + all.start, all.len(), a.col_stride);
+        let second = (L::STEPS > 1 && step + 1 < k.end).then(|| source(step + 1));
+        L::copy_columns(source(step), second, row);
+        for (i, panel) in panels.chunks_mut(size).enumerate() {
+            let rows = panel_rows(a.rows, first + i);
+            copy(&row[rows.start - all.start..rows.end - all.start], &mut panel[lane * MR..]);
+        }
     }
 }
