@@ -54,7 +54,7 @@ table! {
     Gauge "reward" "score" Some(QUANTILES), "Scores of the step's completions: mean, minimum, maximum, standard deviation.";
     Gauge "kl" "nats" None, "Mean over completions of Σ_t [log π(y_t) - log π_ref(y_t)] (k1), y sampled from π.";
     Gauge "entropy" "nats" None, "Mean over sampled tokens of -log π(y_t).";
-    Gauge "mismatch_kl" "nats" None, "Mean over tokens of exp(d) - 1 - d, d = trainer's minus sampler's log-probability: rounding noise when both agree.";
+    Gauge "mismatch_kl" "nats" None, "Mean over tokens of exp(d) - 1 - d, d = trainer's minus sampler's log-probability: rounding noise when both agree. The update takes over what generation computed where that was kept (`limits.kept_tokens`), and this is then 0; with 0 kept tokens it is measured.";
     Gauge "loss" "nats" None, "Loss of the step, as its objective defines it; for PPO, of its last minibatch.";
     Gauge "nll" "nats" None, "Mean over learned tokens of -log π(token): of demonstrations, or of PPO's pretraining mix.";
     Gauge "preference_accuracy" "ratio" None, "Share of pairs that the implicit reward (DPO) or the reward model orders as the label does.";

@@ -172,29 +172,35 @@ impl AdamW {
     }
 }
 
-/// Euclidean norm over all gradients, summed in f64 in a fixed order.
+/// Euclidean norm over all gradients, summed in f64 in a fixed order. A device is waited for once.
 pub fn global_norm(gradients: &BTreeMap<String, Tensor>) -> Result<f64> {
-    let mut total = 0.0;
+    let (mut total, mut coming) = (0.0, Vec::new());
     for gradient in gradients.values() {
-        total += sum_of_squares(gradient)?;
+        match sum_of_squares(gradient) {
+            Some(sum) => total += sum,
+            None => coming.push(gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?),
+        }
+    }
+    if !coming.is_empty() {
+        total += Tensor::stack(&coming, 0)?.to_vec1::<f64>()?.iter().sum::<f64>();
     }
     Ok(total.sqrt())
 }
 
-fn sum_of_squares(x: &Tensor) -> Result<f64> {
-    if x.device().is_cpu() && x.dtype() == DType::F32 && x.is_contiguous() {
-        let (storage, layout) = x.storage_and_layout();
-        if let (candle_core::Storage::Cpu(CpuStorage::F32(data)), Some((from, to))) =
-            (&*storage, layout.contiguous_offsets())
-        {
-            let blocks: Vec<f64> = data[from..to]
-                .par_chunks(BLOCK)
-                .map(|block| block.iter().map(|&x| x as f64 * x as f64).sum())
-                .collect();
-            return Ok(blocks.iter().sum());
-        }
+/// That of an f32 tensor on the CPU.
+fn sum_of_squares(x: &Tensor) -> Option<f64> {
+    if !x.device().is_cpu() {
+        return None;
     }
-    Ok(x.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?)
+    let (storage, layout) = x.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (candle_core::Storage::Cpu(CpuStorage::F32(data)), Some((from, to))) => {
+            let square = |block: &[f32]| block.iter().map(|&x| x as f64 * x as f64).sum();
+            let blocks: Vec<f64> = data[from..to].par_chunks(BLOCK).map(square).collect();
+            Some(blocks.iter().sum())
+        }
+        _ => None,
+    }
 }
 
 /// What gradients of a global norm are to be multiplied by so that it is at most `max_norm`:

@@ -10,12 +10,15 @@ use std::sync::Arc;
 use super::{Active, Call, Completion, Options, Request};
 use crate::error::{Error, Result};
 use crate::gpu::{Buffer, Fields, Gpu, Layout, Numbers, Pass, Recorded, int, shape};
-use crate::kernels::attention::Heads;
+use crate::kernels::attention::{Family, Heads};
 use crate::model::Decoder;
 use crate::pass::{Buffers, Norm, Ops, PreparedBlock, Rows, norm};
 
 /// Tokens between two looks of the host.
 const STEPS: usize = 16;
+
+/// Tokens of prompts that go through the model in one pass, unless one prompt has more.
+const PREFILL_TOKENS: usize = 8192;
 
 /// Tokens that may end a completion, as the kernel has room for them.
 const ENDS_MAX: usize = 16;
@@ -114,10 +117,11 @@ impl GpuGenerator {
             if cancelled() {
                 return Err(Error::Cancelled);
             }
-            while let (Some(&slot), false) = (free.last(), waiting.is_empty()) {
-                let Some(request) = waiting.pop_front() else { break };
-                free.pop();
-                self.admit(decoder, &request.prompt, slot, &mut held)?;
+            let come = free.len().min(waiting.len());
+            let come: Vec<(usize, Request)> =
+                free.split_off(free.len() - come).into_iter().zip(waiting.drain(..come)).collect();
+            self.admit(decoder, come.iter().map(|(slot, request)| (*slot, &request.prompt)), &mut held)?;
+            for (slot, request) in come {
                 let cached = request.prompt.len() - 1;
                 active.push(Active::new(request, slot, cached, options.seed));
             }
@@ -166,40 +170,72 @@ impl GpuGenerator {
         Ok(())
     }
 
-    /// Puts a prompt, all but its last token, into a slot: from another that holds it, or through the model.
-    fn admit(
+    /// Puts prompts, all but their last tokens, into slots: from others that hold them, or through the model, together.
+    fn admit<'a>(
         &mut self,
         decoder: &Decoder,
-        prompt: &Arc<Vec<u32>>,
-        slot: usize,
+        come: impl Iterator<Item = (usize, &'a Arc<Vec<u32>>)>,
         held: &mut [Option<Arc<Vec<u32>>>],
     ) -> Result<()> {
-        let n = prompt.len() - 1;
-        let twin = held.iter().position(|p| p.as_ref().is_some_and(|p| Arc::ptr_eq(p, prompt)));
-        held[slot] = Some(prompt.clone());
-        match twin {
-            _ if n == 0 => Ok(()),
-            Some(from) if from == slot => Ok(()),
-            Some(from) => {
-                let heads = decoder.architecture().attention(0);
-                for (keys, values) in &self.cache.layers {
-                    for cache in [keys, values] {
-                        let (from, to, keys) = (from as u32, slot as u32, int(heads.keys));
-                        let arguments: [&dyn Pass; 6] = [cache, &keys, &int(self.cache.capacity), &from, &to, &int(n)];
-                        self.gpu.launcher.rows("decode", "copy_prefix", heads.keys, 256, &arguments)?;
-                    }
-                }
-                Ok(())
-            }
-            None => {
-                let positions: Vec<u32> = (0..n as u32).collect();
-                let up = |x: &[u32]| self.gpu.launcher.upload(x);
-                let (ids, slots, positions_) = (up(&prompt[..n])?, up(&vec![slot as u32; n])?, up(&positions)?);
-                let rows = Rows::new(&self.gpu, decoder, &positions, &Arc::default())?;
-                let places = Places { slots: &slots, positions: &positions_, active: None };
-                self.weights.pass(&self.gpu, &self.cache, decoder, &rows, &ids, &places, &mut self.buffers)
+        let (mut fresh, mut twins): (Vec<(usize, &[u32])>, Vec<(usize, usize, usize)>) = (Vec::new(), Vec::new());
+        for (slot, prompt) in come {
+            let n = prompt.len() - 1;
+            let twin = held.iter().position(|p| p.as_ref().is_some_and(|p| Arc::ptr_eq(p, prompt)));
+            held[slot] = Some(prompt.clone());
+            let coming = |from| fresh.iter().any(|f| f.0 == from) || twins.iter().any(|t| t.1 == from);
+            match twin {
+                _ if n == 0 => {}
+                Some(from) if from == slot => {}
+                // One that comes now, too, has to go through the model first. What another has left behind is copied at
+                // once: its slot may be given to the next.
+                Some(from) if coming(from) => twins.push((from, slot, n)),
+                Some(from) => self.copy_prefix(decoder, from, slot, n)?,
+                None => fresh.push((slot, &prompt[..n])),
             }
         }
+        let mut rest = &fresh[..];
+        while !rest.is_empty() {
+            let mut tokens = 0;
+            let fitting = rest.iter().take_while(|(_, prompt)| {
+                tokens += prompt.len();
+                tokens <= PREFILL_TOKENS
+            });
+            let (now, later) = rest.split_at(fitting.count().max(1));
+            self.prefill(decoder, now)?;
+            rest = later;
+        }
+        twins.into_iter().try_for_each(|(from, to, n)| self.copy_prefix(decoder, from, to, n))
+    }
+
+    /// Copies the first `n` tokens of a slot to another.
+    fn copy_prefix(&self, decoder: &Decoder, from: usize, to: usize, n: usize) -> Result<()> {
+        let heads = decoder.architecture().attention(0);
+        for cache in self.cache.layers.iter().flat_map(|(keys, values)| [keys, values]) {
+            let (from, to, keys) = (from as u32, to as u32, int(heads.keys));
+            let arguments: [&dyn Pass; 6] = [cache, &keys, &int(self.cache.capacity), &from, &to, &int(n)];
+            self.gpu.launcher.rows("decode", "copy_prefix", heads.keys, 256, &arguments)?;
+        }
+        Ok(())
+    }
+
+    /// Carries prompts through the model, as training does, and leaves their keys and values in their slots.
+    fn prefill(&mut self, decoder: &Decoder, prompts: &[(usize, &[u32])]) -> Result<()> {
+        let (mut ids, mut slots, mut positions, mut families) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for &(slot, prompt) in prompts {
+            families.push(Family::alone(ids.len()..ids.len() + prompt.len()));
+            ids.extend_from_slice(prompt);
+            slots.resize(ids.len(), slot as u32);
+            positions.extend(0..prompt.len() as u32);
+        }
+        let rows = Rows::new(&self.gpu, decoder, &positions, &Arc::new(families))?;
+        let up = |x: &[u32]| self.gpu.launcher.upload(x);
+        let (ids, slots, positions) = (up(&ids)?, up(&slots)?, up(&positions)?);
+        let places = Places { slots: &slots, positions: &positions, active: None };
+        let (cache, gpu) = (&self.cache, &self.gpu);
+        self.weights.pass(gpu, decoder, &rows, &ids, places.positions, &mut self.buffers, |layer, qkv, out, lse| {
+            cache.append(gpu, layer, rows.heads(layer), &places, qkv)?;
+            gpu.attention(qkv, &rows.layout, rows.heads(layer), out, lse)
+        })
     }
 
     /// One step for so many rows, recorded.
@@ -241,7 +277,10 @@ impl GpuGenerator {
         // The rotation reads where the rows stand now.
         gpu.overwrite(&state.positions, &pass.layout.positions)?;
         let places = Places { slots: &state.slots, positions: &state.positions, active: Some(&state.active) };
-        self.weights.pass(gpu, &self.cache, decoder, pass, &state.tokens, &places, b)?;
+        self.weights.pass(gpu, decoder, pass, &state.tokens, places.positions, b, |layer, qkv, out, _| {
+            self.cache.append(gpu, layer, pass.heads(layer), &places, qkv)?;
+            self.cache.attend(gpu, layer, pass.heads(layer), &places, qkv, out)
+        })?;
         gpu.norm(&b.x, &self.weights.norm, &mut b.normed)?;
         let arch = decoder.architecture();
         gpu.logits_into(&b.normed, &self.weights.head, (arch.vocab, arch.hidden), logits)?;
@@ -263,31 +302,44 @@ impl GpuGenerator {
 }
 
 impl Weights {
-    /// Carries rows through all blocks, against the cache.
+    /// Carries rows through all blocks; `attend` fills a layer's attention from its queries, keys and values.
     #[allow(clippy::too_many_arguments)]
     fn pass(
         &self,
         gpu: &Gpu,
-        cache: &Cache,
         decoder: &Decoder,
         rows: &Rows<Gpu>,
         ids: &Buffer,
-        places: &Places<'_>,
+        positions: &Buffer,
         b: &mut Buffers<Gpu>,
+        attend: impl Fn(usize, &Buffer, &mut Buffer, &mut Buffer) -> candle_core::Result<()>,
     ) -> Result<()> {
-        let scale = decoder.embedding_scale();
-        gpu.embed_rows(decoder.layers(), scale, ids, places.positions, &mut b.x)?;
+        gpu.embed_rows(decoder.layers(), decoder.embedding_scale(), ids, positions, &mut b.x)?;
         for (layer, block) in self.blocks.iter().enumerate() {
-            let heads = rows.heads(layer);
-            block
-                .forward(gpu, rows, layer, b, None, |qkv, out, _| cache.attend(gpu, layer, heads, places, qkv, out))?;
+            block.forward(gpu, rows, layer, b, None, |qkv, out, lse| attend(layer, qkv, out, lse))?;
         }
         Ok(())
     }
 }
 
 impl Cache {
-    /// Puts the rows' keys and values into the cache, and fills the attention's output from it.
+    /// Puts the rows' keys and values into the cache.
+    fn append(
+        &self,
+        gpu: &Gpu,
+        layer: usize,
+        heads: &Heads,
+        places: &Places<'_>,
+        qkv: &Buffer,
+    ) -> candle_core::Result<()> {
+        let (keys, values) = &self.layers[layer];
+        let (shape, capacity) = (shape(heads), int(self.capacity));
+        let active = places.active.map_or(0, Buffer::pointer);
+        let arguments: [&dyn Pass; 8] = [qkv, places.slots, places.positions, &active, &shape, &capacity, keys, values];
+        gpu.launcher.rows("decode", "append", qkv.len() / heads.width(), ATTEND_THREADS, &arguments)
+    }
+
+    /// Fills the attention's output of rows, one a sequence, from the cache that has their keys and values.
     fn attend(
         &self,
         gpu: &Gpu,
@@ -304,7 +356,6 @@ impl Cache {
         let active = places.active.map_or(0, Buffer::pointer);
         let arguments: [&dyn Pass; 9] =
             [qkv, places.slots, places.positions, &active, &shape, &capacity, keys, values, &*out];
-        gpu.launcher.rows("decode", "append", rows, ATTEND_THREADS, &arguments[..8])?;
         let shared = 4 * heads.group() * (2 * heads.dim + SPAN + 3);
         gpu.launcher.run("decode", "attend", (rows, heads.keys), (ATTEND_THREADS, 1), shared, &arguments)
     }
