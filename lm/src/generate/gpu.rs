@@ -177,7 +177,8 @@ impl GpuGenerator {
         come: impl Iterator<Item = (usize, &'a Arc<Vec<u32>>)>,
         held: &mut [Option<Arc<Vec<u32>>>],
     ) -> Result<()> {
-        let (mut fresh, mut twins): (Vec<(usize, &[u32])>, Vec<(usize, usize, usize)>) = (Vec::new(), Vec::new());
+        let mut fresh: Vec<(usize, &[u32])> = Vec::new();
+        let mut twins: Vec<(usize, usize, usize)> = Vec::new();
         for (slot, prompt) in come {
             let n = prompt.len() - 1;
             let twin = held.iter().position(|p| p.as_ref().is_some_and(|p| Arc::ptr_eq(p, prompt)));
