@@ -64,11 +64,6 @@ impl Cache {
         lengths.len() <= self.places.slots() && lengths.iter().enumerate().all(|(i, &n)| n <= self.places.length(i))
     }
 
-    /// Tokens that any slot holds at most.
-    pub fn longest(&self) -> usize {
-        (0..self.places.slots()).map(|slot| self.places.length(slot)).max().unwrap_or(0)
-    }
-
     /// Keys and values of one head of one sequence.
     pub fn head(&self, layer: usize, slot: usize, head: usize) -> (&[f32], &[f32]) {
         let range = self.places.range(layer, slot, head);

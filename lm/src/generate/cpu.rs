@@ -92,7 +92,7 @@ pub fn forward<'a>(
 /// One task for each row and key head, whose query heads are neighbours in the output.
 fn attend(cache: &Cache, layer: usize, rows: &[Row], qkv: &[f32], heads: &Heads, out: &mut [f32], lse: &mut [f32]) {
     let width = heads.group() * heads.dim;
-    let (longest, lse) = (cache.longest(), Shared::new(lse));
+    let lse = Shared::new(lse);
     for_each_chunk(out, width, |task, out| {
         let (row, head) = (task / heads.keys, task % heads.keys);
         let queries = &qkv[row * heads.width() + head * width..][..width];
@@ -107,7 +107,7 @@ fn attend(cache: &Cache, layer: usize, rows: &[Row], qkv: &[f32], heads: &Heads,
         // SAFETY: the query heads of a task are its own.
         let lse = unsafe { lse.slice(task * heads.group(), heads.group()) };
         lend!(Vec<f32>, |scores: &mut Vec<f32>| {
-            scores.resize(longest, 0.0);
+            scores.resize(values.len() / heads.dim, 0.0);
             attention::attend(queries, keys, values, first, len, heads, next, scores, out, lse);
         });
     });

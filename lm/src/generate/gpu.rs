@@ -333,11 +333,9 @@ impl Cache {
         places: &Places<'_>,
         qkv: &Buffer,
     ) -> candle_core::Result<()> {
-        let (keys, values) = &self.layers[layer];
-        let (shape, capacity) = (shape(heads), int(self.capacity));
-        let active = places.active.map_or(0, Buffer::pointer);
-        let arguments: [&dyn Pass; 8] = [qkv, places.slots, places.positions, &active, &shape, &capacity, keys, values];
-        gpu.launcher.rows("decode", "append", qkv.len() / heads.width(), ATTEND_THREADS, &arguments)
+        self.with_arguments(layer, heads, places, qkv, |arguments| {
+            gpu.launcher.rows("decode", "append", qkv.len() / heads.width(), ATTEND_THREADS, arguments)
+        })
     }
 
     /// Fills the attention's output of rows, one a sequence, from the cache that has their keys and values.
@@ -352,13 +350,26 @@ impl Cache {
     ) -> candle_core::Result<()> {
         let rows = qkv.len() / heads.width();
         gpu.room(out, rows * heads.query_width())?;
+        let shared = 4 * heads.group() * (2 * heads.dim + SPAN + 3);
+        self.with_arguments(layer, heads, places, qkv, |arguments| {
+            let arguments = [arguments, &[&*out]].concat();
+            gpu.launcher.run("decode", "attend", (rows, heads.keys), (ATTEND_THREADS, 1), shared, &arguments)
+        })
+    }
+
+    /// What the kernels of the cache are given.
+    fn with_arguments<T>(
+        &self,
+        layer: usize,
+        heads: &Heads,
+        places: &Places<'_>,
+        qkv: &Buffer,
+        launch: impl FnOnce(&[&dyn Pass]) -> T,
+    ) -> T {
         let (keys, values) = &self.layers[layer];
         let (shape, capacity) = (shape(heads), int(self.capacity));
         let active = places.active.map_or(0, Buffer::pointer);
-        let arguments: [&dyn Pass; 9] =
-            [qkv, places.slots, places.positions, &active, &shape, &capacity, keys, values, &*out];
-        let shared = 4 * heads.group() * (2 * heads.dim + SPAN + 3);
-        gpu.launcher.run("decode", "attend", (rows, heads.keys), (ATTEND_THREADS, 1), shared, &arguments)
+        launch(&[qkv, places.slots, places.positions, &active, &shape, &capacity, keys, values])
     }
 }
 

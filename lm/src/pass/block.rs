@@ -42,7 +42,7 @@ impl<O: Ops> Rows<O> {
         Ok(Self {
             layout,
             layers: (0..arch.layers).map(layer).collect::<Result<_>>()?,
-            mlp: Mlp { gated: arch.gated, activation: arch.activation, width: arch.mlp },
+            mlp: Mlp::of(arch),
             hidden: arch.hidden,
             count,
         })

@@ -6,7 +6,7 @@ use candle_core::{Result, Tensor};
 
 use crate::kernels::attention::{Family, Heads};
 use crate::kernels::rope::Angles;
-use crate::model::{Activation, Layers, NormKind, Projection};
+use crate::model::{Activation, Architecture, Layers, NormKind, Projection};
 
 /// A norm with its numbers where the machine wants them.
 pub struct Norm<V> {
@@ -28,6 +28,11 @@ pub struct Mlp {
 }
 
 impl Mlp {
+    /// That of a model's blocks.
+    pub fn of(arch: &Architecture) -> Self {
+        Self { gated: arch.gated, activation: arch.activation, width: arch.mlp }
+    }
+
     /// Columns of the activation's input.
     pub fn input_width(self) -> usize {
         if self.gated { 2 * self.width } else { self.width }

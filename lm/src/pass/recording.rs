@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::block::{Activations, Rows};
 use super::cpu::{Cpu, Kept, Recalled};
+use super::ops::Mlp;
 use crate::model::{Batch, Decoder};
 
 /// Where the rows of one sequence are.
@@ -67,7 +68,7 @@ impl Recorder {
                 lse: Vec::with_capacity(room * heads.queries),
                 projected: arch.sandwich.then(|| of(hidden)),
                 middle: of(hidden),
-                gate_up: of(if arch.gated { 2 * arch.mlp } else { arch.mlp }),
+                gate_up: of(Mlp::of(arch).input_width()),
                 down: arch.sandwich.then(|| of(hidden)),
             }
         };
