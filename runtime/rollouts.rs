@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use rehearsal_actors::{Group, Judged, Replay, Sample, ScoredCompletion, Tokens};
 use rehearsal_lm::generate::{Completion, Finish, Request, completion_text};
+use rehearsal_lm::random::Region;
 use rehearsal_store::{Rollout, Verdict};
 use tokio::sync::mpsc;
 
@@ -17,9 +18,6 @@ use crate::early::Early;
 use crate::error::Result;
 use crate::events::{Event, Seconds};
 use crate::run::Run;
-
-/// Rollout ids from here upward belong to evaluations, which draw the same numbers each time.
-pub(crate) const EVALUATION_IDS: u64 = 1 << 62;
 
 /// A completion on its way, with the prompt it answers.
 pub(crate) struct Answered {
@@ -82,7 +80,8 @@ impl Run {
     /// Answers to evaluation prompts: one each, scored, with log-probabilities under the reference.
     pub async fn evaluation_answers(&mut self, prompts: &[PromptRow]) -> Result<Vec<(ScoredCompletion, usize)>> {
         let mut seconds = Seconds::default();
-        let answered = self.answers(prompts, 1, EVALUATION_IDS, None, &mut Early::nothing(), &mut seconds).await?;
+        let first_id = Region::EvaluationRollouts.first();
+        let answered = self.answers(prompts, 1, first_id, None, &mut Early::nothing(), &mut seconds).await?;
         let answered: Vec<Answered> = answered.into_values().collect();
         let judged = self.judge_evaluation(prompts, &answered).await?;
         let all: Vec<&Answered> = answered.iter().collect();

@@ -12,4 +12,4 @@ target=aarch64-unknown-linux-gnu
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu"
 export CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc CXX_aarch64_unknown_linux_gnu=aarch64-linux-gnu-g++
-cargo test -p rehearsal-lm -p rehearsal-learn --lib --target "$target" -- "$@"
+cargo test -p rehearsal-kernels -p rehearsal-lm -p rehearsal-learn --lib --target "$target" -- "$@"

@@ -11,7 +11,6 @@ pub mod lora;
 pub mod model;
 pub mod ops;
 mod pass;
-pub mod random;
 #[cfg(test)]
 mod testing;
 pub mod text;
@@ -22,4 +21,5 @@ pub use load::{Checkpoint, Files};
 pub use lora::{Lora, LoraConfig};
 pub use model::{Architecture, Batch, Decoder, Forward, Gradients, HeadKind, Parameters, Sequence};
 pub use pass::Recording;
+pub use rehearsal_kernels::random;
 pub use text::{ChatTemplate, Message, Text};

@@ -16,10 +16,7 @@ use crate::kernels::gemm::{Packed, Precision, gemm};
 use crate::load::Checkpoint;
 use crate::model::{Decoder, HeadKind, Parameters};
 use crate::pass::with_views;
-use crate::random::Stream;
-
-/// Streams of random numbers of new adapters.
-const ADAPTER_STREAMS: u64 = (1 << 63) + (1 << 62) + 1;
+use crate::random::{Region, Stream};
 
 /// What PEFT puts before the names of modules.
 const PREFIX: &str = "base_model.model.";
@@ -54,7 +51,8 @@ impl Lora {
         let mut lora = Self::empty(base, config)?;
         for (index, name) in lora.adapted.iter().enumerate() {
             let (outputs, inputs) = lora.shape(base, name)?;
-            let (stream, bound) = (Stream::new(seed, ADAPTER_STREAMS + index as u64), 1.0 / (inputs as f64).sqrt());
+            let stream = Stream::in_region(seed, Region::AdapterInit, index as u64);
+            let bound = 1.0 / (inputs as f64).sqrt();
             let rank = lora.config.rank;
             let a = (0..(rank * inputs) as u64).map(|i| ((2.0 * stream.uniform(i) - 1.0) * bound) as f32).collect();
             let a = Var::from_tensor(&Tensor::from_vec::<_, f32>(a, (rank, inputs), device)?)?;

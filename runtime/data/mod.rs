@@ -12,7 +12,7 @@ pub mod write;
 use std::collections::BTreeMap;
 
 use rehearsal_actors::{Marked, Ranking};
-use rehearsal_lm::random::Stream;
+use rehearsal_lm::random::{Region, Stream};
 use rehearsal_lm::{Architecture, Text};
 use serde::Serialize;
 
@@ -26,9 +26,6 @@ use ledger::Shape;
 pub use preferences::PairRow;
 use rows::Row;
 
-/// Streams of random numbers from here upward belong to the order of rows; rollouts count from below.
-const ORDER_STREAMS: u64 = 1 << 63;
-
 /// Every so many rows one is kept apart for evaluation, where no file is named for it.
 const HELD_OUT_EVERY: usize = 10;
 
@@ -39,7 +36,7 @@ pub fn order(seed: u64, cursor: u64, n: usize, total: usize) -> Vec<usize> {
         .map(|at| {
             let epoch = at / total as u64;
             if permutation.0 != epoch {
-                permutation = (epoch, Stream::new(seed, ORDER_STREAMS + epoch).permutation(total));
+                permutation = (epoch, Stream::in_region(seed, Region::DataOrder, epoch).permutation(total));
             }
             permutation.1[(at % total as u64) as usize]
         })

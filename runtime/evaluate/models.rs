@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rehearsal_actors::{Reward, Sample, Tokens};
 use rehearsal_learn::evaluation::winrate::{LengthControlled, WinRate, bootstrap, length_controlled};
 use rehearsal_lm::generate::{Completion, Generator, Options, Request, Sampling, completion_text};
-use rehearsal_lm::random::Stream;
+use rehearsal_lm::random::{Region, Stream};
 use rehearsal_lm::{Checkpoint, Message, Precision};
 use serde::Serialize;
 
@@ -110,7 +110,7 @@ pub fn compare(
     let verdicts: Vec<i8> = results.iter().map(verdict).collect();
     let points: Vec<f64> = verdicts.iter().map(|&v| 0.5 + 0.5 * f64::from(v)).collect();
     let rate = WinRate::of(&verdicts);
-    let stream = Stream::new(contest.seed, u64::MAX);
+    let stream = Stream::in_region(contest.seed, Region::WinRateBootstrap, 0);
     let differences: Vec<f64> = results.iter().map(|r| r.first_tokens as f64 - r.second_tokens as f64).collect();
     let mean = |of: fn(&PromptResult) -> f64| results.iter().map(of).sum::<f64>() / results.len().max(1) as f64;
     Ok(ModelReport {

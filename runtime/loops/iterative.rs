@@ -12,7 +12,7 @@ use std::time::Instant;
 use rehearsal_actors::{Group, Objective, PairTokens, Pairs};
 use rehearsal_learn::pairs::{Pair, select_pair};
 use rehearsal_learn::rso::rejection_sampling;
-use rehearsal_lm::random::Stream;
+use rehearsal_lm::random::{Region, Stream};
 
 use super::round::minibatches;
 use super::shared::{
@@ -22,9 +22,6 @@ use super::shared::{
 use crate::error::Result;
 use crate::events::{Seconds, StepSummary};
 use crate::run::Run;
-
-/// Streams of random numbers of rejection sampling, above those of minibatches.
-const REJECTION_STREAMS: u64 = (1 << 63) + (1 << 62) + (1 << 61);
 
 /// The best against the worst.
 pub(super) async fn iterative_dpo(run: &mut Run) -> Result<()> {
@@ -40,7 +37,7 @@ pub(super) async fn rso(run: &mut Run) -> Result<()> {
     rounds(run, |run, group| {
         let scores = compared_scores(run, group);
         let address = run.state.step * run.config.rollout.prompts_per_step as u64 + u64::from(group.prompt);
-        let stream = Stream::new(run.config.job.seed, REJECTION_STREAMS + address);
+        let stream = Stream::in_region(run.config.job.seed, Region::RejectionSampling, address);
         let kept = rejection_sampling(&scores, run.config.rso.beta, run.config.rso.keep, |n| stream.uniform(n));
         let label = |two: &[usize; 2]| {
             let pair = select_pair(&[scores[two[0]], scores[two[1]]], run.config.loss.ties)?;

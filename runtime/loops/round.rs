@@ -1,17 +1,15 @@
 //! Learning from one step's completions several times: epochs of minibatches in an order that the seed fixes.
 
-use rehearsal_lm::random::Stream;
+use rehearsal_lm::random::{Region, Stream};
 
 use crate::config::methods::UpdateConfig;
-
-/// Streams of random numbers from here upward belong to minibatches: above those of the order of prompts.
-const MINIBATCH_STREAMS: u64 = (1 << 63) + (1 << 61);
 
 /// The minibatches of a step over `items` items, epoch by epoch: each epoch is a permutation cut into equal parts.
 pub fn minibatches(seed: u64, step: u64, items: usize, update: UpdateConfig) -> Vec<Vec<usize>> {
     let parts = update.minibatches.min(items).max(1);
     let epoch = |epoch: usize| {
-        let stream = Stream::new(seed, MINIBATCH_STREAMS + step * update.epochs as u64 + epoch as u64);
+        let index = step * update.epochs as u64 + epoch as u64;
+        let stream = Stream::in_region(seed, Region::Minibatches, index);
         let order = stream.permutation(items);
         (0..parts).map(move |part| order[part * items / parts..(part + 1) * items / parts].to_vec()).collect::<Vec<_>>()
     };

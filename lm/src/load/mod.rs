@@ -14,11 +14,8 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Decoder, HeadKind, Parameters, with_head};
-use crate::random::Stream;
+use crate::random::{Region, Stream};
 use crate::text::Text;
-
-/// Stream of random numbers of new score heads.
-const SCORE_STREAM: u64 = (1 << 63) + (1 << 62);
 
 /// A model as its files describe it: weights on the CPU in f32, tokenizer and chat template.
 pub struct Checkpoint {
@@ -72,7 +69,8 @@ impl Checkpoint {
             return Ok(self);
         }
         let width = self.architecture.hidden;
-        let (stream, std) = (Stream::new(seed, SCORE_STREAM), 1.0 / ((width + 1) as f64).sqrt());
+        let stream = Stream::in_region(seed, Region::ScoreHeadInit, 0);
+        let std = 1.0 / ((width + 1) as f64).sqrt();
         let score: Vec<f32> = (0..width as u64).map(|i| (std * stream.normal(i)) as f32).collect();
         self.parameters.remove("lm_head.weight");
         self.parameters.insert("score.weight".into(), Tensor::from_vec(score, (1, width), &Device::Cpu)?);
