@@ -7,8 +7,9 @@ use std::path::Path;
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::{Device, Tensor};
 
+use super::check::check;
+use super::checkpoint::Checkpoint;
 use super::gguf_tokenizer::tokenizer;
-use super::{Checkpoint, check};
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Parameters, Position, Rope, Scaling};
 use crate::text::Text;

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, safetensors};
 use serde_json::Value;
 
-use super::{Checkpoint, Files, check};
+use super::check::check;
+use super::checkpoint::{Checkpoint, Files};
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Parameters};
 use crate::text::Text;

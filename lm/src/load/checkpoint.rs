@@ -1,0 +1,89 @@
+//! A model as its files describe it.
+
+use candle_core::{DType, Device, Tensor};
+use rehearsal_kernels::random::{Region, Stream};
+use serde_json::Value;
+
+use crate::error::Result;
+use crate::model::{Architecture, Decoder, HeadKind, Parameters, with_head};
+use crate::text::Text;
+
+/// A model as its files describe it: weights on the CPU in f32, tokenizer and chat template.
+pub struct Checkpoint {
+    pub architecture: Architecture,
+    /// `config.json` as it was read, so that an export keeps what this program does not know.
+    pub config: Value,
+    pub parameters: Parameters,
+    pub text: Text,
+}
+
+/// The files of a model held in memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Files<'a> {
+    pub config: &'a [u8],
+    pub tokenizer: &'a [u8],
+    pub tokenizer_config: &'a [u8],
+    pub weights: &'a [u8],
+}
+
+impl Checkpoint {
+    /// The model on a device, for inference.
+    pub fn frozen(&self, device: &Device, dtype: DType) -> Result<Decoder> {
+        Decoder::frozen(self.architecture.clone(), self.placed(device, dtype)?)
+    }
+
+    /// The model on a device, to be trained.
+    pub fn trainable(&self, device: &Device, dtype: DType) -> Result<Decoder> {
+        Decoder::trainable(self.architecture.clone(), self.placed(device, dtype)?)
+    }
+
+    /// The same trunk with a score head in the place of its own: drawn by `seed` from a normal distribution of standard
+    /// deviation `1/√(width + 1)` (N+ implementation details), or kept if it has one.
+    pub fn with_score_head(mut self, seed: u64) -> Result<Self> {
+        if self.architecture.head == HeadKind::Score {
+            return Ok(self);
+        }
+        let width = self.architecture.hidden;
+        let stream = Stream::in_region(seed, Region::ScoreHeadInit, 0);
+        let std = 1.0 / ((width + 1) as f64).sqrt();
+        let score: Vec<f32> = (0..width as u64).map(|i| (std * stream.normal(i)) as f32).collect();
+        self.parameters.remove("lm_head.weight");
+        self.parameters.insert("score.weight".into(), Tensor::from_vec(score, (1, width), &Device::Cpu)?);
+        self.config = with_head(&self.config, HeadKind::Score);
+        if let (Some(map), Some(pad)) = (self.config.as_object_mut(), self.architecture.pad) {
+            // transformers reads the score at the last token that is no padding, so the config must name it.
+            map.insert("pad_token_id".into(), pad.into());
+        }
+        self.architecture = self.architecture.with_head(HeadKind::Score);
+        Ok(self)
+    }
+
+    /// The same model with its weights rounded to another type.
+    pub fn rounded(&self, dtype: DType) -> Result<Self> {
+        let rounded = |(name, t): (&String, &Tensor)| Ok((name.clone(), t.to_dtype(dtype)?));
+        Ok(Self {
+            architecture: self.architecture.clone(),
+            config: self.config.clone(),
+            parameters: self.parameters.iter().map(rounded).collect::<Result<_>>()?,
+            text: self.text.clone(),
+        })
+    }
+
+    fn placed(&self, device: &Device, dtype: DType) -> Result<Parameters> {
+        self.parameters.iter().map(|(name, t)| Ok((name.clone(), t.to_dtype(dtype)?.to_device(device)?))).collect()
+    }
+
+    /// A hash of the weights and the tokenizer: equal for equal models, wherever their files lie.
+    pub fn fingerprint(&self) -> Result<String> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(self.text.tokenizer_json().as_bytes()).update(self.text.config().to_string().as_bytes());
+        for (name, tensor) in &self.parameters {
+            hasher.update(name.as_bytes());
+            crate::ops::with_floats(&tensor.contiguous()?, |data| {
+                hasher.update(bytemuck::cast_slice(data));
+                Ok(())
+            })?;
+        }
+        Ok(hasher.finalize().to_hex()[..16].to_string())
+    }
+}
