@@ -1,19 +1,26 @@
-//! What stands between the products of an MLP: SwiGLU and GeGLU (Shazeer 2020), `act(gate) * up` with a row's gates and
-//! ups side by side, `[rows, 2 * width]`; or SiLU and GELU of one projection, `[rows, width]`.
+//! Activations of an MLP: SwiGLU and GeGLU (Shazeer 2020), `act(gate) * up`, of rows that hold `gate` and `up` side by
+//! side, `[rows, 2 * width]`; or SiLU and GELU of one projection, `[rows, width]`.
 
-use super::isa::per_isa;
-use super::math::{sigmoid, tanh};
-use super::team::{chunk, for_each_chunk, share};
-use crate::model::Activation;
+use crate::isa::per_isa;
+use crate::math::{sigmoid, tanh};
+use crate::team::{chunk, for_each_chunk, share};
 
-/// Rows a task takes at a time, at most.
+/// Activation of an MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    Silu,
+    /// GELU by its tanh approximation (`gelu_new`, `gelu_pytorch_tanh`).
+    GeluTanh,
+}
+
+/// Rows per task, at most.
 const ROWS: usize = 16;
 
 /// `√(2/π)` and the cubic term of GELU's tanh approximation (Hendrycks & Gimpel 2016).
 const ROOT: f32 = 0.797_884_6;
 const CUBE: f32 = 0.044_715;
 
-/// `out` `[rows, width]` from `input`, which is twice as wide if it is gated.
+/// Computes `out`, `[rows, width]`, from `input`, which is `[rows, 2 * width]` if gated, else `[rows, width]`.
 pub fn forward(activation: Activation, gated: bool, width: usize, input: &[f32], out: &mut [f32]) {
     let wide = if gated { 2 * width } else { width };
     let run = match (activation, gated) {
@@ -26,7 +33,7 @@ pub fn forward(activation: Activation, gated: bool, width: usize, input: &[f32],
     for_each_chunk(out, rows * width, |i, out| run(chunk(input, rows * wide, i), width, out));
 }
 
-/// Turns `input` into its own gradient, given that of the result.
+/// Replaces `input` by its gradient, given `grad`, `[rows, width]`, the gradient of the output.
 pub fn backward(activation: Activation, gated: bool, width: usize, input: &mut [f32], grad: &[f32]) {
     let wide = if gated { 2 * width } else { width };
     let run = match (activation, gated) {
@@ -39,14 +46,14 @@ pub fn backward(activation: Activation, gated: bool, width: usize, input: &mut [
     for_each_chunk(input, rows * wide, |i, input| run(input, width, chunk(grad, rows * width, i)));
 }
 
-/// SiLU and its derivative.
+/// Value and derivative of SiLU.
 #[inline(always)]
 fn silu(x: f32) -> (f32, f32) {
     let s = sigmoid(x);
     (x * s, s * (1.0 + x * (1.0 - s)))
 }
 
-/// GELU by its tanh approximation, and its derivative.
+/// Value and derivative of GELU by its tanh approximation.
 #[inline(always)]
 fn gelu(x: f32) -> (f32, f32) {
     let t = tanh(ROOT * x * (CUBE * x).mul_add(x, 1.0));
@@ -54,7 +61,7 @@ fn gelu(x: f32) -> (f32, f32) {
     (0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope)
 }
 
-/// The kernels of one activation.
+/// Forward and backward kernels of one activation, gated and not.
 macro_rules! kernels {
     ($act:ident, $gated:ident, $gated_backward:ident, $row:ident, $row_backward:ident) => {
         per_isa! {

@@ -1,20 +1,20 @@
-//! Linear + log-softmax + gather, some columns of the vocabulary at a time: the `[tokens, vocabulary]` logits never
-//! exist at once, nor does a packed copy of the weights.
+//! Fused linear layer, log-softmax and gather, in blocks of the vocabulary: neither the `[tokens, vocabulary]` logits nor a
+//! packed copy of the weights ever exist as a whole.
 
-use super::gemm::{Element, Packed, Precision, View, gemm};
-use super::isa::per_isa;
-use super::math::{LANES, LSE_BLOCK, LogSumExp, exp, softcap, sum};
-use super::team::{chunk, for_each_chunk};
+use crate::gemm::{Element, Packed, Precision, View, gemm};
+use crate::isa::per_isa;
+use crate::math::{LANES, LSE_BLOCK, LogSumExp, exp, softcap, sum};
+use crate::team::{chunk, for_each_chunk};
 
-/// Rows that go through the vocabulary together: with [`LSE_BLOCK`] columns, 32 MiB of logits.
+/// Rows per block of logits: with [`LSE_BLOCK`] columns, 32 MiB.
 const ROWS: usize = 2048;
 
-/// Which token each row is asked about, and at what temperature.
+/// The token whose log-probability is computed for each row, and the sampling temperature.
 #[derive(Clone, Copy)]
 pub struct Targets<'a> {
     pub tokens: &'a [u32],
     pub temperature: f32,
-    /// Logits are bent to `cap · tanh(logit / cap)` first.
+    /// Logits are softcapped to `cap * tanh(logit / cap)` before the temperature is applied.
     pub softcap: Option<f32>,
 }
 
@@ -24,12 +24,12 @@ impl Targets<'_> {
     }
 }
 
-/// Log-probability of a token, given its row's log-sum-exp at the same temperature.
+/// Log-probability of a token, given the log-sum-exp of its row's logits at the same temperature.
 pub fn logprob(logits: &[f32], token: u32, temperature: f32, lse: f32) -> f32 {
     logits[token as usize] * (1.0 / temperature) - lse
 }
 
-/// Runs `f` on the logits of every block of rows and columns: `(first row, first column, logits, packed columns)`.
+/// Calls `f(rows, columns, logits)` for each block of rows and vocabulary columns.
 fn blocks<E: Element>(
     hidden: &[f32],
     weight: View<'_, E>,
@@ -67,11 +67,11 @@ pub fn logprobs<E: Element>(
     precision: Precision,
 ) -> (Vec<f32>, Vec<f32>) {
     let scale = targets.scale();
-    let mut asked = vec![(LogSumExp::default(), 0.0); targets.tokens.len()];
+    let mut sums = vec![(LogSumExp::default(), 0.0); targets.tokens.len()];
     blocks(hidden, weight, targets.softcap, precision, |rows, columns, logits| {
-        for_each_chunk(&mut asked[rows.clone()], 1, |i, asked| {
+        for_each_chunk(&mut sums[rows.clone()], 1, |i, sums| {
             let (logits, token) = (chunk(logits, columns.len(), i), targets.tokens[rows.start + i] as usize);
-            for (sum, chosen) in asked {
+            for (sum, chosen) in sums {
                 sum.add(logits, scale);
                 if columns.contains(&token) {
                     *chosen = logits[token - columns.start];
@@ -83,10 +83,10 @@ pub fn logprobs<E: Element>(
         let lse = sum.value();
         (chosen * scale - lse, lse)
     };
-    asked.iter().map(answer).unzip()
+    sums.iter().map(answer).unzip()
 }
 
-/// Entropies `-Σ p log p` of the rows, given their log-sum-exps: a second way through the vocabulary.
+/// Entropies `-Σ p log p` of the rows, given their log-sum-exps; computes the logits a second time.
 pub fn entropies<E: Element>(
     hidden: &[f32],
     weight: View<'_, E>,
@@ -121,18 +121,18 @@ per_isa! {
     }
 }
 
-/// What the way back through the head reads.
+/// Inputs of [`backward`].
 pub struct Saved<'a> {
     pub hidden: &'a [f32],
     pub lse: &'a [f32],
     /// Gradient of each log-probability.
     pub grad: &'a [f32],
-    /// Entropies and their gradients, where they were asked for.
+    /// Entropies and their gradients, if entropies were computed.
     pub entropy: Option<(&'a [f32], &'a [f32])>,
 }
 
-/// The gradient with respect to `hidden`; that with respect to the `weight` `[vocabulary, width]` is added to
-/// `d_weight`.
+/// Backward pass of [`logprobs`] and [`entropies`]: returns the gradient of `hidden`, and adds the gradient of `weight`,
+/// `[vocabulary, width]`, to `d_weight`.
 pub fn backward<E: Element>(
     saved: &Saved<'_>,
     weight: View<'_, E>,
@@ -165,7 +165,7 @@ pub fn backward<E: Element>(
     d_hidden
 }
 
-/// What is known of a row on the way back.
+/// What the backward pass knows of a row.
 #[derive(Clone, Copy)]
 struct Row {
     scale: f32,
@@ -177,15 +177,15 @@ struct Row {
 }
 
 impl Row {
-    /// Slope of the softcap at a bent logit.
+    /// Derivative of the softcap, given the softcapped logit.
     #[inline(always)]
-    fn slope(&self, bent: f32) -> f32 {
-        self.cap.map_or(1.0, |cap| 1.0 - (bent / cap) * (bent / cap))
+    fn slope(&self, softcapped: f32) -> f32 {
+        self.cap.map_or(1.0, |cap| 1.0 - (softcapped / cap) * (softcapped / cap))
     }
 }
 
 per_isa! {
-    /// Turns some columns of the logits into the gradient of `grad * logprob(target) + d_entropy * entropy`.
+    /// Replaces a block of a row's logits by the gradient of `grad * logprob(target) + d_entropy * entropy`.
     fn softmax_backward(logits: &mut [f32], target: Option<usize>, row: Row) {
         let chosen = target.and_then(|t| logits.get(t).copied());
         for x in logits.iter_mut() {
@@ -193,8 +193,8 @@ per_isa! {
             let d = -row.scale * exp(log) * (log + row.entropy).mul_add(row.d_entropy, row.grad);
             *x = d * row.slope(*x);
         }
-        if let (Some(bent), Some(x)) = (chosen, target.and_then(|t| logits.get_mut(t))) {
-            *x += row.grad * row.scale * row.slope(bent);
+        if let (Some(softcapped), Some(x)) = (chosen, target.and_then(|t| logits.get_mut(t))) {
+            *x += row.grad * row.scale * row.slope(softcapped);
         }
     }
 }

@@ -1,13 +1,13 @@
-//! Which instruction set the kernels run on, found once, and the macro that compiles a kernel for each.
+//! The instruction set that kernels run on, detected once, and the macro that compiles a kernel for each.
 
 use std::sync::OnceLock;
 
-/// An instruction set a kernel is compiled for.
+/// An instruction set that kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
-    /// Whatever the compiler makes of plain loops.
+    /// The target's baseline: what the compiler makes of plain loops.
     Portable,
-    /// NEON, which every AArch64 has.
+    /// NEON, which every AArch64 processor has.
     Neon,
     /// AVX2 with FMA.
     Avx2,
@@ -18,7 +18,8 @@ pub enum Isa {
 impl Isa {
     /// The widest instruction set of this machine.
     ///
-    /// `REHEARSAL_ISA=portable|avx2` asks for a narrower one, which changes the speed and no bit of a result.
+    /// The environment variable `REHEARSAL_ISA=portable|avx2` selects a narrower one, which changes the speed but no bit of
+    /// a result.
     pub fn detect() -> Isa {
         static FOUND: OnceLock<Isa> = OnceLock::new();
         *FOUND.get_or_init(|| {
@@ -57,12 +58,12 @@ impl Isa {
     }
 }
 
-/// Asks for a line of memory that is read soon, into the second-level cache: there are more fetches under way at a time than
-/// into the first. Nothing happens where there is no memory.
+/// Prefetches a cache line into the second-level cache, which allows more outstanding fetches than the first-level cache.
+/// An address that is not mapped is ignored.
 #[inline(always)]
 pub fn prefetch<T>(at: *const T) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint.
+    // SAFETY: a prefetch is a hint and does not fault.
     unsafe {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         _mm_prefetch::<_MM_HINT_T1>(at.cast());
@@ -76,9 +77,11 @@ pub fn prefetch<T>(at: *const T) {
     let _ = at;
 }
 
-/// Compiles the body once per instruction set and calls the one that fits this machine.
+/// Defines a function whose body is compiled once per instruction set; calls run the widest that this machine has.
 ///
-/// The body is plain Rust over fixed-size lanes; LLVM turns it into vectors of the enabled width.
+/// The body is plain Rust over fixed-size lanes, which LLVM vectorises to the enabled width. Multiplications and additions
+/// are fused only where the body says `mul_add`, so every version computes the same bits.
+#[macro_export]
 macro_rules! per_isa {
     ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
@@ -96,16 +99,16 @@ macro_rules! per_isa {
                 #[target_feature(enable = "avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
                 fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
-                match $crate::kernels::Isa::detect() {
+                match $crate::Isa::detect() {
                     // SAFETY: `detect` returns an instruction set that this machine has.
-                    $crate::kernels::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
-                    $crate::kernels::Isa::Avx2 => return unsafe { avx2($($arg),*) },
-                    $crate::kernels::Isa::Portable | $crate::kernels::Isa::Neon => {}
+                    $crate::Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::Isa::Portable | $crate::Isa::Neon => {}
                 }
             }
             body($($arg),*)
         }
     };
 }
-pub(crate) use per_isa;
+pub use per_isa;

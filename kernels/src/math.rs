@@ -1,9 +1,9 @@
-//! Row arithmetic shared by the kernels: lanes, reductions, exponentials.
+//! Row arithmetic that kernels share: elementary functions, reductions over sixteen lanes, log-sum-exp.
 
 /// Elements of a block of [`block_sums`].
 pub const SUM_BLOCK: usize = 512;
 
-/// Lanes of every row reduction, on every instruction set.
+/// Number of lanes of every row reduction, on every instruction set.
 pub const LANES: usize = 16;
 
 /// `exp(x)` in f32 to about 1 ulp, branch-free so that it vectorises; 0 below -87.3, +inf above 88.7.
@@ -26,7 +26,7 @@ pub fn exp(x: f32) -> f32 {
     p = p.mul_add(r, 1.666_666_5e-1);
     p = p.mul_add(r, 0.5);
     let y = p.mul_add(r * r, r) + 1.0;
-    // 2^n in two factors, so that neither end of the range overflows on the way.
+    // 2^n as two factors, so that neither overflows at the ends of the range.
     let k = shifted.to_bits() as i32 - 12_582_912.0_f32.to_bits() as i32;
     let half = k >> 1;
     let scale = |e: i32| f32::from_bits(((e + 127) << 23) as u32);
@@ -55,22 +55,22 @@ pub fn tanh(x: f32) -> f32 {
     ((1.0 - e) / (1.0 + e)).copysign(x)
 }
 
-/// `x = cap * tanh(x * scale / cap)`.
+/// Softcap of scaled elements: `x = cap * tanh(x * scale / cap)`.
 #[inline(always)]
-pub fn bend(row: &mut [f32], scale: f32, cap: f32) {
+pub fn softcap_scaled(row: &mut [f32], scale: f32, cap: f32) {
     for x in row {
         *x = cap * tanh(*x * (scale / cap));
     }
 }
 
-super::isa::per_isa! {
-    /// Logits bent to `cap · tanh(logit / cap)` (Gemma 2).
+crate::isa::per_isa! {
+    /// Softcap: `x = cap * tanh(x / cap)` (Gemma 2).
     pub fn softcap(row: &mut [f32], cap: f32) {
-        bend(row, 1.0, cap);
+        softcap_scaled(row, 1.0, cap);
     }
 }
 
-/// Folds lanes pairwise: (0,8) (1,9) … then (0,4) … and so on.
+/// Combines lanes in a fixed tree: (0, 8), (1, 9), …, then (0, 4), …, then (0, 2), (1, 3), then (0, 1).
 #[inline(always)]
 fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut width = LANES / 2;
@@ -99,7 +99,7 @@ pub fn max(row: &[f32]) -> f32 {
     fold(lanes, |a, b| if a > b { a } else { b })
 }
 
-/// Sums of what `f` makes of the elements that stand at the same place in rows of one length: place `i` goes to lane
+/// Sums `f` over the elements at the same index of `K` rows of equal length, for `N` sums at once; index `i` goes to lane
 /// `i % LANES`.
 #[inline(always)]
 pub fn sums<const K: usize, const N: usize>(rows: [&[f32]; K], f: impl Fn([f32; K]) -> [f32; N]) -> [f32; N] {
@@ -123,7 +123,7 @@ pub fn sums<const K: usize, const N: usize>(rows: [&[f32]; K], f: impl Fn([f32; 
     lanes.map(|lanes| sum(&lanes))
 }
 
-/// Sum over sixteen lanes.
+/// Sum of a row, over sixteen lanes.
 #[inline(always)]
 pub fn sum(row: &[f32]) -> f32 {
     let mut lanes = [0.0; LANES];
@@ -175,10 +175,10 @@ pub fn exp_row(row: &mut [f32], scale: f32, shift: f32) -> f32 {
     fold(lanes, |a, b| a + b)
 }
 
-/// Columns of a logits row whose exponentials are summed before they are merged with the others'.
+/// Columns of a block of [`LogSumExp`].
 pub const LSE_BLOCK: usize = 4096;
 
-/// Log of a sum of exponentials, block by block: the same bits whether a row is at hand whole or in pieces of
+/// Log-sum-exp of a row, computed block by block: the bits are the same whether the row exists whole or only in blocks of
 /// [`LSE_BLOCK`] columns.
 #[derive(Debug, Clone, Copy)]
 pub struct LogSumExp {
@@ -193,7 +193,7 @@ impl Default for LogSumExp {
 }
 
 impl LogSumExp {
-    /// Takes in the next block of at most [`LSE_BLOCK`] columns, each times `scale`.
+    /// Adds the next block of at most [`LSE_BLOCK`] columns, each times `scale`.
     pub fn add(&mut self, block: &[f32], scale: f32) {
         let (top, total) = block_log_sum_exp(block, scale);
         if top > self.top {
@@ -204,13 +204,13 @@ impl LogSumExp {
         }
     }
 
-    /// The logarithm.
+    /// The log-sum-exp of the blocks added so far.
     pub fn value(&self) -> f32 {
         self.top + self.total.ln()
     }
 }
 
-super::isa::per_isa! {
+crate::isa::per_isa! {
     /// The largest `x * scale` and the sum of `exp(x * scale - largest)`.
     fn block_log_sum_exp(row: &[f32], scale: f32) -> (f32, f32) {
         let top = max(row) * scale;
@@ -240,14 +240,14 @@ pub fn log_sum_exp(row: &[f32], scale: f32) -> f32 {
     sum.value()
 }
 
-super::isa::per_isa! {
+crate::isa::per_isa! {
     /// `row[i] = exp(row[i] * scale - shift)`.
     pub fn exp_all(row: &mut [f32], scale: f32, shift: f32) {
         exp_row(row, scale, shift);
     }
 }
 
-super::isa::per_isa! {
+crate::isa::per_isa! {
     /// Sums of consecutive blocks of [`SUM_BLOCK`] elements, and of what is left.
     pub fn block_sums(row: &[f32], out: &mut Vec<f64>) {
         out.clear();

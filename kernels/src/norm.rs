@@ -1,19 +1,19 @@
-//! Normalisation of rows.
+//! RMSNorm and LayerNorm of rows, and of the heads within rows; forward and backward.
 
 use std::ops::Range;
 
-use super::Shared;
-use super::isa::per_isa;
-use super::math::{dot, sum, sums};
-use super::team::{chunk, for_each, for_each_chunk, lend, share};
+use crate::isa::per_isa;
+use crate::math::{dot, sum, sums};
+use crate::shared::Shared;
+use crate::team::{chunk, for_each, for_each_chunk, lend, share};
 
-/// Rows a task takes at a time, at most.
+/// Rows per task, at most.
 const ROWS: usize = 32;
 
-/// Columns of a weight's gradient that a task takes at a time.
+/// Columns of a weight's gradient per task.
 const COLUMNS: usize = 64;
 
-/// Elements a task takes at a time of rows of `width`.
+/// Elements per task, for rows of `width` elements.
 fn block(x: &[f32], width: usize) -> usize {
     share(x.len() / width.max(1), ROWS) * width
 }
@@ -24,8 +24,8 @@ pub fn rms_norm(x: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
     for_each_chunk(out, block, |i, out| rows(chunk(x, block, i), w, eps, out));
 }
 
-/// Adds the gradients of [`rms_norm`] with respect to `x` and `w` to `dx` and `dw`, given `grad` with respect to its
-/// result.
+/// Backward pass of [`rms_norm`]: adds the gradients of `x` and `w` to `dx` and `dw`, given `grad`, the gradient of the
+/// output.
 pub fn rms_norm_backward(x: &[f32], w: &[f32], eps: f32, grad: &[f32], dx: &mut [f32], dw: &mut [f32]) {
     let block = block(x, w.len());
     for_each_chunk(dx, block, |i, dx| rows_backward(chunk(x, block, i), w, eps, chunk(grad, block, i), dx));
@@ -62,7 +62,7 @@ per_isa! {
     }
 }
 
-/// Where vectors that are normalised lie in a matrix: so many side by side in each row.
+/// Where the vectors to normalise are in a matrix: side by side in some columns of each row.
 struct Vectors {
     width: usize,
     columns: Range<usize>,
@@ -70,7 +70,7 @@ struct Vectors {
 }
 
 impl Vectors {
-    /// Whole rows.
+    /// One vector per row, the whole row.
     fn rows(dim: usize) -> Self {
         Self { width: dim, columns: 0..dim, dim }
     }
@@ -83,7 +83,7 @@ impl Vectors {
         self.columns.len() / self.dim.max(1)
     }
 
-    /// Where a vector begins.
+    /// Index of a vector's first element.
     #[inline(always)]
     fn start(&self, vector: usize) -> usize {
         let (row, place) = (vector / self.per_row(), vector % self.per_row());
@@ -91,7 +91,7 @@ impl Vectors {
     }
 }
 
-/// Adds the gradient of an RMSNorm's weight to `dw`, each column one chain over the vectors.
+/// Adds the gradient of an RMSNorm's weight to `dw`. Each column is one chain of additions in the order of the vectors.
 fn weight_gradient(x: &[f32], grad: &[f32], vectors: &Vectors, eps: f32, dw: &mut [f32]) {
     lend!(Vec<f32>, |inverse: &mut Vec<f32>| {
         inverse.resize(vectors.count(x), 0.0);
@@ -128,7 +128,8 @@ pub fn layer_norm(x: &[f32], w: &[f32], b: &[f32], eps: f32, out: &mut [f32]) {
     for_each_chunk(out, block, |i, out| layer_rows(chunk(x, block, i), w, b, eps, out));
 }
 
-/// Adds the gradients of [`layer_norm`] with respect to `x`, `w` and `b`, given `grad` with respect to its result.
+/// Backward pass of [`layer_norm`]: adds the gradients of `x`, `w` and `b` to `dx`, `dw` and `db`, given `grad`, the gradient
+/// of the output.
 pub fn layer_norm_backward(
     x: &[f32],
     w: &[f32],
@@ -146,14 +147,14 @@ pub fn layer_norm_backward(
         let (known, dw, db) = (&known[..], Shared::new(dw), Shared::new(db));
         for_each(n.div_ceil(COLUMNS), |i| {
             let (at, len) = (i * COLUMNS, COLUMNS.min(n - i * COLUMNS));
-            // SAFETY: these columns are this task's.
+            // SAFETY: no other task has these columns.
             let (dw, db) = unsafe { (dw.slice(at, len), db.slice(at, len)) };
             layer_columns(x, grad, n, known, at, dw, db);
         });
     })
 }
 
-/// RMSNorm, in place, of every head of `w.len()` columns in some columns of rows.
+/// RMSNorm, in place, of each head in `columns` of rows of `width`; a head has `w.len()` columns.
 pub fn head_norm(x: &mut [f32], width: usize, columns: Range<usize>, w: &[f32], eps: f32) {
     for_each_chunk(x, block(x, width), |_, x| {
         for row in x.chunks_exact_mut(width) {
@@ -162,8 +163,8 @@ pub fn head_norm(x: &mut [f32], width: usize, columns: Range<usize>, w: &[f32], 
     });
 }
 
-/// Turns the gradient of [`head_norm`]'s result in those columns of `grad` into that of `before`, and adds that of the
-/// weight to `dw`.
+/// Backward pass of [`head_norm`]: replaces the gradient of its output, in `columns` of `grad`, by the gradient of its input
+/// `before`, and adds the gradient of the weight to `dw`.
 pub fn head_norm_backward(
     before: &[f32],
     width: usize,
@@ -188,7 +189,7 @@ pub fn head_norm_backward(
     });
 }
 
-/// A row's mean and the inverse of its standard deviation.
+/// Mean of a row and the inverse of its standard deviation.
 #[inline(always)]
 fn moments(x: &[f32], eps: f32) -> (f32, f32) {
     let n = x.len() as f32;
@@ -231,7 +232,8 @@ per_isa! {
 }
 
 per_isa! {
-    /// The gradients of weight and bias from column `at` on, each one chain over the rows of width `n`.
+    /// Adds the gradients of weight and bias, from column `at` on. Each column is one chain in the order of the rows, of
+    /// width `n`; `known` has each row's mean and inverse deviation.
     fn layer_columns(x: &[f32], grad: &[f32], n: usize, known: &[(f32, f32)], at: usize, dw: &mut [f32], db: &mut [f32]) {
         let db = &mut db[..dw.len()];
         for (row, &(mean, r)) in known.iter().enumerate() {

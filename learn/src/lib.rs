@@ -1,7 +1,9 @@
-//! Objectives as pure functions beside their equations, the optimiser and its schedules.
+//! Objectives as pure functions next to their equations, the optimizer and its schedules.
 //!
-//! This crate knows no model, actor, store, clock, random number or log: tensors and a small configuration in,
-//! a loss and its statistics out.
+//! This crate knows no model, actor, store, clock or log. Objectives take tensors and a small configuration and return a
+//! loss and its statistics; they know no device and draw no random numbers. The [optimizer](adamw) alone runs device
+//! code, on the CPU or a [GPU backend](rehearsal_kernels::gpu), and rounds 8- and 16-bit moments stochastically, by random
+//! bits that are a function of the step and the element's index.
 
 pub mod adamw;
 pub mod ema;
@@ -17,9 +19,8 @@ pub mod rso;
 pub mod schedule;
 pub mod sft;
 pub mod token;
-mod wide;
 
-pub use adamw::{ADAMW_CUDA, AdamRule, AdamW, AdamWConfig, MomentType, clip_scale, global_norm};
+pub use adamw::{AdamRule, AdamW, AdamWConfig, MomentType, clip_scale, global_norm};
 pub use kl::{AdaptiveKl, KlEstimator};
 pub use pairs::{Pair, TieRule, select_pairs};
 pub use preference::{PreferenceConfig, PreferenceKind, PreferenceLogprobs, PreferenceLoss, preference_loss};
@@ -36,7 +37,7 @@ pub struct Whole {
     pub tokens: usize,
 }
 
-/// What can go wrong in an objective or the optimiser.
+/// What can go wrong in an objective or the optimizer.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("`{name}` = {value} must be {range}")]
@@ -49,7 +50,7 @@ pub enum Error {
     Ratings(String),
     #[error("the loss needs {0}")]
     Missing(&'static str),
-    #[error("the optimiser's moments do not fit: {0}")]
+    #[error("the optimizer's moments do not fit: {0}")]
     Moments(String),
     #[error("{what}: {found} values, but {wanted} are needed")]
     Length { what: &'static str, found: usize, wanted: usize },

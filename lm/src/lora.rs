@@ -9,14 +9,14 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, Var, safetensors};
+use rehearsal_kernels::gemm::{Packed, Precision, gemm};
+use rehearsal_kernels::random::{Region, Stream};
 use serde_json::{Value, json};
 
+use crate::cpu::with_views;
 use crate::error::{Error, Result};
-use crate::kernels::gemm::{Packed, Precision, gemm};
 use crate::load::Checkpoint;
 use crate::model::{Decoder, HeadKind, Parameters};
-use crate::pass::with_views;
-use crate::random::{Region, Stream};
 
 /// What PEFT puts before the names of modules.
 const PREFIX: &str = "base_model.model.";

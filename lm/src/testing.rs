@@ -1,11 +1,11 @@
 //! A very small model for this crate's tests.
 
 use candle_core::{Device, Tensor};
+use rehearsal_kernels::random::Stream;
 use serde_json::json;
 
 use crate::load::Checkpoint;
 use crate::model::{Architecture, Parameters};
-use crate::random::Stream;
 use crate::text::Text;
 
 /// Random weights over a vocabulary of the letters a to z, the space and three special tokens.

@@ -1,18 +1,17 @@
-//! Attention of one new token against the keys and values of those before it.
+//! Attention of one new token against the KV cache.
 
-use super::{Heads, KEY_BLOCK, softmax};
-use crate::kernels::isa::{per_isa, prefetch};
+use super::heads::{Heads, KEY_BLOCK, softmax};
+use crate::isa::{per_isa, prefetch};
 
-/// Keys that are scored together at least: what a vector holds.
+/// Keys that are scored together, at least: the elements of a vector.
 const LANES: usize = 16;
 
 per_isa! {
-    /// The queries of heads that share a key head, side by side, against the keys `first..len` of a cache; their results go to
-    /// `out` alike.
+    /// Attention of the query heads that share a key head, against the keys `first..len` of a cache.
     ///
-    /// `keys` is `[blocks][dim][KEY_BLOCK]`, `values` `[blocks * KEY_BLOCK][dim]`. `scores` is scratch of at least [`KEY_BLOCK`]
-    /// for each block. `next` is what is read after this: it is asked for meanwhile. `lse` takes the log-sum-exp of each query's
-    /// scores.
+    /// `queries` and `out` are `[query heads][dim]`; `keys` is `[blocks][dim][KEY_BLOCK]` and `values` is
+    /// `[blocks * KEY_BLOCK][dim]`. `scores` is scratch of at least [`KEY_BLOCK`] elements per block. `lse` receives the
+    /// log-sum-exp of each query's scores. `next` is memory that is read after this call; it is prefetched.
     pub fn attend(
         queries: &[f32],
         keys: &[f32],
@@ -27,8 +26,8 @@ per_isa! {
     ) {
         let dim = heads.dim;
         for (i, (query, out)) in queries.chunks_exact(dim).zip(out.chunks_exact_mut(dim)).enumerate() {
-            // The first query has the values fetched while it goes through the keys, and what comes next while it goes through
-            // the values; the others find both near.
+            // The first query prefetches the values while it reads the keys, and `next` while it reads the values. The other
+            // queries find both in the cache.
             let (coming, next) = if i == 0 { (&values[..len * dim], next) } else { (&[][..], &[][..]) };
             products(query, keys, coming, first, len, scores);
             let row = &mut scores[first..len];
@@ -43,8 +42,8 @@ per_isa! {
     }
 }
 
-/// `out[j] = Σ_d x[d] * keys[j][d]` for the blocks that cover `first..len`. `coming` is laid out like the keys, block by block,
-/// and is fetched at the same pace.
+/// `out[j] = Σ_d x[d] * keys[j][d]` for the blocks that cover `first..len`. `coming` has the layout of the keys and is
+/// prefetched block by block.
 #[inline(always)]
 fn products(x: &[f32], keys: &[f32], coming: &[f32], first: usize, len: usize, out: &mut [f32]) {
     for block in first / KEY_BLOCK..len.div_ceil(KEY_BLOCK) {
@@ -60,7 +59,7 @@ fn products(x: &[f32], keys: &[f32], coming: &[f32], first: usize, len: usize, o
     }
 }
 
-/// The first `W` products of a block.
+/// The first `W` dot products of a block.
 #[inline(always)]
 fn block_products<const W: usize>(x: &[f32], keys: &[f32], coming: &[f32], out: &mut [f32]) {
     let mut lanes = [0.0f32; W];
@@ -73,7 +72,7 @@ fn block_products<const W: usize>(x: &[f32], keys: &[f32], coming: &[f32], out: 
     out[..W].copy_from_slice(&lanes);
 }
 
-/// Asks for the `n`-th `W` floats of what is coming.
+/// Prefetches the `n`-th group of `W` floats of `coming`.
 #[inline(always)]
 fn fetch<const W: usize>(coming: &[f32], n: usize) {
     if let Some(part) = coming.get(n * W..(n + 1) * W) {
@@ -81,7 +80,7 @@ fn fetch<const W: usize>(coming: &[f32], n: usize) {
     }
 }
 
-/// `out = Σ_j weights[j] * rows[j]`, each element one chain in the order of `j`.
+/// `out = Σ_j weights[j] * rows[j]`; each element is one chain in the order of `j`.
 #[inline(always)]
 fn weighted_sum(weights: &[f32], rows: &[f32], next: &[f32], out: &mut [f32]) {
     match out.len() {

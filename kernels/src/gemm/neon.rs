@@ -1,19 +1,19 @@
-//! Tiles on NEON, with the bits of the portable code.
+//! The innermost loops of products on NEON. They compute the same bits as the portable code.
 
 use std::arch::aarch64::*;
 
 use super::bf16::{Pair, flushed};
-use super::tile::{MR, NR, Out};
+use super::panel::{MR, NR, Out};
 
-/// Vectors of a row of a tile.
+/// Vectors per row of a tile.
 const VECTORS: usize = NR / 4;
 
-/// [`super::tile::accumulate`] in f32.
+/// [`super::tile::accumulate`] on NEON.
 ///
 /// # Safety
 /// `a` and `b` are equally deep panels; the rule of [`super::tile::accumulate`] for `out`. No row past `rows` is touched.
 pub unsafe fn f32_tile(rows: usize, a: &[f32], b: &[f32], out: Out) {
-    // Three rows of sums take 24 of the 32 registers.
+    // Three rows of sums use 24 of the 32 vector registers.
     for first in (0..rows).step_by(3) {
         // SAFETY: the caller's promise.
         unsafe {
@@ -50,7 +50,8 @@ unsafe fn f32_rows<const R: usize>(first: usize, a: &[f32], b: &[f32], out: Out)
     }
 }
 
-/// [`super::bf16::accumulate`]: of each pair the odd product and then the even one, denormals taken as zero.
+/// [`super::bf16_tile::accumulate`] on NEON: adds the odd product of each pair, then the even one; denormals are taken as
+/// zero.
 ///
 /// # Safety
 /// As for [`f32_tile`].
@@ -94,7 +95,7 @@ unsafe fn bf16_rows<const R: usize>(first: usize, a: &[Pair], b: &[Pair], out: O
     }
 }
 
-/// Denormals as zeros of their signs.
+/// Replaces denormals by zeros of the same sign.
 #[inline(always)]
 unsafe fn flush(x: float32x4_t) -> float32x4_t {
     // SAFETY: NEON is part of every AArch64.
@@ -105,7 +106,7 @@ unsafe fn flush(x: float32x4_t) -> float32x4_t {
     }
 }
 
-/// The sums that rows begin with.
+/// The initial sums of `R` rows from row `first` on.
 #[inline(always)]
 unsafe fn load<const R: usize>(first: usize, out: Out) -> [[float32x4_t; VECTORS]; R] {
     // SAFETY: the caller's promise: the rows exist.

@@ -1,20 +1,21 @@
-//! Operands in panels: the summed index outermost, so that a tile reads both operands front to back.
+//! Packing factors into panels. The summed index is outermost, so that a tile reads both panels front to back.
 
 use super::bf16::{Pair, round};
-use super::tile::{MR, NR, panel_rows};
-use super::{View, bf16, tile};
-use crate::kernels::isa::{per_isa, prefetch};
-use crate::kernels::team::{for_each_chunk, lend};
+use super::panel::{MR, NR, Out, panel_rows};
+use super::view::View;
+use super::{bf16, bf16_tile, tile};
+use crate::isa::{per_isa, prefetch};
+use crate::team::{for_each_chunk, lend};
 
-/// What a matrix is made of: f32 or bfloat16.
+/// An element of a matrix: f32 or bfloat16.
 pub trait Element: Copy + Send + Sync {
     /// The value.
     fn widen(self) -> f32;
     /// The nearest bfloat16.
     fn narrow(self) -> u16;
-    /// `out[i]` is element `i` of `row`.
+    /// `out[i]` is element `i` of `row`, as f32.
     fn copy(row: &[Self], out: &mut [f32]);
-    /// `out[i]` is elements `2 i` and `2 i + 1` of `row`, the second maybe missing at the end.
+    /// `out[i]` is elements `2 i` and `2 i + 1` of `row`. If the last has no neighbour, its high half is zero.
     fn pair(row: &[Self], out: &mut [Pair]);
     /// `out[i] = (low[i], high[i])`.
     fn zip_rows(low: &[Self], high: &[Self], out: &mut [Pair]);
@@ -88,18 +89,19 @@ per_isa! {
 
 /// An element of a panel: one f32, or a pair of bfloat16 along the summed index.
 pub trait Lane: Copy + Default + Send + Sync + 'static {
-    /// Steps of the summed index in one element.
+    /// Steps of the summed index per lane.
     const STEPS: usize;
-    /// The lanes of one row, whose elements are steps.
+    /// Converts a row, whose index is the summed index, to lanes.
     fn copy_row<E: Element>(row: &[E], out: &mut [Self]);
-    /// Lanes of neighbouring columns, from rows of the matrix; `rows` has [`Lane::STEPS`], the last maybe missing.
+    /// Converts [`Lane::STEPS`] rows, each of one step of the summed index, to one lane per column. The second row may be
+    /// missing.
     fn copy_columns<E: Element>(first: &[E], second: Option<&[E]>, out: &mut [Self]);
-    /// Continues a tile.
+    /// Adds a panel's products to a tile.
     ///
     /// # Safety
     /// As for [`tile::accumulate`].
-    unsafe fn accumulate(rows: usize, a: &[Self], b: &[Self], out: tile::Out);
-    /// This thread's buffer, kept between products.
+    unsafe fn accumulate(rows: usize, a: &[Self], b: &[Self], out: Out);
+    /// Calls `f` with this thread's buffer, which is kept between products.
     fn with_scratch<T>(f: impl FnOnce(&mut Vec<Self>) -> T) -> T;
 }
 
@@ -111,7 +113,7 @@ impl Lane for f32 {
     fn copy_columns<E: Element>(first: &[E], _: Option<&[E]>, out: &mut [f32]) {
         E::copy(first, out);
     }
-    unsafe fn accumulate(rows: usize, a: &[f32], b: &[f32], out: tile::Out) {
+    unsafe fn accumulate(rows: usize, a: &[f32], b: &[f32], out: Out) {
         // SAFETY: the caller's promise.
         unsafe { tile::accumulate(rows, a, b, out) }
     }
@@ -135,26 +137,26 @@ impl Lane for Pair {
             }
         }
     }
-    unsafe fn accumulate(rows: usize, a: &[Pair], b: &[Pair], out: tile::Out) {
+    unsafe fn accumulate(rows: usize, a: &[Pair], b: &[Pair], out: Out) {
         // SAFETY: the caller's promise.
-        unsafe { bf16::accumulate(rows, a, b, out) }
+        unsafe { bf16_tile::accumulate(rows, a, b, out) }
     }
     fn with_scratch<T>(f: impl FnOnce(&mut Vec<Pair>) -> T) -> T {
         lend!(Vec<Pair>, f)
     }
 }
 
-/// Rows ahead of the one being packed that are asked for.
+/// Rows between the row being packed and the row being prefetched.
 const AHEAD: usize = 16;
 
-/// Asks for a piece of a row of memory and of the one after it.
+/// Prefetches a range of a row in memory, and the same range of the next row.
 #[inline(always)]
 fn fetch<E>(data: &[E], at: usize, len: usize, stride: usize) {
     fetch_piece(data, at, len);
     fetch_piece(data, at + stride, len);
 }
 
-/// Asks for elements of `data`, or of what lies behind it.
+/// Prefetches `len` elements from `data[at]` on, which may be past its end.
 #[inline(always)]
 fn fetch_piece<E>(data: &[E], at: usize, len: usize) {
     for i in (0..len).step_by(64 / size_of::<E>()).chain(len.checked_sub(1)) {
@@ -162,7 +164,7 @@ fn fetch_piece<E>(data: &[E], at: usize, len: usize) {
     }
 }
 
-/// Copies a row of a tile, whose usual widths take no call.
+/// Copies a row. The widths of whole tiles are inlined.
 #[inline(always)]
 fn copy<T: Copy>(row: &[T], out: &mut [T]) {
     #[inline(always)]
@@ -183,10 +185,10 @@ fn copy<T: Copy>(row: &[T], out: &mut [T]) {
     }
 }
 
-/// Panels that are filled together from rows of memory, so that longer pieces are read.
+/// Panels that are packed together from a transposed matrix, so that longer ranges of memory are read.
 const GROUP: usize = 4;
 
-/// Writes columns of `part` into a `[lanes][NR]` panel, from column `at` of the panel on.
+/// Packs columns of `part` into a `[lanes][NR]` panel, from column `at` of the panel on.
 pub fn columns<E: Element, L: Lane>(part: &View<'_, E>, columns: std::ops::Range<usize>, panel: &mut [L], at: usize) {
     let depth = part.rows;
     if part.col_stride == 1 {
@@ -209,13 +211,13 @@ pub fn columns<E: Element, L: Lane>(part: &View<'_, E>, columns: std::ops::Range
     }
 }
 
-/// Writes rows of steps to columns of a panel `[lanes][WIDTH]`.
+/// Packs rows, whose index is the summed index, as columns of a `[lanes][WIDTH]` panel.
 fn interleave<'a, E: Element + 'a, L: Lane, const WIDTH: usize>(
     rows: impl Iterator<Item = (usize, &'a [E])>,
     panel: &mut [L],
 ) {
-    // Lanes that are made at a time, in a row of their own, before they are spread over their part of the panel, which
-    // stays in the first-level cache meanwhile.
+    // Lanes that are converted at a time, before they are written to their column. The panel's part that they go to stays in
+    // the first-level cache meanwhile.
     const BLOCK: usize = 64;
     let mut all: [(usize, &[E]); WIDTH] = [(0, &[]); WIDTH];
     let mut count = 0;
@@ -238,19 +240,19 @@ fn interleave<'a, E: Element + 'a, L: Lane, const WIDTH: usize>(
     }
 }
 
-/// Packs rows of `a`, for the given range of `k`, into panels ([`panel_rows`]); panels lie `lanes * MR` apart.
+/// Packs rows of `a`, for a range of `k`, into panels of [`panel_rows`], `lanes * MR` lanes apart.
 pub fn rows<E: Element, L: Lane>(a: View<'_, E>, k: std::ops::Range<usize>, packed: &mut Vec<L>, parallel: bool) {
     let lanes = k.len().div_ceil(L::STEPS);
     let size = lanes * MR;
-    // Rows past the last of `a` keep what was there: their results are not used.
+    // Rows past the last of `a` keep old values: their results are not used.
     packed.resize(a.rows.div_ceil(MR) * size, L::default());
-    let turned = a.col_stride != 1;
-    assert!(!turned || a.row_stride == 1, "a view is row-major or the transpose of one");
-    let group = if turned { GROUP } else { 1 };
+    let transposed = a.col_stride != 1;
+    assert!(!transposed || a.row_stride == 1, "a view is row-major or the transpose of one");
+    let group = if transposed { GROUP } else { 1 };
     let fill = |first: usize, panels: &mut [L]| {
         let first = first * group;
-        if turned {
-            return turned_rows(a, k.clone(), first, panels, size);
+        if transposed {
+            return transposed_rows(a, k.clone(), first, panels, size);
         }
         let rows = panel_rows(a.rows, first).enumerate();
         let rows = rows.map(|(i, r)| (i, &a.data[r * a.row_stride + k.start..r * a.row_stride + k.end]));
@@ -264,8 +266,8 @@ pub fn rows<E: Element, L: Lane>(a: View<'_, E>, k: std::ops::Range<usize>, pack
     }
 }
 
-/// Packs rows that lie in columns of memory: panels of `size` lanes, from the `first` on.
-fn turned_rows<E: Element, L: Lane>(
+/// Packs rows of a transposed matrix into panels of `size` lanes, of which the first is the `first`-th of the matrix.
+fn transposed_rows<E: Element, L: Lane>(
     a: View<'_, E>,
     k: std::ops::Range<usize>,
     first: usize,

@@ -1,97 +1,14 @@
-//! The innermost tile of a matrix product: up to [`MR`] rows by [`NR`] columns, kept in registers.
-//!
-//! Panels are packed with the summed index outermost: `a[k * MR + i]`, `b[k * NR + j]`.
+//! The innermost loops of an f32 product: one tile, kept in registers.
 
-use crate::kernels::Isa;
-use crate::kernels::isa::prefetch;
+use super::panel::{MR, NR, Out};
+use crate::isa::Isa;
 
-/// Rows of a tile.
-pub const MR: usize = 12;
-/// Columns of a tile.
-pub const NR: usize = 32;
-
-/// A tile of its own, for results that do not fill a whole one.
-pub type Tile = [f32; MR * NR];
-
-/// Where a tile's sums go: rows of [`NR`] columns, `stride` apart.
-#[derive(Clone, Copy)]
-pub struct Out {
-    pub start: *mut f32,
-    pub stride: usize,
-    /// The sums continue what is there; else they start from zero.
-    pub add: bool,
-    pub fetch: Fetch,
-}
-
-/// What a tile asks of memory for those after it: with each step of the summed index, the next `step` elements (at most [`NR`])
-/// from `from` elements after the start of the right-hand panel on.
-#[derive(Clone, Copy, Default)]
-pub struct Fetch {
-    pub from: usize,
-    pub step: usize,
-}
-
-impl Fetch {
-    /// The walk that a tile takes ahead of the panel it reads.
-    #[inline(always)]
-    pub fn ahead_of<L>(self, panel: *const L) -> Ahead<L> {
-        Ahead { at: panel.wrapping_add(self.from), step: self.step }
-    }
-}
-
-/// A [`Fetch`] under way.
-pub struct Ahead<L> {
-    at: *const L,
-    step: usize,
-}
-
-impl<L> Ahead<L> {
-    /// Asks for what belongs to one step of the summed index: two lines of memory at most.
-    #[inline(always)]
-    pub fn go_on(&mut self) {
-        prefetch(self.at);
-        prefetch(self.at.wrapping_add(self.step / 2));
-        self.at = self.at.wrapping_add(self.step);
-    }
-}
-
-impl Out {
-    /// A whole tile of memory.
-    pub fn tile(tile: &mut Tile, add: bool) -> Self {
-        Self { start: tile.as_mut_ptr(), stride: NR, add, fetch: Fetch::default() }
-    }
-}
-
-/// Rows of the `panel`-th of the panels that `rows` rows take: [`MR`] each, but where the last would have few, it takes some of
-/// the one before, since narrow tiles are slow.
-pub fn panel_rows(rows: usize, panel: usize) -> std::ops::Range<usize> {
-    const MOVED: usize = 4;
-    let panels = rows.div_ceil(MR);
-    let moves = panels > 1 && (1..=MOVED).contains(&(rows % MR));
-    let end = |panel: usize| match panels - panel {
-        1 => rows,
-        2 if moves => (panel + 1) * MR - MOVED,
-        _ => (panel + 1) * MR,
-    };
-    panel.checked_sub(1).map_or(0, end)..end(panel)
-}
-
-/// Rows that a kernel computes when `rows` are wanted: at least as many, whatever the instruction set.
-pub fn rows_written(rows: usize) -> usize {
-    match rows {
-        0..=4 => rows,
-        5 | 6 => 6,
-        7 | 8 => 8,
-        _ => MR,
-    }
-}
-
-/// Sums the products of two packed panels, in the order of `k`, for the first `rows` rows of a tile.
+/// Adds the products of two packed panels, in the order of `k`, for the first `rows` rows of a tile.
 ///
-/// `a` holds `MR` and `b` holds `NR` elements for each of the same number of `k`.
+/// For each of the same number of `k`, `a` has `MR` elements and `b` has `NR`.
 ///
 /// # Safety
-/// [`rows_written`] rows of [`NR`] columns exist at `out`, and belong to the caller.
+/// [`rows_written`](super::panel::rows_written) rows of [`NR`] columns exist at `out`, and the caller has exclusive access.
 pub unsafe fn accumulate(rows: usize, a: &[f32], b: &[f32], out: Out) {
     assert!(rows <= MR && a.len() / MR == b.len() / NR, "panels of unequal depth");
     // SAFETY: `detect` returns an instruction set this machine has; the panels are equally deep; the caller's promise.
@@ -125,9 +42,8 @@ unsafe fn portable(rows: usize, a: &[f32], b: &[f32], out: Out) {
     }
 }
 
-/// A kernel of 32 registers of 16 sums: the function `$name(rows, a, b, out)` over panels of `$lane`, given how to load a
-/// vector of the right-hand side, how to spread an element of the left-hand side over one, and the step that adds
-/// their products to a sum.
+/// Defines a kernel for AVX-512, `$name(rows, a, b, out)`, over panels of `$lane`. `$load` loads a vector of the right-hand
+/// side, `$spread` broadcasts an element of the left-hand side, and `$step` adds their products to a vector of sums.
 #[cfg(target_arch = "x86_64")]
 macro_rules! avx512_kernel {
     ($name:ident, $features:literal, $lane:ty, |$b:ident| $load:expr, |$a:ident| $spread:expr,
@@ -195,7 +111,7 @@ pub(crate) use avx512_kernel;
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{MR, NR, Out};
+    use crate::gemm::panel::{MR, NR, Out};
     use std::arch::x86_64::*;
 
     avx512_kernel!(
@@ -263,16 +179,7 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn panels_cover_all_rows_in_order() {
-        for rows in 1..100usize {
-            let panels: Vec<_> = (0..rows.div_ceil(MR)).map(|p| panel_rows(rows, p)).collect();
-            assert_eq!(panels.iter().flat_map(|p| p.clone()).collect::<Vec<_>>(), (0..rows).collect::<Vec<_>>());
-            assert!(panels.iter().all(|p| p.len() <= MR && (panels.len() == 1 || p.len() > 4)), "{panels:?}");
-        }
-        assert_eq!(panel_rows(16, 0), 0..8);
-    }
+    use crate::gemm::panel::Tile;
 
     fn panel(width: usize, depth: usize, seed: u32) -> Vec<f32> {
         let mut state = seed;

@@ -1,21 +1,23 @@
-//! Where the rows of a pass stand, as the kernels of attention read it.
+//! Tiles of packed sequences, as the attention kernels read them.
 
 use std::ops::Range;
 
 use candle_core::Result;
 
-use super::buffer::{Buffer, Launcher};
-use crate::kernels::attention::Family;
+use super::buffer::Buffer;
+use super::launcher::Launcher;
+use crate::attention::Family;
 
-/// Numbers of a tile of queries: first row, rows, first row of its part, first row of its prompt, length of that.
+/// Integers per tile of queries: first row, number of rows, first row of its part, first row of its prompt, length of the
+/// prompt.
 pub const QUERY_TILE: usize = 5;
-/// Numbers of a tile of keys: first row, rows, end of the rows that may see them.
+/// Integers per tile of keys: first row, number of rows, end of the rows that may attend to them.
 pub const KEY_TILE: usize = 3;
 
-/// Rows of a tile.
+/// Rows per tile, at most.
 const TILE: usize = 64;
 
-/// Positions and tiles on the device.
+/// Positions of packed rows, and their tiles, on the device.
 pub struct Layout {
     pub positions: Buffer,
     pub query_tiles: Buffer,
@@ -23,7 +25,7 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Rows at positions, in families whose rows follow one another.
+    /// Uploads the positions of rows, and the tiles of the families that they belong to.
     pub fn new(launcher: &Launcher, positions: &[u32], families: &[Family]) -> Result<Self> {
         let (queries, keys) = tiles(families);
         Ok(Self {
@@ -33,13 +35,13 @@ impl Layout {
         })
     }
 
-    /// Rows of which only the positions matter, which are on the device already.
+    /// Rows without tiles, for kernels that read only the positions, which are on the device already.
     pub fn at(positions: Buffer, launcher: &Launcher) -> Result<Self> {
         Ok(Self { positions, query_tiles: launcher.upload(&[])?, key_tiles: launcher.upload(&[])? })
     }
 }
 
-/// Tiles of queries, longest work first, and of keys.
+/// Tiles of queries, those with the most keys first, and tiles of keys.
 fn tiles(families: &[Family]) -> (Vec<u32>, Vec<u32>) {
     let (mut queries, mut keys) = (Vec::new(), Vec::new());
     for family in families {
@@ -67,7 +69,8 @@ fn tiles(families: &[Family]) -> (Vec<u32>, Vec<u32>) {
     (queries.concat(), keys.concat())
 }
 
-/// Rows by what they are added to: the targets, each once; where the rows of each begin; and the rows in that order.
+/// Groups rows by the target that they are added to: the targets, sorted; where the rows of each target start; and the
+/// rows in that order.
 pub fn by_target(ids: &[u32]) -> (Vec<u32>, Vec<u32>, Vec<u32>) {
     let mut order: Vec<u32> = (0..ids.len() as u32).collect();
     order.sort_by_key(|&row| ids[row as usize]);

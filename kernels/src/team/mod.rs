@@ -1,23 +1,23 @@
-//! Parallel loops, and threads that stay awake between them.
+//! Parallel loops, on rayon's pool or on a team of workers that do not sleep between loops.
 //!
-//! A token of a small model is some hundred parallel loops of a few microseconds each, and waking a sleeping worker takes longer
-//! than such a loop. Inside [`awake`] helpers wait for the next loop without sleeping, so that handing one out costs about as much
-//! as moving a cache line. Outside of it the same loops run on rayon's pool. Results are the same: a loop's tasks own what they
-//! write, and nothing depends on who runs them.
+//! Decoding a token of a small model takes about a hundred parallel loops of a few microseconds each, and waking a
+//! sleeping thread takes longer than such a loop. Inside [`with_team`] workers spin between loops, so that starting one
+//! costs about as much as moving a cache line. Outside, the same loops run on rayon's pool. The results are the same:
+//! each task of a loop writes its own part of the output, whichever thread runs it.
 
-mod crew;
+mod workers;
 
 use std::cell::Cell;
 
-use crew::Team;
 use rayon::prelude::*;
+use workers::Team;
 
 thread_local! {
-    /// The team this thread leads.
+    /// The team that this thread leads, or null.
     static LED: Cell<*const Team> = const { Cell::new(std::ptr::null()) };
 }
 
-/// Calls `work` for every task below `tasks`, in any order, on all threads.
+/// Calls `work(task)` for each task in `0..tasks`, in parallel and in no particular order.
 pub fn for_each(tasks: usize, work: impl Fn(usize) + Sync) {
     let work = &work;
     let team = LED.get();
@@ -26,15 +26,15 @@ pub fn for_each(tasks: usize, work: impl Fn(usize) + Sync) {
     } else if team.is_null() {
         (0..tasks).into_par_iter().with_max_len(1).for_each(work);
     } else {
-        // A loop inside this one is not for the team, which is taken.
+        // The team is busy with this loop: loops inside it run on rayon's pool.
         LED.set(std::ptr::null());
-        let _back = Restore(team);
-        // SAFETY: `awake` keeps its team until it has cleared `LED`.
+        let _restore = Restore(team);
+        // SAFETY: `with_team` clears `LED` before its team is dropped.
         unsafe { &*team }.run(tasks, work);
     }
 }
 
-/// Gives a thread its team back, however a loop ends.
+/// Sets `LED` back when a loop ends, also by a panic.
 struct Restore(*const Team);
 
 impl Drop for Restore {
@@ -43,10 +43,10 @@ impl Drop for Restore {
     }
 }
 
-/// [`for_each`] over chunks of `size` elements, the last maybe shorter, with the index of each.
+/// Calls `work(index, chunk)` in parallel for each chunk of `size` elements of `data`; the last chunk may be shorter.
 pub fn for_each_chunk<T: Send>(data: &mut [T], size: usize, work: impl Fn(usize, &mut [T]) + Sync) {
     struct Start<T>(*mut T);
-    // SAFETY: tasks take disjoint parts of a slice whose elements may go to other threads.
+    // SAFETY: tasks access disjoint parts of a slice whose elements are `Send`.
     unsafe impl<T: Send> Sync for Start<T> {}
     impl<T> Start<T> {
         fn at(&self, offset: usize) -> *mut T {
@@ -56,17 +56,17 @@ pub fn for_each_chunk<T: Send>(data: &mut [T], size: usize, work: impl Fn(usize,
     let (start, len, size) = (Start(data.as_mut_ptr()), data.len(), size.max(1));
     for_each(len.div_ceil(size), |task| {
         let (from, to) = (task * size, ((task + 1) * size).min(len));
-        // SAFETY: inside the slice, and every task has its own part.
+        // SAFETY: the range is inside the slice, and no other task has it.
         work(task, unsafe { std::slice::from_raw_parts_mut(start.at(from), to - from) });
     });
 }
 
-/// The chunk that [`for_each_chunk`] has beside its own in a slice split alike.
+/// The chunk at `index` of a slice that is split as by [`for_each_chunk`].
 pub fn chunk<T>(data: &[T], size: usize, index: usize) -> &[T] {
     &data[index * size..((index + 1) * size).min(data.len())]
 }
 
-/// Items for a task where `most` are plenty: fewer if they would not go round an awake team, which can share small work.
+/// Number of items per task, at most `most`: fewer in a team, where small tasks are cheap, so that each thread gets some.
 pub fn share(items: usize, most: usize) -> usize {
     let team = LED.get();
     if team.is_null() {
@@ -77,12 +77,13 @@ pub fn share(items: usize, most: usize) -> usize {
     items.div_ceil(threads).clamp(1, most)
 }
 
-/// Whether loops on this thread are handed to helpers that are awake.
-pub fn is_awake() -> bool {
+/// Whether this thread leads a team, which runs its loops.
+pub fn in_team() -> bool {
     !LED.get().is_null()
 }
 
-/// Lends `f` a buffer of the thread's own, kept between calls; a call inside a call gets a fresh one.
+/// Calls `f` with a thread-local buffer that is kept between calls. A nested call gets a new buffer.
+#[macro_export]
 macro_rules! lend {
     ($ty:ty, $f:expr) => {{
         thread_local!(static BUFFER: std::cell::Cell<$ty> = std::cell::Cell::default());
@@ -92,21 +93,24 @@ macro_rules! lend {
         result
     }};
 }
-pub(crate) use lend;
+pub use lend;
 
-/// Runs `f` on this thread, with as many helpers as the current rayon pool has other threads.
-pub fn awake<T>(f: impl FnOnce() -> T) -> T {
-    let helpers = rayon::current_num_threads().saturating_sub(1);
-    if helpers == 0 || is_awake() {
+/// Runs `f` on this thread as the leader of a team, with one worker for each other thread of the current rayon pool.
+///
+/// Parallel loops that `f` runs on this thread use the team. Does nothing else if this thread leads a team already, or if
+/// the pool has one thread.
+pub fn with_team<T>(f: impl FnOnce() -> T) -> T {
+    let workers = rayon::current_num_threads().saturating_sub(1);
+    if workers == 0 || in_team() {
         return f();
     }
-    let team = Team::new(helpers);
+    let team = Team::new(workers);
     std::thread::scope(|scope| {
         let team = &team;
-        for i in 1..=helpers {
+        for i in 1..=workers {
             let builder = std::thread::Builder::new().name(format!("rehearsal-team-{i}"));
-            // Without a thread the others do its work.
-            let _ = builder.spawn_scoped(scope, move || team.help(i));
+            // If a thread cannot be spawned, the others do its share.
+            let _ = builder.spawn_scoped(scope, move || team.worker_loop(i));
         }
         let _end = End(team);
         LED.set(team);
@@ -114,13 +118,13 @@ pub fn awake<T>(f: impl FnOnce() -> T) -> T {
     })
 }
 
-/// Dismisses a team, however its work ends.
+/// Stops a team's workers when its leader is done, also by a panic.
 struct End<'a>(&'a Team);
 
 impl Drop for End<'_> {
     fn drop(&mut self) {
         LED.set(std::ptr::null());
-        self.0.dismiss();
+        self.0.stop();
     }
 }
 
@@ -140,13 +144,13 @@ mod tests {
     fn every_task_runs_once_however_many_threads_and_loops_there_are() {
         for threads in [1, 2, 5] {
             pool(threads).install(|| {
-                awake(|| {
+                with_team(|| {
                     for round in 0..2000usize {
                         let mut counts = vec![0u32; round % 67];
                         for_each_chunk(&mut counts, 1 + round % 3, |_, c| c.iter_mut().for_each(|c| *c += 1));
                         assert!(counts.iter().all(|&c| c == 1), "{threads} threads, round {round}: {counts:?}");
                     }
-                    // Helpers that fell asleep come back.
+                    // Parked workers wake up.
                     std::thread::sleep(Duration::from_millis(5));
                     let sum = AtomicUsize::new(0);
                     for_each(100, |i| {
@@ -162,18 +166,18 @@ mod tests {
     fn loops_may_be_nested_and_teams_too() {
         pool(3).install(|| {
             let sum = AtomicUsize::new(0);
-            awake(|| {
-                awake(|| {
+            with_team(|| {
+                with_team(|| {
                     for_each(7, |i| {
                         for_each(5, |j| {
                             sum.fetch_add(i * j, Ordering::Relaxed);
                         })
                     })
                 });
-                assert!(is_awake());
+                assert!(in_team());
                 assert_eq!(share(16, 32), 6);
             });
-            assert!(!is_awake());
+            assert!(!in_team());
             assert_eq!(sum.into_inner(), 210);
         });
     }
@@ -181,7 +185,7 @@ mod tests {
     #[test]
     fn a_panic_in_a_task_reaches_the_caller_and_the_team_goes_on() {
         pool(4).install(|| {
-            awake(|| {
+            with_team(|| {
                 for round in 0..50 {
                     let run = || {
                         for_each(64, |i| {
@@ -190,14 +194,14 @@ mod tests {
                             }
                         })
                     };
-                    let said = catch_unwind(AssertUnwindSafe(run)).unwrap_err();
-                    assert_eq!(said.downcast_ref::<String>(), Some(&format!("round {round}")));
-                    assert!(is_awake());
+                    let panic = catch_unwind(AssertUnwindSafe(run)).unwrap_err();
+                    assert_eq!(panic.downcast_ref::<String>(), Some(&format!("round {round}")));
+                    assert!(in_team());
                     for_each(3, |_| ());
                 }
             });
-            let ended = catch_unwind(|| awake(|| panic!("outside a loop")));
-            assert!(ended.is_err() && !is_awake());
+            let ended = catch_unwind(|| with_team(|| panic!("outside a loop")));
+            assert!(ended.is_err() && !in_team());
         });
     }
 }

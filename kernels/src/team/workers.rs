@@ -1,4 +1,7 @@
-//! A leader and helpers that wait for its loops without sleeping.
+//! A leader thread and workers that spin between its parallel loops.
+//!
+//! A loop is a *step*: the leader opens it, workers enter it and take tasks, the leader closes it and waits for those
+//! inside. Idle workers spin, then yield, then park.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -8,99 +11,107 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a helper waits for a loop at full speed, and then how long it lets others run between looks, before it sleeps.
+/// How long an idle worker spins before it yields between polls.
 const SPIN: Duration = Duration::from_micros(30);
+/// How long a worker is idle before it parks.
 const YIELD: Duration = Duration::from_micros(300);
 
-/// Keeps what two threads write apart: a line of the cache, and the one fetched with it.
+/// Aligned so that two threads do not write to the same cache line, nor to the line prefetched with it.
 #[repr(align(128))]
 struct Apart<T>(T);
 
 type Work = dyn Fn(usize) + Sync;
 
-/// The loop that is being worked on.
+/// A parallel loop.
 #[derive(Clone, Copy)]
 struct Step {
     tasks: usize,
     work: *const Work,
 }
 
-/// [`Team::state`]: helpers inside the step, whether more may enter, and the step's number.
+/// Fields of [`Team::state`]: the number of workers inside the step.
 const INSIDE: u64 = 0xffff;
+/// Whether workers may enter the step.
 const OPEN: u64 = 0x1_0000;
+/// One step; the bits from here up count the steps.
 const NUMBER: u64 = 0x2_0000;
 
+/// The state that a leader shares with its workers.
 pub struct Team {
     state: Apart<AtomicU64>,
-    /// The next task of each thread's share, the leader's first. Shares are neighbours in memory as a rule, so a thread goes
-    /// through its own from front to back before it helps with another's.
+    /// The next task of each thread's share; the leader's share is the first. Tasks next to each other mostly work on
+    /// neighbouring memory, so a thread finishes its own share from front to back before it takes tasks of another's.
     next: Vec<Apart<AtomicUsize>>,
-    /// Written by the leader while the step is closed and nobody is inside; read by those who are inside.
+    /// Written by the leader while the step is closed and no worker is inside; read by workers inside.
     step: UnsafeCell<Step>,
-    /// Whether helpers may go.
-    over: AtomicBool,
-    asleep: AtomicUsize,
-    bed: Mutex<()>,
-    bell: Condvar,
+    /// Whether workers should exit.
+    stopped: AtomicBool,
+    /// Number of workers that are parked, or about to park.
+    parked: AtomicUsize,
+    park_lock: Mutex<()>,
+    wake: Condvar,
+    /// The panic of a task of the current step.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-// SAFETY: `step` is read and written as its documentation says; the work it points to is `Sync`, and is called only by those
-// inside a step, for whose end the leader waits before the work's borrow ends.
+// SAFETY: `step` is accessed as its documentation says. The closure it points to is `Sync` and is called only by threads
+// inside the step, which the leader waits for before the closure's borrow ends.
 unsafe impl Sync for Team {}
 
 impl Team {
-    pub fn new(helpers: usize) -> Self {
+    /// A team of a leader and so many workers, which the caller spawns.
+    pub fn new(workers: usize) -> Self {
         fn nothing(_: usize) {}
         let work: &'static Work = &nothing;
         Self {
             state: Apart(AtomicU64::new(0)),
-            next: (0..=helpers).map(|_| Apart(AtomicUsize::new(0))).collect(),
+            next: (0..=workers).map(|_| Apart(AtomicUsize::new(0))).collect(),
             step: UnsafeCell::new(Step { tasks: 0, work }),
-            over: AtomicBool::new(false),
-            asleep: AtomicUsize::new(0),
-            bed: Mutex::default(),
-            bell: Condvar::new(),
+            stopped: AtomicBool::new(false),
+            parked: AtomicUsize::new(0),
+            park_lock: Mutex::default(),
+            wake: Condvar::new(),
             panic: Mutex::default(),
         }
     }
 
-    /// The leader's part: opens a step, works on it, closes it, and waits for those inside. Who has not entered by then is not
-    /// waited for.
+    /// Runs a loop, as the leader: opens a step, takes part in it, closes it, and waits for the workers inside. Workers that
+    /// have not entered by then are not waited for. A panic of a task is resumed here.
     pub fn run(&self, tasks: usize, work: &(impl Fn(usize) + Sync)) {
         let work: *const (dyn Fn(usize) + Sync + '_) = work;
-        // SAFETY: only the lifetime changes, and nobody calls it once this function has returned.
+        // SAFETY: only the lifetime changes, and the closure is not called after this function has returned.
         let work = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const Work>(work) };
-        // SAFETY: the last step was closed and left.
+        // SAFETY: the last step is closed and no worker is inside.
         unsafe { *self.step.get() = Step { tasks, work } };
         for (share, next) in self.next.iter().enumerate() {
             next.0.store(self.share(share, tasks).start, Ordering::Relaxed);
         }
         let last = self.state.0.load(Ordering::Relaxed);
         self.state.0.store((last & !(OPEN | INSIDE)) + NUMBER + OPEN, Ordering::SeqCst);
-        if self.asleep.load(Ordering::SeqCst) > 0 {
-            self.wake();
+        if self.parked.load(Ordering::SeqCst) > 0 {
+            self.wake_workers();
         }
         self.work(0, Step { tasks, work });
         self.state.0.fetch_and(!OPEN, Ordering::AcqRel);
-        let mut patience = Patience::default();
+        let mut idle = Idle::default();
         while self.state.0.load(Ordering::Acquire) & INSIDE != 0 {
-            patience.wait();
+            idle.wait();
         }
         if let Some(panic) = self.panic.lock().unwrap_or_else(PoisonError::into_inner).take() {
             resume_unwind(panic);
         }
     }
 
-    /// Tasks that are a thread's own.
+    /// The range of tasks that a thread starts with.
     fn share(&self, thread: usize, tasks: usize) -> Range<usize> {
         let threads = self.threads();
         thread * tasks / threads..(thread + 1) * tasks / threads
     }
 
-    /// Takes tasks until there are none, a thread's own ones first. A panic is kept for the leader; others finish the step.
+    /// Takes tasks until none are left, those of the thread's own share first. A panic is stored for the leader; the other
+    /// threads finish the step.
     fn work(&self, thread: usize, step: Step) {
-        // SAFETY: the caller is inside the step.
+        // SAFETY: the caller is inside the step, so the closure is alive.
         let work = unsafe { &*step.work };
         let threads = self.threads();
         let all = || {
@@ -120,79 +131,79 @@ impl Team {
         }
     }
 
-    /// Threads, the leader among them.
+    /// Number of threads, including the leader.
     pub fn threads(&self) -> usize {
         self.next.len()
     }
 
-    /// Sends the helpers away.
-    pub fn dismiss(&self) {
-        self.over.store(true, Ordering::SeqCst);
-        self.wake();
+    /// Makes the workers exit.
+    pub fn stop(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        self.wake_workers();
     }
 
-    /// A helper's life.
-    pub fn help(&self, thread: usize) {
+    /// Worker loop: runs open steps; between them spins, yields, then parks. Returns once the team is stopped.
+    pub fn worker_loop(&self, thread: usize) {
         let mut done = 0;
-        let mut patience = Patience::default();
-        while !self.over.load(Ordering::Acquire) {
+        let mut idle = Idle::default();
+        while !self.stopped.load(Ordering::Acquire) {
             let state = self.state.0.load(Ordering::Acquire);
             let number = state / NUMBER;
             if state & OPEN == 0 || number == done {
-                if !patience.wait() {
-                    self.sleep(state);
-                    patience = Patience::default();
+                if !idle.wait() {
+                    self.park(state);
+                    idle = Idle::default();
                 }
                 continue;
             }
             if self.state.0.compare_exchange(state, state + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
                 done = number;
-                // SAFETY: inside, so the leader does not write it.
+                // SAFETY: this worker is inside the step, so the leader does not write it.
                 self.work(thread, unsafe { *self.step.get() });
                 self.state.0.fetch_sub(1, Ordering::Release);
-                patience = Patience::default();
+                idle = Idle::default();
             }
         }
     }
 
-    /// Until the state is another than `seen`, or the team's work is over.
-    fn sleep(&self, seen: u64) {
-        let mut bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner);
-        self.asleep.fetch_add(1, Ordering::SeqCst);
-        // Other helpers coming and going change the state too, which costs a look.
-        while self.state.0.load(Ordering::SeqCst) == seen && !self.over.load(Ordering::SeqCst) {
-            bed = self.bell.wait(bed).unwrap_or_else(PoisonError::into_inner);
+    /// Parks the calling worker until the state differs from `seen` or the team is stopped.
+    fn park(&self, seen: u64) {
+        let mut guard = self.park_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.parked.fetch_add(1, Ordering::SeqCst);
+        // Other workers that enter or leave a step change the state too: this worker then polls once more.
+        while self.state.0.load(Ordering::SeqCst) == seen && !self.stopped.load(Ordering::SeqCst) {
+            guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
         }
-        self.asleep.fetch_sub(1, Ordering::SeqCst);
+        self.parked.fetch_sub(1, Ordering::SeqCst);
     }
 
-    fn wake(&self) {
-        let _bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner);
-        self.bell.notify_all();
+    fn wake_workers(&self) {
+        let _guard = self.park_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.wake.notify_all();
     }
 }
 
-/// Waiting that begins fast and ends asleep.
+/// How long a thread has been idle, and whether it spins or yields.
 #[derive(Default)]
-struct Patience {
-    looks: u32,
+struct Idle {
+    polls: u32,
     since: Option<Instant>,
 }
 
-impl Patience {
-    /// Waits a moment; false once it is time to sleep.
+impl Idle {
+    /// Waits a moment between two polls; false once the thread should park.
     fn wait(&mut self) -> bool {
-        // The clock is read now and then: it takes longer than a look.
-        const LOOKS: u32 = 32;
-        self.looks += 1;
-        if !self.looks.is_multiple_of(LOOKS) {
+        // Reading the clock takes longer than a poll, so it is read only every so many polls.
+        const POLLS: u32 = 32;
+        self.polls += 1;
+        if !self.polls.is_multiple_of(POLLS) {
             std::hint::spin_loop();
             return true;
         }
         let waited = self.since.get_or_insert_with(Instant::now).elapsed();
         if waited > SPIN {
-            // From here on every look lets others run.
-            self.looks = LOOKS - 1;
+            // From here on the thread yields after every poll.
+            self.polls = POLLS - 1;
             std::thread::yield_now();
         }
         waited < YIELD

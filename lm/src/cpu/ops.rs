@@ -1,137 +1,23 @@
-//! A pass on the CPU: the [kernels](crate::kernels) over vectors of f32.
-//!
-//! Weights are read from candle's storage and packed into panels for the products. Everything between two products is
-//! f32; in bfloat16, packing rounds the factors, and so does what is kept for the way back.
+//! The operations of a pass on the CPU.
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor, WithDType};
+use candle_core::{DType, Device, Result, Tensor};
 use half::bf16;
+use rehearsal_kernels::attention::{self, Family, Heads, Saved};
+use rehearsal_kernels::gemm::{self, Element, Packed, View};
+use rehearsal_kernels::head::{self, Targets};
+use rehearsal_kernels::math::dot;
+use rehearsal_kernels::rope::{Angles, rotate};
+use rehearsal_kernels::{activation, norm};
 
-use super::block::Activations;
-use super::ops::{Answers, Mlp, Norm, Ops, Question, Sum};
+use super::kept::{Kept, round_onto, widened};
+use super::machine::{Cpu, Layout};
+use super::rows::{add, gather, lookup};
 use super::weights::{PackedProjection, as_floats, pack_into, with_views};
-use crate::kernels::attention::{self, Family, Heads, Saved};
-use crate::kernels::gemm::{self, Element, Packed, Precision, View};
-use crate::kernels::head::{self, Targets};
-use crate::kernels::math::dot;
-use crate::kernels::rope::{Angles, rotate};
-use crate::kernels::team::{chunk, for_each_chunk, share};
-use crate::kernels::{activation, norm};
 use crate::model::{Layers, Projection};
 use crate::ops::with_floats_mut;
-
-/// The CPU, with the precision of its products.
-#[derive(Clone)]
-pub struct Cpu(pub Precision);
-
-/// Positions and families of a pass's rows.
-pub struct Layout {
-    positions: Vec<u32>,
-    families: Arc<Vec<Family>>,
-}
-
-/// An activation kept for the way back, in the precision of the products.
-pub enum Kept {
-    F32(Vec<f32>),
-    Bf16(Vec<u16>),
-    /// Rows that were put away before.
-    Recalled(Recalled),
-}
-
-impl Kept {
-    /// Nothing yet, with room for so many numbers.
-    pub fn with_capacity(precision: Precision, numbers: usize) -> Self {
-        match precision {
-            Precision::F32 => Self::F32(Vec::with_capacity(numbers)),
-            Precision::Bf16 => Self::Bf16(Vec::with_capacity(numbers)),
-        }
-    }
-}
-
-/// Some rows of one activation of a layer, in the order in which they are wanted.
-pub struct Recalled {
-    pub from: Arc<Activations<Cpu>>,
-    pub which: fn(&Activations<Cpu>) -> Option<&Kept>,
-    pub rows: Arc<Vec<u32>>,
-    pub width: usize,
-}
-
-impl Recalled {
-    fn gather(&self, out: &mut Vec<f32>) -> Result<()> {
-        match (self.which)(&self.from) {
-            Some(Kept::F32(data)) => self.gather_from(data, out, |row, out| out.copy_from_slice(row)),
-            Some(Kept::Bf16(data)) => self.gather_from(data, out, widen_row),
-            Some(Kept::Recalled(_)) | None => candle_core::bail!("a pass that is recalled did not keep everything"),
-        }
-        Ok(())
-    }
-
-    fn gather_from<E: Sync>(&self, data: &[E], out: &mut Vec<f32>, copy: fn(&[E], &mut [f32])) {
-        let (rows, width) = (&self.rows, self.width);
-        out.resize(rows.len() * width, 0.0);
-        let group = CHUNK.div_ceil(width);
-        for_each_chunk(out, group * width, |i, out| {
-            for (&row, out) in chunk(rows, group, i).iter().zip(out.chunks_exact_mut(width)) {
-                copy(&data[row as usize * width..][..width], out);
-            }
-        });
-    }
-}
-
-/// Elements a task takes at a time, at most.
-const CHUNK: usize = 16 * 1024;
-
-/// Rounded, behind what `out` holds.
-fn round_onto(out: &mut Vec<u16>, x: &[f32]) {
-    let start = out.len();
-    out.resize(start + x.len(), 0);
-    for_each_chunk(&mut out[start..], CHUNK, |i, out| gemm::round_row(chunk(x, CHUNK, i), out));
-}
-
-fn widened(x: &[u16], out: &mut Vec<f32>) {
-    out.resize(x.len(), 0.0);
-    for_each_chunk(out, CHUNK, |i, out| widen_row(chunk(x, CHUNK, i), out));
-}
-
-fn widen_row(x: &[u16], out: &mut [f32]) {
-    for (out, &x) in out.iter_mut().zip(x) {
-        *out = gemm::widen_bf16(x);
-    }
-}
-
-/// `x += y`.
-fn add(x: &mut [f32], y: &[f32]) {
-    let size = share(x.len(), CHUNK);
-    for_each_chunk(x, size, |i, x| {
-        for (x, y) in x.iter_mut().zip(chunk(y, size, i)) {
-            *x += y;
-        }
-    });
-}
-
-/// Rows of a matrix as f32.
-fn gather<E: Element>(matrix: View<'_, E>, rows: impl ExactSizeIterator<Item = usize>, out: &mut Vec<f32>) {
-    let width = matrix.shape().1;
-    out.resize(rows.len() * width, 0.0);
-    for (row, out) in rows.zip(out.chunks_exact_mut(width)) {
-        E::copy(matrix.row(row), out);
-    }
-}
-
-/// Rows of a table as f32.
-fn lookup(table: &Tensor, rows: &[u32], out: &mut Vec<f32>) -> Result<()> {
-    fn typed<E: Element + WithDType>(table: &Tensor, rows: &[u32], out: &mut Vec<f32>) -> Result<()> {
-        with_views::<E, _>(&[table], |t| {
-            gather(t[0], rows.iter().map(|&r| r as usize), out);
-            Ok(())
-        })
-    }
-    match table.dtype() {
-        DType::BF16 => typed::<bf16>(table, rows, out),
-        _ => typed::<f32>(table, rows, out),
-    }
-}
+use crate::pass::{Answers, Mlp, Norm, Ops, Question, Sum};
 
 fn targets<'a>(question: &Question<'a>) -> Targets<'a> {
     Targets { tokens: question.targets, temperature: question.temperature, softcap: question.softcap }
@@ -155,7 +41,7 @@ impl Ops for Cpu {
     type Projection = PackedProjection;
     type Angles = Arc<Angles>;
     type Layout = Layout;
-    /// The input of the products whose weight gradients are being summed, and weights of the products that lead back.
+    /// Packed factors: the input of a projection, for weight gradients; a weight, for input gradients.
     type Scratch = (Packed, Packed);
 
     fn wide(&self) -> Vec<f32> {
@@ -203,7 +89,7 @@ impl Ops for Cpu {
             Kept::F32(data) if spent => self.stack(buffer, data)?,
             Kept::F32(data) => data.extend_from_slice(buffer),
             Kept::Bf16(data) => round_onto(data, buffer),
-            Kept::Recalled(_) => candle_core::bail!("what is recalled is not added to"),
+            Kept::Recalled(_) => candle_core::bail!("recorded activations cannot be appended to"),
         }
         Ok(())
     }

@@ -1,60 +1,62 @@
-//! What generation computed, kept for the update that follows.
+//! Activations that generation computed, recorded for the update that follows.
 //!
-//! A row is the same bits whatever runs beside it, so what was computed of a completion while it was sampled is what a
-//! forward pass over it would compute. An update on fresh completions can begin with the way back.
+//! Kernels are batch-invariant, so the activations of a completion while it was sampled are those that a forward pass over
+//! it would compute. An update on fresh completions starts with the backward pass.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::block::{Activations, Rows};
-use super::cpu::{Cpu, Kept, Recalled};
-use super::ops::Mlp;
-use crate::model::{Batch, Decoder};
+use candle_core::{Device, Error, Result, Tensor};
 
-/// Where the rows of one sequence are.
+use super::kept::{Kept, Recalled};
+use super::machine::Cpu;
+use crate::model::{Batch, Decoder};
+use crate::pass::{Activations, Answers, Mlp, Rows, Trace};
+
+/// Indices of the recorded rows of one sequence.
 #[derive(Debug, Clone, Default)]
 pub struct Trail {
-    /// Of its last tokens, all but the very last: from the first that was not copied from a twin.
+    /// Row of each token but the last, from the first not copied from another request's cached prefix.
     rows: Vec<u32>,
-    /// Among the rows that went through the head: one for each token of the completion.
+    /// Index among the rows that went through the head, for each token of the completion.
     read: Vec<u32>,
 }
 
-/// A completion that ended, as it was sampled.
-struct Said {
+/// A finished completion.
+struct Finished {
     trail: Trail,
     logprobs: Vec<f32>,
     lse: Vec<f32>,
 }
 
-/// A prompt's rows, and what was said to it.
+/// Rows of a prompt, and its completions by their tokens.
 #[derive(Default)]
-struct Answered {
+struct Prompt {
     rows: Vec<u32>,
-    said: HashMap<Vec<u32>, Said>,
+    completions: HashMap<Vec<u32>, Finished>,
 }
 
-/// Writes down what passes compute, pass by pass.
+/// Records the activations of consecutive passes.
 pub struct Recorder {
     limit: usize,
     layers: Vec<Activations<Cpu>>,
-    /// Rows of the passes before the last, and of those the ones that went through the head.
+    /// Rows of all passes before the last, and how many of them went through the head.
     before: (u32, u32),
     rows: usize,
     kept: Index,
 }
 
-/// Where everything is.
+/// Where the activations of each prompt and completion are.
 struct Index {
     temperature: f64,
     hidden: usize,
-    /// The residual stream before the last norm of the rows that went through the head.
+    /// The residual stream before the final norm, of the rows that went through the head.
     stream: Vec<f32>,
-    prompts: HashMap<Vec<u32>, Answered>,
+    prompts: HashMap<Vec<u32>, Prompt>,
 }
 
 impl Recorder {
-    /// For `limit` rows at most, of which `expected` are expected, sampled at a temperature.
+    /// A recorder of at most `limit` rows, with memory for `expected`, of completions sampled at a temperature.
     pub fn new(decoder: &Decoder, limit: usize, expected: usize, temperature: f64) -> Self {
         let (arch, room) = (decoder.architecture(), limit.min(expected));
         let hidden = arch.hidden;
@@ -76,47 +78,46 @@ impl Recorder {
         Self { limit, layers: (0..arch.layers).map(layer).collect(), before: (0, 0), rows: 0, kept }
     }
 
-    /// Whether so many more rows can be kept.
+    /// Whether `rows` more rows can be recorded.
     pub fn has_room(&self, rows: usize) -> bool {
         self.rows + rows <= self.limit
     }
 
-    /// Where a layer's activations go.
+    /// The activations of a layer, to be appended to.
     pub fn layer(&mut self, layer: usize) -> &mut Activations<Cpu> {
         &mut self.layers[layer]
     }
 
-    /// Ends a pass of `rows` rows; `stream` is the residual stream of those that went through the head.
+    /// Ends a pass of `rows` rows; `stream` is the residual stream of the rows that went through the head.
     pub fn end_pass(&mut self, rows: usize, stream: &[f32]) {
         self.before = (self.rows as u32, (self.kept.stream.len() / self.kept.hidden) as u32);
         self.rows += rows;
         self.kept.stream.extend_from_slice(stream);
     }
 
-    /// Notes that a row of the last pass belongs to a sequence, and which of those that went through the head it is if it
-    /// did.
+    /// Adds a row of the last pass to a sequence; `read` is its index among the rows that went through the head, if it did.
     pub fn note(&self, trail: &mut Trail, row: usize, read: Option<usize>) {
         trail.rows.push(self.before.0 + row as u32);
         trail.read.extend(read.map(|read| self.before.1 + read as u32));
     }
 
-    /// Notes a completion that ended.
+    /// Adds a finished completion.
     pub fn end(&mut self, prompt: &[u32], tokens: &[u32], trail: Trail, logprobs: &[f32], lse: &[f32]) {
-        let answered = self.kept.prompts.entry(prompt.to_vec()).or_default();
+        let entry = self.kept.prompts.entry(prompt.to_vec()).or_default();
         if trail.rows.len() + 1 == prompt.len() + tokens.len() {
-            answered.rows = trail.rows[..prompt.len()].to_vec();
+            entry.rows = trail.rows[..prompt.len()].to_vec();
         }
-        answered.said.insert(tokens.to_vec(), Said { trail, logprobs: logprobs.to_vec(), lse: lse.to_vec() });
+        entry.completions.insert(tokens.to_vec(), Finished { trail, logprobs: logprobs.to_vec(), lse: lse.to_vec() });
     }
 
-    /// All that was kept.
+    /// The recording.
     pub fn finish(self) -> Recording {
         Recording { layers: self.layers.into_iter().map(Arc::new).collect(), kept: Arc::new(self.kept) }
     }
 }
 
-/// What generation computed of the completions of a call: their activations, for an update of the weights that they
-/// were sampled from. Clones share memory.
+/// Activations of the completions of one call of generation, for an update of the weights that they were sampled from.
+/// Clones share memory.
 #[derive(Clone)]
 pub struct Recording {
     layers: Vec<Arc<Activations<Cpu>>>,
@@ -124,19 +125,19 @@ pub struct Recording {
 }
 
 impl Recording {
-    /// Log-probabilities of a completion's tokens at a temperature, if it was sampled at that.
+    /// Log-probabilities of a completion's tokens, if it is recorded and was sampled at this temperature.
     pub fn logprobs(&self, prompt: &[u32], completion: &[u32], temperature: f64) -> Option<&[f32]> {
         let prompt = self.kept.prompts.get(prompt).filter(|_| temperature == self.kept.temperature)?;
-        Some(&prompt.said.get(completion)?.logprobs)
+        Some(&prompt.completions.get(completion)?.logprobs)
     }
 
-    /// Whether all of a batch is known.
+    /// Whether all of a batch is recorded.
     pub fn knows(&self, batch: &Batch, temperature: f64) -> bool {
         self.of(batch, temperature).is_some()
     }
 
-    /// What is known of a batch, if all of it is.
-    pub(super) fn of(&self, batch: &Batch, temperature: f64) -> Option<Found> {
+    /// The rows of a batch, if all of it is recorded.
+    fn of(&self, batch: &Batch, temperature: f64) -> Option<Found> {
         if temperature != self.kept.temperature || batch.targets.len() != batch.rows.len() {
             return None;
         }
@@ -144,14 +145,14 @@ impl Recording {
         let mut found = Found::default();
         let mut spans = batch.spans().windows(2);
         for family in batch.families.iter() {
-            let answered = self.kept.prompts.get(&batch.ids[family.prompt.clone()])?;
-            if answered.rows.len() != family.prompt.len() {
+            let prompt = self.kept.prompts.get(&batch.ids[family.prompt.clone()])?;
+            if prompt.rows.len() != family.prompt.len() {
                 return None;
             }
-            found.rows.extend(&answered.rows);
+            found.rows.extend(&prompt.rows);
             for completion in &family.completions {
                 let span = spans.next()?;
-                let Said { trail, logprobs, lse } = answered.said.get(&batch.targets[span[0]..span[1]])?;
+                let Finished { trail, logprobs, lse } = prompt.completions.get(&batch.targets[span[0]..span[1]])?;
                 found.rows.extend(&trail.rows[trail.rows.len().checked_sub(completion.len())?..]);
                 for &row in &trail.read {
                     found.stream.extend(&self.kept.stream[row as usize * hidden..][..hidden]);
@@ -163,15 +164,31 @@ impl Recording {
         (found.rows.len() == batch.tokens() && found.lse.len() == batch.rows.len()).then_some(found)
     }
 
-    /// Activations of each layer.
-    pub(super) fn into_layers(self) -> Vec<Arc<Activations<Cpu>>> {
-        self.layers
+    /// The forward pass over a batch, from its recorded activations; `None` if any are missing.
+    pub(crate) fn trace<'a>(
+        self,
+        ops: Cpu,
+        decoder: &'a Decoder,
+        batch: &Batch,
+        temperature: f64,
+    ) -> Result<Option<Trace<'a, Cpu>>> {
+        let Some(found) = self.of(batch, temperature) else { return Ok(None) };
+        let places = Arc::new(found.rows);
+        let activations = |rows: &Rows<Cpu>| {
+            let layers = self.layers.iter().enumerate();
+            layers.map(|(layer, kept)| Activations::recall(rows, layer, kept, &places)).collect()
+        };
+        // Generation does not compute entropies.
+        let known = (!batch.entropy)
+            .then(|| Ok::<_, Error>(Answers { output: Tensor::new(found.logprobs, &Device::Cpu)?, lse: found.lse }))
+            .transpose()?;
+        Trace::known(ops, decoder, batch, temperature, activations, found.stream, known).map(Some)
     }
 }
 
 impl Activations<Cpu> {
-    /// Those of some rows, in another order.
-    pub(super) fn recall(pass: &Rows<Cpu>, layer: usize, kept: &Arc<Self>, rows: &Arc<Vec<u32>>) -> Self {
+    /// Recorded activations of the rows of a pass.
+    fn recall(pass: &Rows<Cpu>, layer: usize, kept: &Arc<Self>, rows: &Arc<Vec<u32>>) -> Self {
         let heads = pass.heads(layer);
         let of = |which: fn(&Self) -> Option<&Kept>, width: usize| {
             Kept::Recalled(Recalled { from: kept.clone(), which, rows: rows.clone(), width })
@@ -190,11 +207,11 @@ impl Activations<Cpu> {
     }
 }
 
-/// Where a batch's rows are, and what the head said of those that it read.
+/// Indices of a batch's rows, and the inputs and results of the head.
 #[derive(Default)]
-pub(super) struct Found {
-    pub rows: Vec<u32>,
-    pub stream: Vec<f32>,
-    pub logprobs: Vec<f32>,
-    pub lse: Vec<f32>,
+struct Found {
+    rows: Vec<u32>,
+    stream: Vec<f32>,
+    logprobs: Vec<f32>,
+    lse: Vec<f32>,
 }

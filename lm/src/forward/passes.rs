@@ -1,75 +1,17 @@
-//! Forward with a memory, and the backward pass through it, one block at a time.
-//!
-//! Where a decoder is [served by hand](crate::pass), the pass keeps what it needs. Elsewhere each block is a candle graph of its own from a
-//! variable to its output; the backward pass takes the graphs from the last to the first and drops each as soon as
-//! its gradients are added up, so activations are freed on the way.
+//! Passes of a decoder, on whatever runs them: without gradients, or as a [`Forward`] that keeps what its backward pass needs.
 
-use std::collections::BTreeMap;
+use candle_core::{DType, Tensor};
 
-use candle_core::backprop::GradStore;
-use candle_core::{DType, Tensor, Var};
-
-use super::{Batch, Decoder, HeadKind, Layers, Norm, Projection};
+use super::graph::{self, Graph};
+use super::machine::{Machine, machine};
+use crate::cpu::{Cpu, Recording};
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
+use crate::model::{Batch, Decoder, Gradients, HeadKind, Sequence};
 use crate::ops;
-use crate::pass::{self, Cpu, Machine, Recording};
+use crate::pass;
 
-/// Gradients by parameter name, summed over micro-batches.
-#[derive(Default)]
-pub struct Gradients(BTreeMap<String, Tensor>);
-
-impl Gradients {
-    fn add(&mut self, name: &str, gradient: Tensor) -> Result<()> {
-        let sum = match self.0.remove(name) {
-            Some(sum) => (sum + gradient)?,
-            None => gradient,
-        };
-        self.0.insert(name.to_string(), sum);
-        Ok(())
-    }
-
-    /// The sum of one parameter's gradients in f32, to be added to in place.
-    pub(crate) fn sum(&mut self, name: &str, like: &Tensor) -> candle_core::Result<Tensor> {
-        if let Some(sum) = self.0.get(name) {
-            return Ok(sum.clone());
-        }
-        let sum = Tensor::zeros(like.shape(), DType::F32, like.device())?;
-        self.0.insert(name.to_string(), sum.clone());
-        Ok(sum)
-    }
-
-    /// The sums of a norm's weight and bias.
-    pub(crate) fn sums_of_norm(&mut self, norm: &Norm) -> candle_core::Result<(Tensor, Option<Tensor>)> {
-        self.sums(&norm.name, &norm.weight, norm.bias.as_ref())
-    }
-
-    /// The sums of a projection's weight, in the parameter's own shape, and bias.
-    pub(crate) fn sums_of_projection(&mut self, p: &Projection) -> candle_core::Result<(Tensor, Option<Tensor>)> {
-        let weight = if p.turned { p.weight.t()? } else { p.weight.clone() };
-        self.sums(&p.name, &weight, p.bias.as_ref())
-    }
-
-    fn sums(
-        &mut self,
-        name: &str,
-        weight: &Tensor,
-        bias: Option<&Tensor>,
-    ) -> candle_core::Result<(Tensor, Option<Tensor>)> {
-        let bias = bias.map(|bias| self.sum(&format!("{name}.bias"), bias)).transpose()?;
-        Ok((self.sum(&format!("{name}.weight"), weight)?, bias))
-    }
-
-    /// The gradients, one for each variable of the model; a variable without one is an error.
-    pub fn complete(self, decoder: &Decoder) -> Result<BTreeMap<String, Tensor>> {
-        match decoder.variables().keys().find(|name| !self.0.contains_key(*name)) {
-            Some(name) => Err(Error::NoGradient(name.clone())),
-            None => Ok(self.0),
-        }
-    }
-}
-
-/// A forward pass that can be gone back through.
+/// A forward pass with what its backward pass needs.
 pub struct Forward<'a>(Trace<'a>);
 
 enum Trace<'a> {
@@ -79,6 +21,40 @@ enum Trace<'a> {
 }
 
 impl Decoder {
+    /// Log-probabilities `[batch.scored()]` of the batch's targets at a temperature, without a graph.
+    pub fn logprobs(&self, batch: &Batch, temperature: f64) -> Result<Tensor> {
+        self.wants(HeadKind::Language)?;
+        Ok(self.output(batch, temperature)?.narrow(0, 0, batch.scored())?)
+    }
+
+    /// Scores `[batch.rows()]` of a model with a score head, without a graph.
+    pub fn values(&self, batch: &Batch) -> Result<Tensor> {
+        self.wants(HeadKind::Score)?;
+        self.output(batch, 1.0)
+    }
+
+    fn output(&self, batch: &Batch, temperature: f64) -> Result<Tensor> {
+        self.check(batch)?;
+        match machine(self) {
+            Some(Machine::Cpu(cpu)) => return Ok(pass::output(&cpu, self, batch, temperature)?),
+            Some(Machine::Gpu(gpu)) => return Ok(pass::output(&gpu, self, batch, temperature)?),
+            None => {}
+        }
+        let x = graph::hidden(self, batch)?;
+        graph::head(self, self.layers(), &x, batch, temperature)
+    }
+
+    /// Logits `[tokens, vocabulary]` after each token of one sequence, all at once: for short sequences.
+    pub fn logits(&self, ids: &[u32]) -> Result<Tensor> {
+        self.wants(HeadKind::Language)?;
+        let Some((last, rest)) = ids.split_last() else { return Err(Error::EmptyPrompt { id: 0 }) };
+        // A batch has no row for the last token of a sequence, so the last token is repeated.
+        let batch = Batch::new([Sequence { prompt: rest, completion: &[*last, *last] }]);
+        self.check(&batch)?;
+        let hidden = self.layers().norm.forward(&graph::hidden(self, &batch)?)?;
+        self.bent(ops::linear(&hidden, &self.layers().head)?)
+    }
+
     /// Log-probabilities of the batch's targets, with what [`Forward::backward`] needs.
     ///
     /// The model must be [trainable](Decoder::trainable).
@@ -87,12 +63,11 @@ impl Decoder {
         self.traced(batch, temperature)
     }
 
-    /// [`Decoder::forward`] on completions that the same weights have just generated: what generation computed is taken
-    /// from `recording`, to the bit what would be computed again. A batch of which the recording lacks something is
-    /// computed.
+    /// [`Decoder::forward`] on completions that the same weights have just generated: takes the activations from
+    /// `recording`, which are the same bits as if they were computed again. Computes a batch that is not recorded as a whole.
     pub fn forward_recalled(&self, batch: &Batch, temperature: f64, recording: Recording) -> Result<Forward<'_>> {
-        let trace = match pass::machine(self) {
-            Some(Machine::Cpu(cpu)) if self.recalls() => pass::Trace::recall(cpu, self, batch, temperature, recording)?,
+        let trace = match machine(self) {
+            Some(Machine::Cpu(cpu)) if self.recalls() => recording.trace(cpu, self, batch, temperature)?,
             _ => None,
         };
         match trace {
@@ -101,10 +76,10 @@ impl Decoder {
         }
     }
 
-    /// Whether what generation computes can be gone back through.
+    /// Whether generation can record activations for a backward pass.
     pub(crate) fn recalls(&self) -> bool {
-        let trained = self.trained.is_some() && self.dtype() == DType::F32 && !self.recomputes();
-        trained && matches!(pass::machine(self), Some(Machine::Cpu(_))) && self.wants(HeadKind::Language).is_ok()
+        let trained = self.trained().is_some() && self.dtype() == DType::F32 && !self.recomputes();
+        trained && matches!(machine(self), Some(Machine::Cpu(_))) && self.wants(HeadKind::Language).is_ok()
     }
 
     /// Scores of the batch's rows, with what [`Forward::backward`] needs, for a trainable model with a score head.
@@ -114,10 +89,9 @@ impl Decoder {
     }
 
     fn traced(&self, batch: &Batch, temperature: f64) -> Result<Forward<'_>> {
-        let layers =
-            self.trained.as_ref().ok_or_else(|| Error::Config("the model is frozen; load it as trainable".into()))?;
+        let layers = self.trained().ok_or_else(|| Error::Config("the model is frozen; load it as trainable".into()))?;
         self.check(batch)?;
-        Ok(Forward(match pass::machine(self).filter(|_| self.dtype() == DType::F32) {
+        Ok(Forward(match machine(self).filter(|_| self.dtype() == DType::F32) {
             Some(Machine::Cpu(cpu)) => Trace::Cpu(Box::new(pass::Trace::forward(cpu, self, batch, temperature)?)),
             Some(Machine::Gpu(gpu)) => Trace::Gpu(Box::new(pass::Trace::forward(gpu, self, batch, temperature)?)),
             None => Trace::Graph(Graph::forward(self, layers, batch, temperature)?),
@@ -145,65 +119,4 @@ impl Forward<'_> {
             Trace::Graph(graph) => graph.backward(grad, gradients),
         }
     }
-}
-
-/// Graphs of candle's: one for the embedding, one a block, one for the head.
-struct Graph<'a> {
-    decoder: &'a Decoder,
-    embedded: Tensor,
-    /// Input and output of every block.
-    segments: Vec<(Var, Tensor)>,
-    head_input: Var,
-    output: Tensor,
-}
-
-impl<'a> Graph<'a> {
-    fn forward(decoder: &'a Decoder, layers: &Layers, batch: &Batch, temperature: f64) -> Result<Self> {
-        let embedded = decoder.embedded(layers, batch)?;
-        let attention = decoder.attention(batch);
-        let mut x = embedded.detach();
-        let mut segments = Vec::with_capacity(layers.blocks.len());
-        for (layer, block) in layers.blocks.iter().enumerate() {
-            let input = Var::from_tensor(&x)?;
-            let output = block.forward(&input, &decoder.layer(layer, batch.positions()), |q, k, v| {
-                ops::attention(q, k, v, &attention(layer))
-            })?;
-            x = output.detach();
-            segments.push((input, output));
-        }
-        let head_input = Var::from_tensor(&x)?;
-        let output = decoder.head(layers, &head_input, batch, temperature)?;
-        Ok(Self { decoder, embedded, segments, head_input, output })
-    }
-
-    fn backward(self, grad: &Tensor, gradients: &mut Gradients) -> Result<()> {
-        let decoder = self.decoder;
-        // In the order of names, so that nothing depends on the order of a hash map.
-        let mut collect = |grads: &mut GradStore| -> Result<()> {
-            for (name, variable) in decoder.variables.iter() {
-                if let Some(gradient) = grads.remove(variable) {
-                    gradients.add(name, gradient)?;
-                }
-            }
-            Ok(())
-        };
-        let input_of = |grads: &mut GradStore, input: &Var| {
-            grads.remove(input).ok_or_else(|| Error::NoGradient("(activations)".into()))
-        };
-        let mut grads = seeded(&self.output, grad)?;
-        let mut upstream = input_of(&mut grads, &self.head_input)?;
-        collect(&mut grads)?;
-        drop((self.output, self.head_input));
-        for (input, output) in self.segments.into_iter().rev() {
-            let mut grads = seeded(&output, &upstream)?;
-            upstream = input_of(&mut grads, &input)?;
-            collect(&mut grads)?;
-        }
-        collect(&mut seeded(&self.embedded, &upstream)?)
-    }
-}
-
-/// Gradients of `Σ output * upstream`: candle starts from a scalar.
-fn seeded(output: &Tensor, upstream: &Tensor) -> Result<GradStore> {
-    Ok((output * upstream.detach())?.sum_all()?.backward()?)
 }

@@ -1,10 +1,10 @@
-//! What the pass by hand promises: the graph's values and gradients, and the same bits whatever runs beside a sequence.
+//! Passes by our kernels have the values and gradients of the candle graph, and the same bits whatever else is in a batch.
 
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device};
+use rehearsal_kernels::gemm::Precision;
 
-use crate::kernels::gemm::Precision;
 use crate::model::{Batch, Decoder, Gradients, Sequence};
 use crate::ops::Kernels;
 use crate::testing;

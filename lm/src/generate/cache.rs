@@ -1,8 +1,9 @@
 //! Keys and values of the sequences being generated, preallocated: one slot a sequence.
 
-use crate::kernels::Shared;
-use crate::kernels::attention::{Heads, KEY_BLOCK};
-use crate::kernels::team::for_each;
+use rehearsal_kernels::Shared;
+use rehearsal_kernels::attention::{Heads, KEY_BLOCK};
+use rehearsal_kernels::team::for_each;
+
 use crate::model::Architecture;
 
 /// One token of one sequence on its way through the model.

@@ -4,15 +4,17 @@
 
 use std::sync::Arc;
 
+use rehearsal_kernels::Shared;
+use rehearsal_kernels::attention::{self, Heads, KEY_BLOCK};
+use rehearsal_kernels::gemm::{Packed, View, gemm};
+use rehearsal_kernels::math::softcap;
+use rehearsal_kernels::team::{for_each_chunk, lend};
+
 use super::cache::{Cache, Row};
+use crate::cpu::{Cpu, Recorder, pack_into};
 use crate::error::Result;
-use crate::kernels::Shared;
-use crate::kernels::attention::{self, Heads, KEY_BLOCK};
-use crate::kernels::gemm::{Packed, View, gemm};
-use crate::kernels::math::softcap;
-use crate::kernels::team::{for_each_chunk, lend};
 use crate::model::Decoder;
-use crate::pass::{Buffers, Cpu, Norm, Ops, PreparedBlock, Recorder, Rows, norm, pack_into};
+use crate::pass::{Buffers, Norm, Ops, PreparedBlock, Rows, norm};
 
 /// All weights of a decoder, packed.
 pub struct PackedWeights {

@@ -7,10 +7,12 @@ use std::collections::VecDeque;
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::sync::Arc;
 
+use rehearsal_kernels::attention::{Family, Heads};
+use rehearsal_kernels::gpu::{Buffer, DECODE, Fields, KernelArgument, LaunchGraph, Layout, SAMPLE};
+
 use super::{Active, Call, Completion, Options, Request};
 use crate::error::{Error, Result};
-use crate::gpu::{Buffer, Fields, Gpu, Layout, Numbers, Pass, Recorded, int, shape};
-use crate::kernels::attention::{Family, Heads};
+use crate::gpu::{Gpu, Numbers, int, shape};
 use crate::model::Decoder;
 use crate::pass::{Buffers, Norm, Ops, PreparedBlock, Rows, norm};
 
@@ -45,7 +47,7 @@ struct Weights {
 
 /// A recorded step for some rows, with everything it reads and writes.
 struct Step {
-    recorded: Box<dyn Recorded>,
+    recorded: Box<dyn LaunchGraph>,
     state: State,
     _pass: Rows<Gpu>,
     _buffers: Buffers<Gpu>,
@@ -133,7 +135,7 @@ impl GpuGenerator {
             step.state.upload(&self.gpu, &active)?;
             let looks = STEPS.min(options.max_new_tokens);
             for _ in 0..looks {
-                step.recorded.run()?;
+                step.recorded.replay()?;
             }
             step.state.download(&self.gpu, &mut active, looks, options)?;
             let mut going = Vec::with_capacity(active.len());
@@ -213,8 +215,8 @@ impl GpuGenerator {
         let heads = decoder.architecture().attention(0);
         for cache in self.cache.layers.iter().flat_map(|(keys, values)| [keys, values]) {
             let (from, to, keys) = (from as u32, to as u32, int(heads.keys));
-            let arguments: [&dyn Pass; 6] = [cache, &keys, &int(self.cache.capacity), &from, &to, &int(n)];
-            self.gpu.launcher.rows("decode", "copy_prefix", heads.keys, 256, &arguments)?;
+            let arguments: [&dyn KernelArgument; 6] = [cache, &keys, &int(self.cache.capacity), &from, &to, &int(n)];
+            self.gpu.launcher.rows(&DECODE, "copy_prefix", heads.keys, 256, &arguments)?;
         }
         Ok(())
     }
@@ -250,7 +252,7 @@ impl GpuGenerator {
         // Once as it is, with nobody drawing, so that everything is compiled and has its room.
         step()?;
         let mut failed = None;
-        let recorded = self.gpu.launcher.board.record(&mut || {
+        let recorded = self.gpu.launcher.backend.capture(&mut || {
             step().map_err(|e| {
                 let message = e.to_string();
                 failed = Some(e);
@@ -285,7 +287,7 @@ impl GpuGenerator {
         gpu.norm(&b.x, &self.weights.norm, &mut b.normed)?;
         let arch = decoder.architecture();
         gpu.logits_into(&b.normed, &self.weights.head, (arch.vocab, arch.hidden), logits)?;
-        let arguments: [&dyn Pass; 10] = [
+        let arguments: [&dyn KernelArgument; 10] = [
             &*logits,
             settings,
             &state.ids,
@@ -297,8 +299,8 @@ impl GpuGenerator {
             &state.drawn_tokens,
             &state.drawn_logprobs,
         ];
-        gpu.launcher.rows("sample", "sample", state.rows, SAMPLE_THREADS, &arguments)?;
-        Ok(gpu.launcher.rows("sample", "next_step", 1, 1, &[&state.step])?)
+        gpu.launcher.rows(&SAMPLE, "sample", state.rows, SAMPLE_THREADS, &arguments)?;
+        Ok(gpu.launcher.rows(&SAMPLE, "next_step", 1, 1, &[&state.step])?)
     }
 }
 
@@ -334,7 +336,7 @@ impl Cache {
         qkv: &Buffer,
     ) -> candle_core::Result<()> {
         self.with_arguments(layer, heads, places, qkv, |arguments| {
-            gpu.launcher.rows("decode", "append", qkv.len() / heads.width(), ATTEND_THREADS, arguments)
+            gpu.launcher.rows(&DECODE, "append", qkv.len() / heads.width(), ATTEND_THREADS, arguments)
         })
     }
 
@@ -353,7 +355,7 @@ impl Cache {
         let shared = 4 * heads.group() * (2 * heads.dim + SPAN + 3);
         self.with_arguments(layer, heads, places, qkv, |arguments| {
             let arguments = [arguments, &[&*out]].concat();
-            gpu.launcher.run("decode", "attend", (rows, heads.keys), (ATTEND_THREADS, 1), shared, &arguments)
+            gpu.launcher.run(&DECODE, "attend", (rows, heads.keys), (ATTEND_THREADS, 1), shared, &arguments)
         })
     }
 
@@ -364,7 +366,7 @@ impl Cache {
         heads: &Heads,
         places: &Places<'_>,
         qkv: &Buffer,
-        launch: impl FnOnce(&[&dyn Pass]) -> T,
+        launch: impl FnOnce(&[&dyn KernelArgument]) -> T,
     ) -> T {
         let (keys, values) = &self.layers[layer];
         let (shape, capacity) = (shape(heads), int(self.capacity));
@@ -431,7 +433,7 @@ impl State {
             (vec![0], &self.step),
         ] {
             if !values.is_empty() {
-                gpu.launcher.board.upload(bytemuck::cast_slice(&values), buffer.pointer())?;
+                gpu.launcher.backend.upload(bytemuck::cast_slice(&values), buffer.pointer())?;
             }
         }
         Ok(())
@@ -440,9 +442,9 @@ impl State {
     /// Takes over what was drawn in so many steps, up to the ends.
     fn download(&self, gpu: &Gpu, active: &mut [Active], steps: usize, options: &Options) -> Result<()> {
         let (mut tokens, mut logprobs) = (vec![0u32; self.rows * steps], vec![0.0f32; self.rows * steps]);
-        let board = &gpu.launcher.board;
-        board.download(self.drawn_tokens.pointer(), bytemuck::cast_slice_mut(&mut tokens))?;
-        board.download(self.drawn_logprobs.pointer(), bytemuck::cast_slice_mut(&mut logprobs))?;
+        let backend = &gpu.launcher.backend;
+        backend.download(self.drawn_tokens.pointer(), bytemuck::cast_slice_mut(&mut tokens))?;
+        backend.download(self.drawn_logprobs.pointer(), bytemuck::cast_slice_mut(&mut logprobs))?;
         for (row, a) in active.iter_mut().enumerate() {
             for step in 0..steps {
                 let ended = a.tokens.last().is_some_and(|t| options.eos.contains(t));

@@ -1,8 +1,8 @@
 //! Generation with continuous batching: a finished sequence leaves, the next prompt takes its slot.
 //!
 //! A completion is a function of (weights, prompt, seed, rollout id, settings) alone. Batch size, order, thread
-//! count and the neighbours in a batch change nothing: rows are batch-invariant ([`crate::kernels`]), and random
-//! numbers are addressed by rollout and position ([`crate::random`]).
+//! count and the neighbours in a batch change nothing: rows are batch-invariant ([`rehearsal_kernels`]), and random
+//! numbers are addressed by rollout and position ([`rehearsal_kernels::random`]).
 
 mod cache;
 mod cpu;
@@ -15,13 +15,15 @@ pub use sampling::{Sampling, Scratch};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use rehearsal_kernels::head::logprob;
+use rehearsal_kernels::math::log_sum_exp;
+use rehearsal_kernels::random::Stream;
+use rehearsal_kernels::team::{for_each_chunk, with_team};
+
+use crate::cpu::{Recorder, Recording, Trail};
 use crate::error::{Error, Result};
-use crate::kernels::head::logprob;
-use crate::kernels::math::log_sum_exp;
-use crate::kernels::team::{awake, for_each_chunk};
+use crate::forward::{Machine, machine};
 use crate::model::Decoder;
-use crate::pass::{Machine, Recorder, Recording, Trail, machine};
-use crate::random::Stream;
 use crate::text::Text;
 use cache::{Cache, Row};
 use cpu::{PackedWeights, Room};
@@ -165,7 +167,7 @@ impl Generator {
         let call = Call { requests, options, text, cancelled, finished };
         match &mut self.backend {
             Backend::Gpu(gpu) => gpu.generate(&self.decoder, call),
-            _ => awake(|| self.generate_on_the_cpu(call)),
+            _ => with_team(|| self.generate_on_the_cpu(call)),
         }
     }
 

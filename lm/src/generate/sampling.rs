@@ -1,7 +1,8 @@
 //! Which token comes next: temperature, top-k, top-p and min-p, in the order of `transformers`.
 
+use rehearsal_kernels::math::{SUM_BLOCK, block_sums, exp_all, log_sum_exp, max};
+
 use crate::error::{Error, Result};
-use crate::kernels::math::{SUM_BLOCK, block_sums, exp_all, log_sum_exp, max};
 
 /// Buffers of a draw.
 #[derive(Default)]
@@ -207,7 +208,7 @@ mod tests {
     fn draws_follow_the_distribution() {
         let logits: Vec<f32> = [0.5f32, 0.3, 0.15, 0.05].iter().map(|p| p.ln()).collect();
         let sampling = Sampling::default();
-        let stream = crate::random::Stream::new(1, 1);
+        let stream = rehearsal_kernels::random::Stream::new(1, 1);
         let mut counts = [0; 4];
         for i in 0..20_000 {
             counts[sampling.draw(&logits, &[], stream.uniform(i), &mut Scratch::default()) as usize] += 1;
@@ -229,7 +230,7 @@ mod tests {
 
     #[test]
     fn the_nucleus_is_that_of_the_definition() {
-        let stream = crate::random::Stream::new(2, 2);
+        let stream = rehearsal_kernels::random::Stream::new(2, 2);
         for (n, spread, top_p) in [(3000, 2.0, 0.9), (3000, 0.1, 0.9), (500, 6.0, 0.3), (70, 1.0, 0.999)] {
             let logits: Vec<f32> = (0..n).map(|i| (stream.normal(i) * spread) as f32).collect();
             let whole = Sampling::default().distribution(&logits);

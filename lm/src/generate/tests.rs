@@ -1,7 +1,7 @@
 use candle_core::{DType, Device};
+use rehearsal_kernels::gemm::Precision;
 
 use super::*;
-use crate::kernels::gemm::Precision;
 use crate::model::{Batch, Sequence};
 use crate::ops::Kernels;
 use crate::testing;

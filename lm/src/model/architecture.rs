@@ -1,6 +1,13 @@
 //! What a decoder is made of.
 
-use crate::kernels::attention::Heads;
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+use rehearsal_kernels::activation::Activation;
+use rehearsal_kernels::attention::Heads;
+
+/// Named parameters.
+pub type Parameters = BTreeMap<String, Tensor>;
 
 /// One decoder, described by its features.
 #[derive(Debug, Clone, PartialEq)]
@@ -98,14 +105,6 @@ pub enum NormKind {
     RmsPlusOne,
     /// LayerNorm with a bias (GPT-2).
     Layer,
-}
-
-/// Activation of the MLP.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    Silu,
-    /// GELU by its tanh approximation (`gelu_new`, `gelu_pytorch_tanh`).
-    GeluTanh,
 }
 
 /// How a token knows its place.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::kernels::attention::Family;
+use rehearsal_kernels::attention::Family;
 
 /// A prompt and what was said to it.
 #[derive(Debug, Clone, Copy)]

@@ -1,8 +1,9 @@
 //! Architectures in and out of Hugging Face's `config.json` (transformers 4 and 5).
 
+use rehearsal_kernels::activation::Activation;
 use serde_json::{Map, Value, json};
 
-use super::{Activation, Architecture, HeadKind, NormKind, Position, Rope, Scaling};
+use super::architecture::{Architecture, HeadKind, NormKind, Position, Rope, Scaling};
 use crate::error::{Error, Result};
 
 /// Families that are read.

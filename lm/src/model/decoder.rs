@@ -1,35 +1,18 @@
-//! One decoder for Llama, Mistral, Qwen, Gemma and GPT-2: parameters by their Hugging Face names, and the forward pass
-//! over packed sequences. [`Forward`] is the way back.
-
-mod architecture;
-mod batch;
-mod config;
-mod layers;
-mod memory;
-mod names;
-mod trace;
-
-pub use architecture::{Activation, Architecture, HeadKind, NormKind, Position, Rope, Scaling};
-pub use batch::{Batch, Sequence};
-pub(crate) use config::with_head;
-pub(crate) use layers::{Block, Layers, Norm, Projection};
-pub use trace::{Forward, Gradients};
+//! A language model on one device.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
+use rehearsal_kernels::gemm::Precision;
+use rehearsal_kernels::gpu::{self, Context, GpuBackend};
+use rehearsal_kernels::rope::Angles;
 
+use super::architecture::{Architecture, HeadKind, Parameters, Position, Rope};
+use super::batch::Batch;
+use super::layers::{LayerContext, Layers};
 use crate::error::{Error, Result};
-use crate::gpu::{Board, Context};
-use crate::kernels::gemm::Precision;
-use crate::kernels::rope::Angles;
 use crate::ops::{self, AttentionShape, Kernels, Positions};
-use crate::pass::{self, Machine};
-use layers::LayerContext;
-
-/// Named parameters.
-pub type Parameters = BTreeMap<String, Tensor>;
 
 /// A language model on one device.
 ///
@@ -81,7 +64,7 @@ impl Decoder {
             Position::Rotary { rope, sliding } => (table(rope), sliding.as_ref().map(table)),
             Position::Learned => (Arc::new(Angles::new(&[], 0)), None),
         };
-        let gpu = board(frozen.embed.device())?.map(Context::new);
+        let gpu = gpu::for_device(frozen.embed.device())?.map(Context::new);
         Ok(Self {
             angles,
             sliding_angles,
@@ -117,9 +100,9 @@ impl Decoder {
         self
     }
 
-    /// The same model with its passes run by a board, which its tensors must be within reach of.
-    pub fn with_board(mut self, board: Arc<dyn Board>) -> Self {
-        self.gpu = Some(Context::new(board));
+    /// The same model with its passes run by a GPU backend, which must be able to access its tensors.
+    pub fn with_gpu_backend(mut self, backend: Arc<dyn GpuBackend>) -> Self {
+        self.gpu = Some(Context::new(backend));
         self
     }
 
@@ -171,6 +154,11 @@ impl Decoder {
         &self.frozen
     }
 
+    /// The weights as variables, if the model is trainable.
+    pub(crate) fn trained(&self) -> Option<&Layers> {
+        self.trained.as_ref()
+    }
+
     /// What the factors of matrix products are rounded to.
     pub fn precision(&self) -> Precision {
         self.precision
@@ -184,69 +172,12 @@ impl Decoder {
         self.kernels
     }
 
-    /// Log-probabilities `[batch.scored()]` of the batch's targets at a temperature, without a graph.
-    pub fn logprobs(&self, batch: &Batch, temperature: f64) -> Result<Tensor> {
-        self.wants(HeadKind::Language)?;
-        Ok(self.output(batch, temperature)?.narrow(0, 0, batch.scored())?)
-    }
-
-    /// Scores `[batch.rows()]` of a model with a score head, without a graph.
-    pub fn values(&self, batch: &Batch) -> Result<Tensor> {
-        self.wants(HeadKind::Score)?;
-        self.output(batch, 1.0)
-    }
-
-    fn output(&self, batch: &Batch, temperature: f64) -> Result<Tensor> {
-        self.check(batch)?;
-        match pass::machine(self) {
-            Some(Machine::Cpu(cpu)) => return Ok(pass::output(&cpu, self, batch, temperature)?),
-            Some(Machine::Gpu(gpu)) => return Ok(pass::output(&gpu, self, batch, temperature)?),
-            None => {}
-        }
-        let x = self.hidden(batch)?;
-        self.head(&self.frozen, &x, batch, temperature)
-    }
-
-    /// The last block's output, without a graph.
-    fn hidden(&self, batch: &Batch) -> Result<Tensor> {
-        let mut x = self.embedded(&self.frozen, batch)?;
-        let attention = self.attention(batch);
-        for (layer, block) in self.frozen.blocks.iter().enumerate() {
-            x = block.forward(&x, &self.layer(layer, batch.positions()), |q, k, v| {
-                ops::attention(q, k, v, &attention(layer))
-            })?;
-        }
-        Ok(x)
-    }
-
-    /// Logits `[tokens, vocabulary]` after each token of one sequence: all of them at once, for short ones.
-    pub fn logits(&self, ids: &[u32]) -> Result<Tensor> {
-        self.wants(HeadKind::Language)?;
-        let Some((last, rest)) = ids.split_last() else { return Err(Error::EmptyPrompt { id: 0 }) };
-        // A batch leaves out a sequence's last token; repeated, it makes room for the one that is wanted.
-        let batch = Batch::new([Sequence { prompt: rest, completion: &[*last, *last] }]);
-        self.check(&batch)?;
-        let hidden = self.frozen.norm.forward(&self.hidden(&batch)?)?;
-        self.bent(ops::linear(&hidden, &self.frozen.head)?)
-    }
-
     /// Logits with their softcap.
     pub(crate) fn bent(&self, logits: Tensor) -> Result<Tensor> {
         Ok(ops::softcap(logits, self.architecture.final_softcap)?)
     }
 
-    fn head(&self, layers: &Layers, x: &Tensor, batch: &Batch, temperature: f64) -> Result<Tensor> {
-        let rows = Tensor::new(batch.rows.as_slice(), x.device())?;
-        // Normalising only the rows that are asked for: a row's norm does not depend on the others.
-        let hidden = layers.norm.forward(&x.index_select(&rows, 0)?)?;
-        let logits = ops::linear(&hidden, &layers.head)?;
-        Ok(match self.architecture.head {
-            HeadKind::Score => logits.squeeze(1)?,
-            HeadKind::Language => ops::logprobs(&self.bent(logits)?, &batch.targets, temperature, batch.entropy)?,
-        })
-    }
-
-    fn wants(&self, head: HeadKind) -> Result<()> {
+    pub(crate) fn wants(&self, head: HeadKind) -> Result<()> {
         match (self.architecture.head, head) {
             (HeadKind::Score, HeadKind::Language) => {
                 Err(Error::Head("a language model is needed, and this one gives scores (it has a `score` head)"))
@@ -259,7 +190,7 @@ impl Decoder {
     }
 
     /// That the batch fits the vocabulary and the context.
-    fn check(&self, batch: &Batch) -> Result<()> {
+    pub(crate) fn check(&self, batch: &Batch) -> Result<()> {
         let (vocab, context) = (self.architecture.vocab, self.architecture.context);
         if let Some(&token) = batch.ids.iter().chain(&batch.targets).find(|&&t| t as usize >= vocab) {
             return Err(Error::ForeignToken { token, vocab });
@@ -273,7 +204,7 @@ impl Decoder {
     }
 
     /// Embeddings of the batch's tokens.
-    fn embedded(&self, layers: &Layers, batch: &Batch) -> Result<Tensor> {
+    pub(crate) fn embedded(&self, layers: &Layers, batch: &Batch) -> Result<Tensor> {
         layers.embed(&self.architecture, &batch.ids, batch.positions())
     }
 
@@ -286,22 +217,8 @@ impl Decoder {
     }
 
     /// The attention of each layer over a batch.
-    fn attention(&self, batch: &Batch) -> impl Fn(usize) -> AttentionShape {
+    pub(crate) fn attention(&self, batch: &Batch) -> impl Fn(usize) -> AttentionShape {
         let families = batch.families.clone();
         move |layer| AttentionShape { heads: self.architecture.attention(layer), families: families.clone() }
     }
-}
-
-/// The board of a device that is a GPU.
-#[cfg(feature = "cuda")]
-fn board(device: &Device) -> Result<Option<Arc<dyn Board>>> {
-    match device {
-        Device::Cuda(device) => Ok(Some(Arc::new(crate::gpu::Cuda::new(device)?))),
-        _ => Ok(None),
-    }
-}
-
-#[cfg(not(feature = "cuda"))]
-fn board(_: &Device) -> Result<Option<Arc<dyn Board>>> {
-    Ok(None)
 }

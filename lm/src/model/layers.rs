@@ -2,10 +2,11 @@
 
 use candle_core::{DType, Result, Tensor};
 use half::{bf16, f16};
+use rehearsal_kernels::activation::Activation;
+use rehearsal_kernels::attention::Heads;
 
-use super::{Activation, Architecture, NormKind, Parameters};
+use super::architecture::{Architecture, NormKind, Parameters};
 use crate::error::Error;
-use crate::kernels::attention::Heads;
 use crate::ops::{self, Positions};
 
 /// All weights, in the order of the forward pass.

@@ -1,8 +1,9 @@
 //! How much memory a model takes on the CPU, predicted from its architecture.
 
-use super::Architecture;
-use crate::kernels::attention::KEY_BLOCK;
-use crate::kernels::gemm::Precision;
+use rehearsal_kernels::attention::KEY_BLOCK;
+use rehearsal_kernels::gemm::Precision;
+
+use super::architecture::Architecture;
 
 const F32: u64 = 4;
 

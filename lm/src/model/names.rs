@@ -1,6 +1,6 @@
 //! Parameters by their Hugging Face names and shapes.
 
-use super::{Architecture, HeadKind, NormKind};
+use super::architecture::{Architecture, HeadKind, NormKind};
 
 /// Names of what every family has, under the family's own words.
 pub struct Names {

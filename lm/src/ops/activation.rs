@@ -15,9 +15,8 @@ pub fn geglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::activation::{backward, forward};
-    use crate::model::Activation;
     use crate::ops::twin::{close, floats, plain, random};
+    use rehearsal_kernels::activation::{Activation, backward, forward};
 
     #[test]
     fn the_kernels_equal_the_graph() {

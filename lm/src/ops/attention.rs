@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{D, Device, Result, Tensor};
-
-use crate::kernels::attention::{Family, Heads};
+use rehearsal_kernels::attention::{Family, Heads};
 
 /// The heads of a layer and where each family of sequences lies.
 #[derive(Clone)]
@@ -61,8 +60,8 @@ pub fn attend_tail(q: &Tensor, k: &Tensor, v: &Tensor, heads: &Heads) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::attention::{Saved, backward, forward};
     use crate::ops::twin::{close, floats, plain, random};
+    use rehearsal_kernels::attention::{Saved, backward, forward};
 
     #[test]
     fn the_kernel_equals_the_graph() {

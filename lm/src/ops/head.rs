@@ -34,10 +34,10 @@ pub fn softcap(logits: Tensor, cap: Option<f64>) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::gemm::{Precision, View};
-    use crate::kernels::head::{self, Saved, Targets};
     use crate::ops::linear;
     use crate::ops::twin::{close, floats, plain, random};
+    use rehearsal_kernels::gemm::{Precision, View};
+    use rehearsal_kernels::head::{self, Saved, Targets};
 
     #[test]
     fn the_kernel_equals_the_graph() {

@@ -10,8 +10,8 @@ pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::gemm::{Packed, Precision, View, gemm};
     use crate::ops::twin::{close, floats, plain, random};
+    use rehearsal_kernels::gemm::{Packed, Precision, View, gemm};
 
     #[test]
     fn products_are_those_of_candle() {

@@ -70,7 +70,7 @@ pub(crate) mod twin {
 
     use candle_core::{Device, Result, Tensor, Var};
 
-    use crate::random::Stream;
+    use rehearsal_kernels::random::Stream;
 
     pub fn random(shape: &[usize], id: u64) -> Var {
         let stream = Stream::new(11, id);

@@ -20,8 +20,8 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::norm;
     use crate::ops::twin::{close, floats, plain, random};
+    use rehearsal_kernels::norm;
 
     #[test]
     fn the_kernel_equals_the_graph() {

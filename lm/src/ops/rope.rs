@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{D, Device, Result, Tensor};
-
-use crate::kernels::rope::Angles;
+use rehearsal_kernels::rope::Angles;
 
 /// Where each row of a packed batch stands in its sequence, with the angles to turn it by.
 #[derive(Clone)]
@@ -51,8 +50,8 @@ pub fn rope(x: &Tensor, head_dim: usize, positions: &Positions) -> Result<Tensor
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::rope::rotate;
     use crate::ops::twin::{close, floats, plain, random};
+    use rehearsal_kernels::rope::rotate;
 
     #[test]
     fn the_kernel_equals_the_graph() {

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use candle_core::Result;
+use rehearsal_kernels::attention::{Family, Heads};
 
 use super::ops::{Mlp, Norm, Ops, plus};
-use crate::kernels::attention::{Family, Heads};
 use crate::model::{self, Block, Decoder, NormKind};
 
 /// What every block of a pass shares.

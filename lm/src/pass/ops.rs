@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
+use rehearsal_kernels::attention::{Family, Heads};
+use rehearsal_kernels::rope::Angles;
 
-use crate::kernels::attention::{Family, Heads};
-use crate::kernels::rope::Angles;
 use crate::model::{Activation, Architecture, Layers, NormKind, Projection};
 
 /// A norm with its numbers where the machine wants them.

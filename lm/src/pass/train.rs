@@ -1,14 +1,10 @@
 //! A whole pass for training: forward with activations kept (or computed again), and the way back.
 
-use std::sync::Arc;
-
-use candle_core::{Device, Error, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use super::block::{Activations, Buffers, PreparedBlock, Rows, norm};
-use super::cpu::Cpu;
 use super::head::Head;
 use super::ops::{Answers, Ops, Sum};
-use super::recording::Recording;
 use crate::model::{Batch, Block, Decoder, Gradients, Norm, Projection};
 
 /// Log-probabilities of a batch's targets, or scores of its rows, nothing kept.
@@ -74,31 +70,6 @@ pub struct Trace<'a, O: Ops> {
     head: Head<O>,
 }
 
-impl<'a> Trace<'a, Cpu> {
-    /// The forward pass that generation has run already, if the recording has all of the batch.
-    pub fn recall(
-        ops: Cpu,
-        decoder: &'a Decoder,
-        batch: &Batch,
-        temperature: f64,
-        recording: Recording,
-    ) -> Result<Option<Self>> {
-        let Some(found) = recording.of(batch, temperature) else { return Ok(None) };
-        let pass = Pass::idle(ops, decoder, batch)?;
-        let places = Arc::new(found.rows);
-        let layers = recording.into_layers().into_iter().enumerate();
-        let blocks = layers
-            .map(|(layer, kept)| Memory::Whole(Box::new(Activations::recall(&pass.rows, layer, &kept, &places))))
-            .collect();
-        // Entropies were not asked for when the tokens were drawn.
-        let known = (!batch.entropy)
-            .then(|| Ok::<_, Error>(Answers { output: Tensor::new(found.logprobs, &Device::Cpu)?, lse: found.lse }))
-            .transpose()?;
-        let head = Head::on(&pass.ops, decoder, batch, found.stream, temperature, known)?;
-        Ok(Some(Self { pass, decoder, batch: batch.clone(), blocks, head }))
-    }
-}
-
 impl<'a, O: Ops> Trace<'a, O> {
     /// Runs a batch through a trainable decoder.
     pub fn forward(ops: O, decoder: &'a Decoder, batch: &Batch, temperature: f64) -> Result<Self> {
@@ -115,6 +86,23 @@ impl<'a, O: Ops> Trace<'a, O> {
             }
         }
         let head = Head::forward(&pass.ops, decoder, batch, &pass.buffers.x, temperature)?;
+        Ok(Self { pass, decoder, batch: batch.clone(), blocks, head })
+    }
+
+    /// A forward pass whose results are known: the activations of each layer, made from the rows of the pass; the residual
+    /// stream of the rows that go through the head; and, unless they must be computed, the head's answers.
+    pub fn known(
+        ops: O,
+        decoder: &'a Decoder,
+        batch: &Batch,
+        temperature: f64,
+        activations: impl FnOnce(&Rows<O>) -> Vec<Activations<O>>,
+        stream: O::Buffer,
+        answers: Option<Answers<O::Buffer>>,
+    ) -> Result<Self> {
+        let pass = Pass::idle(ops, decoder, batch)?;
+        let blocks = activations(&pass.rows).into_iter().map(|kept| Memory::Whole(Box::new(kept))).collect();
+        let head = Head::on(&pass.ops, decoder, batch, stream, temperature, answers)?;
         Ok(Self { pass, decoder, batch: batch.clone(), blocks, head })
     }
 

@@ -9,7 +9,7 @@ use rehearsal_lm::ops::Kernels;
 use rehearsal_lm::{Architecture, Batch, Decoder, Forward, Gradients, Parameters, Sequence};
 
 use super::{Golden, flat, folder, rows};
-use crate::gpu::board;
+use crate::gpu::backend;
 
 /// A model folder; it has no tokenizer, so the weights are read as they are.
 fn parameters(model: &str) -> (Architecture, Parameters) {
@@ -48,9 +48,9 @@ pub enum Machine {
 
 impl Machine {
     pub fn run(self, decoder: Decoder) -> Decoder {
-        match (self, board()) {
+        match (self, backend()) {
             (Self::Graph, _) => decoder.with_kernels(Kernels::Plain),
-            (Self::Gpu, Some(board)) => decoder.with_board(board),
+            (Self::Gpu, Some(backend)) => decoder.with_gpu_backend(backend),
             _ => decoder,
         }
     }
@@ -59,7 +59,7 @@ impl Machine {
 /// The kernels are f32; f64 shows that the graph is exact.
 pub fn machines(dtype: DType) -> Vec<Machine> {
     match dtype {
-        DType::F32 if board().is_some() => vec![Machine::Kernels, Machine::Graph, Machine::Gpu],
+        DType::F32 if backend().is_some() => vec![Machine::Kernels, Machine::Graph, Machine::Gpu],
         DType::F32 => vec![Machine::Kernels, Machine::Graph],
         _ => vec![Machine::Graph],
     }

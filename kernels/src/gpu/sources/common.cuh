@@ -1,5 +1,5 @@
-// What every kernel uses. NARROW is what the products read and write: float, or bf16 held as its bits. No header is
-// included, so that NVRTC needs no path.
+// Compiled before every file of kernels. NARROW is the element type that matrix products read and write: float, or bf16 as its
+// bits. No header is included, so that NVRTC needs no include path.
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short bf16;
@@ -10,7 +10,7 @@ typedef NARROW narrow;
 #define INLINE __device__ __forceinline__
 #define NEGATIVE_INFINITY __uint_as_float(0xff800000u)
 
-// Memory of a block whose size the launch decides.
+// Dynamic shared memory, whose size is set by the launch.
 #ifndef EMULATED
 extern __shared__ uint4 dynamic_shared[];
 #endif
@@ -19,7 +19,7 @@ extern __shared__ uint4 dynamic_shared[];
 INLINE float load(const float* p) { return *p; }
 INLINE float load(const bf16* p) { return __uint_as_float((u32)*p << 16); }
 
-// Nearest, ties to even; a NaN stays one.
+// The bits of the nearest bf16, ties to even. A NaN stays a NaN.
 INLINE u32 round_bits(float x) {
     u32 bits = __float_as_uint(x);
     return x != x ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -27,7 +27,7 @@ INLINE u32 round_bits(float x) {
 INLINE void store(float* p, float x) { *p = x; }
 INLINE void store(bf16* p, float x) { *p = (bf16)round_bits(x); }
 
-// Sums in a fixed order: within a warp by halves, then warp by warp. Every thread gets the sum.
+// Reductions in a fixed order: a tree within each warp, then warp by warp. Every thread gets the result.
 INLINE float warp_sum(float x) {
     for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
     return x;
@@ -57,10 +57,11 @@ INLINE float block_max(float x) {
     return top;
 }
 
-INLINE float bent(float x, float cap) { return cap > 0.f ? cap * tanhf(x / cap) : x; }
-INLINE float bent_slope(float bent, float cap) { return cap > 0.f ? 1.f - (bent / cap) * (bent / cap) : 1.f; }
+// Softcap of x, and its derivative given the softcapped value.
+INLINE float softcapped(float x, float cap) { return cap > 0.f ? cap * tanhf(x / cap) : x; }
+INLINE float softcap_slope(float y, float cap) { return cap > 0.f ? 1.f - (y / cap) * (y / cap) : 1.f; }
 
-// Products of 16 x 16 by 16 x 8 by a warp, in the layout of mma.m16n8k16. Thread l holds, with g = l / 4 and t = l % 4:
+// A warp's product of 16 x 16 by 16 x 8, in the layout of mma.m16n8k16. With g = l / 4 and t = l % 4, thread l holds
 //   of A the pairs (row g, columns 2t 2t+1), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8);
 //   of B the pairs (rows 2t 2t+1, column g), (2t + 8, g);
 //   of C the numbers (row g, columns 2t 2t+1), (g + 8, 2t 2t+1).
@@ -71,7 +72,7 @@ INLINE void mma(float c[4], const Floats a[4], const Floats b[2]) {
 #else
     int t = threadIdx.x % 4;
     UNROLL for (int k = 0; k < 16; k++) {
-        // Who holds column k of A and row k of B.
+        // The threads that hold column k of A and row k of B.
         int half = k / 8, owner = k % 8 / 2, group = threadIdx.x % 32 / 4 * 4 + owner;
         float a0 = k % 2 ? a[2 * half].high : a[2 * half].low, a1 = k % 2 ? a[2 * half + 1].high : a[2 * half + 1].low;
         float b0 = k % 2 ? b[half].high : b[half].low;
@@ -98,7 +99,7 @@ INLINE void mma(float c[4], const u32 a[4], const u32 b[2]) {
 #endif
 }
 
-// Two neighbouring numbers of a factor.
+// Two neighbouring elements of a factor.
 template <typename T> struct PairOf;
 template <> struct PairOf<float> { typedef Floats type; };
 template <> struct PairOf<bf16> { typedef u32 type; };

@@ -1,11 +1,11 @@
-// Generation: keys and values go into a cache, queries look there, and the next token is drawn. What changes from token to token
-// lies on the device, so that a step is the same launches each time.
+// Decoding: writing keys and values to the KV cache, and attention against it. What changes from token to token is on the
+// device, so that every step is the same sequence of launches.
 //
 // The cache of a layer is [slots][key heads][capacity][DIM] for keys, and the same for values.
 
 struct Shape { int queries, keys, stride, key_at, value_at, window; float scale, cap; };
 
-// Puts the keys and values of rows at their places. One block a row.
+// Writes the keys and values of rows to the cache, at the rows' slots and positions. One block per row.
 KERNEL append(
     const narrow* qkv, const u32* slots, const u32* positions, const u32* active, Shape s, int capacity, narrow* keys,
     narrow* values) {
@@ -19,9 +19,9 @@ KERNEL append(
     }
 }
 
-// The queries of a row that share a key head, against that head's cache: one block of 128 threads for each row and key head.
-// Keys come 128 at a time, a thread each. Dynamic memory: queries [group][DIM], scores [group][128], sums [group][DIM], and
-// three numbers for each query.
+// Attention of the query heads of a row that share a key head, against that head's cache: one block of 128 threads per row and
+// key head. A block reads 128 keys at a time, one per thread. Dynamic shared memory: queries [group][DIM], scores
+// [group][128], sums [group][DIM], and three numbers per query.
 #define SPAN 128
 KERNEL attend(
     const narrow* qkv, const u32* slots, const u32* positions, const u32* active, Shape s, int capacity, const narrow* keys,
@@ -51,11 +51,11 @@ KERNEL attend(
             for (int h = 0; h < group; h++) {
                 float x = 0.f;
                 for (int c = 0; c < DIM; c++) x = fmaf(q[h * DIM + c], load(key + c), x);
-                scores[h * SPAN + threadIdx.x] = bent(x * s.scale, s.cap);
+                scores[h * SPAN + threadIdx.x] = softcapped(x * s.scale, s.cap);
             }
         }
         __syncthreads();
-        // A warp for each query: its largest score so far, and the sum of what follows from it.
+        // One warp per query: the largest score so far, and the sum of exponentials relative to it.
         for (int h = threadIdx.x / 32; h < group; h += blockDim.x / 32) {
             float most = NEGATIVE_INFINITY, sum = 0.f;
             for (int j = threadIdx.x % 32; j < count; j += 32) most = fmaxf(most, scores[h * SPAN + j]);
@@ -86,7 +86,7 @@ KERNEL attend(
         store(out + ((size_t)row * s.queries + head * group) * DIM + i, sums[i] / total[i / DIM]);
 }
 
-// The first `len` tokens of a slot's cache, to another slot. One block a key head; `slots` is how many there are.
+// Copies the first `len` tokens of a slot of a layer's keys or values to another slot. One block per key head.
 KERNEL copy_prefix(narrow* cache, int heads, int capacity, u32 from, u32 to, int len) {
     size_t size = (size_t)capacity * DIM;
     const narrow* a = cache + ((size_t)from * heads + blockIdx.x) * size;

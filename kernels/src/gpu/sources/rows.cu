@@ -1,11 +1,11 @@
-// Rows: norms, rotation, activations, embeddings, sums over rows.
+// Norms, rotary positions, activations, embeddings, and sums over rows.
 
-// Vectors of `dim` numbers inside rows: vector i is that of head i % heads in row i / heads. A norm over whole rows has one
-// head as wide as the row.
+// Vectors of `dim` elements inside rows: vector i is head i % heads of row i / heads. A norm over whole rows has one head, as
+// wide as the row.
 struct Place { int heads, stride, at, dim; };
 INLINE size_t place(Place p, int i) { return (size_t)(i / p.heads) * p.stride + p.at + (i % p.heads) * p.dim; }
 
-// Mean (0 for RMSNorm) and inverse deviation of a vector, by all threads of a block.
+// Mean (0 for RMSNorm) and inverse standard deviation of a vector, computed by all threads of a block.
 template <typename X>
 INLINE void moments(const X* x, int dim, float eps, int layer, float* mean, float* inverse) {
     float m = 0.f, s = 0.f;
@@ -21,7 +21,7 @@ INLINE void moments(const X* x, int dim, float eps, int layer, float* mean, floa
     *inverse = 1.f / sqrtf(block_sum(s) / dim + eps);
 }
 
-// One block a vector; `out` lies as `x` does.
+// One block per vector; `out` has the layout of `x`.
 template <typename X, typename Y>
 INLINE void norm_forward(const X* x, Place p, const float* w, const float* b, float eps, int layer, Y* out) {
     size_t at = place(p, blockIdx.x);
@@ -40,7 +40,7 @@ KERNEL head_norm(narrow* x, Place p, const float* w, float eps) {
     norm_forward(x, p, w, (const float*)0, eps, 0, x);
 }
 
-// The gradient of the input: added to `d`, or in the place of `g`. Leaves mean and inverse deviation in `stats`.
+// Gradient of the norm's input, which is added to or replaces `d`. Writes mean and inverse standard deviation to `stats`.
 template <typename X, typename G, typename D>
 INLINE void norm_input(const X* x, const G* g, Place p, const float* w, float eps, int layer, int add, D* d, float* stats) {
     size_t at = place(p, blockIdx.x);
@@ -77,7 +77,7 @@ KERNEL head_norm_back(const narrow* x, narrow* g, Place p, const float* w, float
     norm_input(x, g, p, w, eps, 0, 0, g, stats);
 }
 
-// Sums over vectors, some vectors a block: part[chunk][c]. Blocks of 32 columns by 8 rows; grid of (columns / 32, chunks).
+// Partial sums over chunks of vectors: part[chunk][column]. Blocks of 32 columns by 8 rows; grid of (columns / 32, chunks).
 template <typename F>
 INLINE void column_parts(int vectors, int chunk, int dim, float* part, F value) {
     __shared__ float sums[8][33];
@@ -114,11 +114,11 @@ KERNEL column_sums(const narrow* g, Place p, int vectors, int chunk, float* part
 KERNEL column_sums_wide(const float* g, Place p, int vectors, int chunk, float* part) {
     column_parts(vectors, chunk, p.dim, part, [=](int i, int c) { return g[place(p, i) + c]; });
 }
-// Sums over rows of each row times its number: the gradient of a head that gives scores.
+// Partial sums of rows times g[row]: the gradient of a score head's weight.
 KERNEL score_weight(const narrow* x, const float* g, int vectors, int chunk, int dim, float* part) {
     column_parts(vectors, chunk, dim, part, [=](int i, int c) { return g[i] * load(x + (size_t)i * dim + c); });
 }
-// sum[c] += the parts of column c, in their order.
+// Adds the partial sums of each column to `sum`, in the order of the chunks.
 KERNEL fold(const float* part, int chunks, int dim, float* sum) {
     int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= dim) return;
@@ -127,13 +127,13 @@ KERNEL fold(const float* part, int chunks, int dim, float* sum) {
     sum[c] += total;
 }
 
-// Turns the first `turned` heads of every row by its position; `sign` -1 turns back. One thread a pair of numbers.
+// Rotates the first `heads` heads of each row by its position, or back if `sign` is -1. One thread per pair of elements.
 KERNEL rotate(
-    narrow* x, int rows, int stride, int turned, int half, const u32* positions, const float* cosines, const float* sines,
+    narrow* x, int rows, int stride, int heads, int half, const u32* positions, const float* cosines, const float* sines,
     float sign) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)rows * turned * half) return;
-    int c = i % half, head = i / half % turned, row = i / half / turned;
+    if (i >= (size_t)rows * heads * half) return;
+    int c = i % half, head = i / half % heads, row = i / half / heads;
     size_t angle = (size_t)positions[row] * half + c;
     narrow* p = x + (size_t)row * stride + head * 2 * half + c;
     float a = load(p), b = load(p + half), co = cosines[angle], si = sign * sines[angle];
@@ -141,7 +141,7 @@ KERNEL rotate(
     store(p + half, b * co + a * si);
 }
 
-// SiLU (kind 0) or GELU's tanh approximation (kind 1), with its slope.
+// SiLU (kind 0) or GELU's tanh approximation (kind 1), and its derivative.
 INLINE float act(int kind, float x, float* slope) {
     if (kind == 0) {
         float s = 1.f / (1.f + expf(-x));
@@ -172,6 +172,7 @@ KERNEL add(float* x, const float* y, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) x[i] += y[i];
 }
+// Conversions between f32 or bf16 and the element type of products.
 KERNEL narrowed(const float* x, narrow* out, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) store(out + i, x[i]);
@@ -192,13 +193,13 @@ KERNEL add_bias_wide(float* x, const float* bias, int width, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) x[i] += bias[i % width];
 }
-// A matrix [rows, columns] turned, as the products want weights that are kept the other way round (GPT-2).
-KERNEL turned(const float* x, int rows, int columns, narrow* out) {
+// The transpose of a matrix [rows, columns], for weights that a model stores transposed (GPT-2).
+KERNEL transposed(const float* x, int rows, int columns, narrow* out) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < (size_t)rows * columns) store(out + i % columns * rows + i / columns, x[i]);
 }
 
-// Embeddings times `scale`, and learned positions where there are some. One block a row.
+// Embeddings times `scale`, plus learned position embeddings if the model has them. One block per row.
 template <typename W>
 INLINE void embed_row(
     const W* table, const W* places, float scale, const u32* ids, const u32* positions, int width, float* out) {
@@ -218,8 +219,8 @@ KERNEL gather(const float* x, const u32* rows, int width, float* out) {
     size_t row = blockIdx.x, at = (size_t)rows[row] * width;
     for (int c = threadIdx.x; c < width; c += blockDim.x) out[row * width + c] = x[at + c];
 }
-// Adds rows of `x` to rows of `out`, one block a row of `out`: row targets[i] gets the rows order[starts[i]..starts[i + 1]], one
-// after the other, so that the sum does not depend on how threads run.
+// Adds rows of `x` to rows of `out`, one block per row of `out`: row targets[i] receives the rows
+// order[starts[i]..starts[i + 1]], one after another, so that the sum does not depend on how threads are scheduled.
 KERNEL add_rows(
     const float* x, const u32* targets, const u32* starts, const u32* order, float scale, int width, float* out) {
     size_t at = (size_t)targets[blockIdx.x] * width;

@@ -1,5 +1,5 @@
-// The next token of each row: temperature, top-k, top-p and min-p as on the CPU, by thresholds on the logits instead of sorting.
-// Tokens that tie with the last one kept are all kept. One block of 1,024 threads a row.
+// Samples the next token of each row. Temperature, top-k, top-p and min-p are as on the CPU, but by thresholds on the logits
+// instead of sorting: tokens that tie with the last one kept are all kept. One block of 1,024 threads per row.
 
 #define THREADS 1024
 #define ENDS_MAX 16
@@ -11,7 +11,7 @@ struct Settings {
     u32 end[ENDS_MAX];
 };
 
-// Philox4x32-10 (Salmon et al. 2011): the same numbers as the CPU's.
+// Philox4x32-10 (Salmon et al. 2011), as `random.rs`.
 INLINE double uniform(u64 seed, u64 id, u64 position) {
     u32 c[4] = {(u32)position, (u32)(position >> 32), (u32)id, (u32)(id >> 32)}, k[2] = {(u32)seed, (u32)(seed >> 32)};
     for (int round = 0; round < 10; round++) {
@@ -25,15 +25,15 @@ INLINE double uniform(u64 seed, u64 id, u64 position) {
     return (double)(bits >> 11) / 9007199254740992.0;
 }
 
-// Numbers in the order of these unsigned ones, and back.
+// An order-preserving map from floats to unsigned integers, and its inverse.
 INLINE u32 order(float x) {
     u32 bits = __float_as_uint(x);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 INLINE float unorder(u32 key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
 
-// The largest number such that what is at least as large weighs `wanted` or more together; weights are whole numbers, so their
-// sums do not depend on the order. Finds eight bits of it at a time.
+// The largest value such that all values at least as large have a total weight of `wanted` or more. Weights are integers, so
+// their sums do not depend on the order. The value is found eight bits at a time.
 template <typename V, typename W>
 INLINE float threshold(int vocab, u64 wanted, V value, W weight) {
     __shared__ u64 bins[256];
@@ -67,8 +67,8 @@ INLINE float threshold(int vocab, u64 wanted, V value, W weight) {
     return unorder(prefix);
 }
 
-// State of each row: its random numbers' stream, tokens drawn, position of the next token, whether it goes on. What was drawn is
-// left at [step][row].
+// State of each row: the id of its random stream, the number of tokens drawn, the position of the next token, and whether it
+// continues. The drawn tokens and their log-probabilities are written to [step][row].
 KERNEL sample(
     const float* logits, Settings s, const u64* ids, u32* tokens, u32* positions, u32* drawn, u32* active, const u32* step,
     u32* drawn_tokens, float* drawn_logprobs) {
@@ -80,13 +80,13 @@ KERNEL sample(
     const float* x = logits + (size_t)row * s.vocab;
     float scale = s.temperature > 0.f ? 1.f / s.temperature : 1.f;
     bool masked = (int)drawn[row] < s.min_new;
-    // Logits, and those a token may be drawn by: no end before its time.
-    auto raw = [=](int c) { return bent(x[c], s.cap); };
+    // `raw`: softcapped logits. `free`: the same, without end tokens while fewer than `min_new` tokens were drawn.
+    auto raw = [=](int c) { return softcapped(x[c], s.cap); };
     auto free = [=](int c) {
         if (masked)
             for (int i = 0; i < s.ends; i++)
                 if (s.end[i] == (u32)c) return NEGATIVE_INFINITY;
-        return bent(x[c], s.cap);
+        return softcapped(x[c], s.cap);
     };
     float top = NEGATIVE_INFINITY, free_top = NEGATIVE_INFINITY, sum = 0.f;
     for (int c = threadIdx.x; c < s.vocab; c += blockDim.x) {
@@ -107,13 +107,13 @@ KERNEL sample(
     } else {
         float least = NEGATIVE_INFINITY;
         if (s.top_k > 0 && s.top_k < s.vocab) least = threshold(s.vocab, (u64)s.top_k, free, [](int) { return (u64)1; });
-        // Probabilities as whole numbers of 2^-40.
+        // Probabilities as integer multiples of 2^-40.
         auto weight = [=](int c) {
             float y = free(c);
             return y >= least && y > NEGATIVE_INFINITY ? (u64)((double)expf((y - free_top) * scale) * 1099511627776.0) : (u64)0;
         };
         if (s.top_p < 1.f) {
-            // Bins are shared by all threads: the total is the sum that a threshold of everything has.
+            // The total weight of all tokens.
             __shared__ u64 total;
             if (threadIdx.x == 0) total = 0;
             __syncthreads();
@@ -125,7 +125,7 @@ KERNEL sample(
             least = fmaxf(least, threshold(s.vocab, wanted > 0 ? wanted : 1, free, weight));
         }
         if (s.min_p > 0.f) least = fmaxf(least, free_top + logf(s.min_p) / scale);
-        // The cumulated probability in the order of the vocabulary: each thread has a stretch of it.
+        // Cumulative probability in vocabulary order; each thread sums a contiguous range.
         int stretch = (s.vocab + THREADS - 1) / THREADS, from = min((int)threadIdx.x * stretch, s.vocab);
         int to = min(from + stretch, s.vocab);
         auto p = [=](int c) {
@@ -150,7 +150,7 @@ KERNEL sample(
                 left -= y;
                 if (left < 0.0) break;
             }
-            // Rounding may put the draw past the last of them.
+            // Rounding may put the draw past the last token.
             for (int c = s.vocab - 1; last == (u32)s.vocab && c >= 0; c--)
                 if (p(c) > 0.0) last = c;
             chosen = last;
@@ -169,5 +169,5 @@ KERNEL sample(
     }
 }
 
-// The next step.
+// Increments the step counter.
 KERNEL next_step(u32* step) { *step += 1; }
