@@ -1,4 +1,4 @@
-//! Models in and out: Hugging Face directories, GGUF files, and files held in memory.
+//! Loads and saves models: Hugging Face directories, GGUF files, and files held in memory.
 
 mod gguf;
 mod gguf_tokenizer;
@@ -20,26 +20,33 @@ use crate::text::Text;
 /// Stream of random numbers of new score heads.
 const SCORE_STREAM: u64 = (1 << 63) + (1 << 62);
 
-/// A model as its files describe it: weights on the CPU in f32, tokenizer and chat template.
+/// A model as loaded from its files: weights on the CPU in f32, tokenizer and chat template.
 pub struct Checkpoint {
     pub architecture: Architecture,
-    /// `config.json` as it was read, so that an export keeps what this program does not know.
+    /// `config.json` as it was read, so that an export keeps the keys that this crate does not know.
     pub config: Value,
     pub parameters: Parameters,
     pub text: Text,
 }
 
-/// The files of a model held in memory.
+/// Contents of the files of a Hugging Face directory.
 #[derive(Debug, Clone, Copy)]
 pub struct Files<'a> {
+    /// `config.json`.
     pub config: &'a [u8],
+    /// `tokenizer.json`.
     pub tokenizer: &'a [u8],
+    /// `tokenizer_config.json`.
     pub tokenizer_config: &'a [u8],
+    /// `model.safetensors`.
     pub weights: &'a [u8],
 }
 
 impl Checkpoint {
-    /// Reads a Hugging Face directory or a `.gguf` file.
+    /// Loads a Hugging Face directory or a `.gguf` file.
+    ///
+    /// Fails if a file cannot be read, if the architecture is not supported, or if tensors are missing, unknown or of
+    /// another shape.
     pub fn open(path: &Path) -> Result<Self> {
         if path.is_dir() {
             hf::open(path)
@@ -50,23 +57,23 @@ impl Checkpoint {
         }
     }
 
-    /// Reads a model from memory; `name` stands for the path in errors.
+    /// Loads a model from memory; `name` takes the place of the path in errors.
     pub fn from_files(files: Files<'_>, name: &str) -> Result<Self> {
         hf::from_files(files, Path::new(name))
     }
 
-    /// The model on a device, for inference.
+    /// Creates the model on a device for inference, its weights converted to `dtype`.
     pub fn frozen(&self, device: &Device, dtype: DType) -> Result<Decoder> {
         Decoder::frozen(self.architecture.clone(), self.placed(device, dtype)?)
     }
 
-    /// The model on a device, to be trained.
+    /// Creates the model on a device for training, its weights converted to `dtype`.
     pub fn trainable(&self, device: &Device, dtype: DType) -> Result<Decoder> {
         Decoder::trainable(self.architecture.clone(), self.placed(device, dtype)?)
     }
 
-    /// The same trunk with a score head in the place of its own: drawn by `seed` from a normal distribution of standard
-    /// deviation `1/√(width + 1)` (N+ implementation details), or kept if it has one.
+    /// Replaces the language-model head with a score head, drawn with `seed` from a normal distribution of standard
+    /// deviation `1/√(hidden + 1)` (N+ implementation details). A model that has a score head keeps it.
     pub fn with_score_head(mut self, seed: u64) -> Result<Self> {
         if self.architecture.head == HeadKind::Score {
             return Ok(self);
@@ -78,14 +85,15 @@ impl Checkpoint {
         self.parameters.insert("score.weight".into(), Tensor::from_vec(score, (1, width), &Device::Cpu)?);
         self.config = with_head(&self.config, HeadKind::Score);
         if let (Some(map), Some(pad)) = (self.config.as_object_mut(), self.architecture.pad) {
-            // transformers reads the score at the last token that is no padding, so the config must name it.
+            // transformers reads the score at the last token that is not padding, so the config must name the padding
+            // token.
             map.insert("pad_token_id".into(), pad.into());
         }
         self.architecture = self.architecture.with_head(HeadKind::Score);
         Ok(self)
     }
 
-    /// The same model with its weights rounded to another type.
+    /// The same model with its weights converted to another type.
     pub fn rounded(&self, dtype: DType) -> Result<Self> {
         let rounded = |(name, t): (&String, &Tensor)| Ok((name.clone(), t.to_dtype(dtype)?));
         Ok(Self {
@@ -100,7 +108,7 @@ impl Checkpoint {
         self.parameters.iter().map(|(name, t)| Ok((name.clone(), t.to_dtype(dtype)?.to_device(device)?))).collect()
     }
 
-    /// A hash of the weights and the tokenizer: equal for equal models, wherever their files lie.
+    /// Hash of the weights and the tokenizer in 16 hexadecimal digits, independent of where the files are.
     pub fn fingerprint(&self) -> Result<String> {
         let mut hasher = blake3::Hasher::new();
         hasher.update(self.text.tokenizer_json().as_bytes()).update(self.text.config().to_string().as_bytes());
@@ -114,18 +122,19 @@ impl Checkpoint {
         Ok(hasher.finalize().to_hex()[..16].to_string())
     }
 
-    /// Writes a Hugging Face directory with `parameters` (by name) in the place of this checkpoint's own.
+    /// Writes a Hugging Face directory with `parameters`, converted to `dtype`, instead of the checkpoint's own.
     pub fn save(&self, parameters: &Parameters, directory: &Path, dtype: DType) -> Result<()> {
         save::save(self, parameters, directory, dtype, save::SHARD_BYTES)
     }
 }
 
-/// Checks that `parameters` are exactly what the architecture needs.
+/// Checks that `parameters` are those that the architecture needs, and drops redundant ones.
 fn check(architecture: &Architecture, parameters: Parameters, path: &Path) -> Result<Parameters> {
-    // The first GPT-2 files have the trunk without its prefix.
-    let bare = architecture.model_type == "gpt2" && !parameters.keys().any(|n| n.starts_with("transformer."));
-    let whole = |name: String| if bare && name != "score.weight" { format!("transformer.{name}") } else { name };
-    let mut parameters: Parameters = parameters.into_iter().map(|(name, t)| (whole(name), t)).collect();
+    // The original GPT-2 files lack the prefix `transformer.`.
+    let unprefixed = architecture.model_type == "gpt2" && !parameters.keys().any(|n| n.starts_with("transformer."));
+    let prefixed =
+        |name: String| if unprefixed && name != "score.weight" { format!("transformer.{name}") } else { name };
+    let mut parameters: Parameters = parameters.into_iter().map(|(name, t)| (prefixed(name), t)).collect();
     let mut checked = Parameters::new();
     for (name, wanted) in architecture.parameters() {
         let Some(tensor) = parameters.remove(&name) else {
@@ -136,12 +145,12 @@ fn check(architecture: &Architecture, parameters: Parameters, path: &Path) -> Re
         }
         checked.insert(name, tensor);
     }
-    // Derived tables that old exports carry, and a head that repeats the embedding, hold nothing of their own.
-    let harmless = |name: &str| {
+    // Tables that old exports contain and that follow from the config, and the copy of a tied head, are redundant.
+    let redundant = |name: &str| {
         let derived = ["rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"].iter().any(|end| name.ends_with(end));
         derived || (architecture.tied && name.ends_with("lm_head.weight"))
     };
-    match parameters.into_keys().find(|name| !harmless(name)) {
+    match parameters.into_keys().find(|name| !redundant(name)) {
         Some(name) => Err(Error::ExtraTensor { name, path: path.into(), model_type: architecture.model_type.clone() }),
         None => Ok(checked),
     }

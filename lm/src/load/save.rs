@@ -11,7 +11,7 @@ use super::Checkpoint;
 use crate::error::{Error, Result};
 use crate::model::Parameters;
 
-/// Largest weight file before the weights are split.
+/// Most bytes of tensors in one weight file; more are split into shards.
 pub const SHARD_BYTES: usize = 5_000_000_000;
 
 pub fn save(

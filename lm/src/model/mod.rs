@@ -1,5 +1,5 @@
-//! One decoder for Llama, Mistral, Qwen, Gemma and GPT-2: parameters by their Hugging Face names, and the forward pass
-//! over packed sequences. [`Forward`] is the way back.
+//! One decoder for Llama, Mistral, Qwen, Gemma and GPT-2: parameters by their Hugging Face names, the forward pass over
+//! packed sequences, and its backward pass ([`Forward::backward`]).
 
 mod architecture;
 mod batch;
@@ -28,39 +28,39 @@ use crate::ops::{self, AttentionShape, Kernels, Positions};
 use crate::pass::{self, Machine};
 use layers::LayerContext;
 
-/// Named parameters.
+/// Parameters by their Hugging Face names.
 pub type Parameters = BTreeMap<String, Tensor>;
 
 /// A language model on one device.
 ///
-/// Cloning shares the weights. A trainable model's weights change in place, for every clone.
+/// Clones share the weights: training changes a trainable model's weights in place, for every clone.
 #[derive(Clone)]
 pub struct Decoder {
     architecture: Arc<Architecture>,
-    /// Tensors without history, for inference.
+    /// Tensors without gradient tracking, for inference.
     frozen: Layers,
     /// The same storage as variables, if the model is trainable.
     trained: Option<Layers>,
-    /// The weights by name, without history.
+    /// The weights by name, without gradient tracking.
     parameters: Arc<Parameters>,
     variables: Arc<BTreeMap<String, Var>>,
     angles: Arc<Angles>,
-    /// Those of the layers that slide, where they have their own.
+    /// Angles of the layers with a sliding window, if they have their own.
     sliding_angles: Option<Arc<Angles>>,
     kernels: Kernels,
     precision: Precision,
     recompute: bool,
-    /// The GPU that runs its passes.
+    /// The GPU backend that runs its passes, if any.
     gpu: Option<Context>,
 }
 
 impl Decoder {
-    /// A model that is only read. `parameters` has exactly the architecture's names and shapes.
+    /// Creates a model for inference. `parameters` must have exactly the architecture's names and shapes.
     pub fn frozen(architecture: Architecture, parameters: Parameters) -> Result<Self> {
         Self::build(architecture, parameters, BTreeMap::new())
     }
 
-    /// A model whose every parameter can be trained; the tensors are copied.
+    /// Creates a model all of whose parameters are trainable variables; the tensors are copied.
     pub fn trainable(architecture: Architecture, parameters: Parameters) -> Result<Self> {
         let variables = parameters
             .into_iter()
@@ -97,27 +97,28 @@ impl Decoder {
         })
     }
 
-    /// The same model on other kernels (the plain twins are an oracle for tests).
+    /// The same model with another implementation of its operations; tests compare the two.
     pub fn with_kernels(mut self, kernels: Kernels) -> Self {
         self.kernels = kernels;
         self
     }
 
-    /// The same model with the factors of its matrix products rounded to bfloat16, or not. On the CPU, and for f32
-    /// weights, which stay what they are.
+    /// The same model with another GEMM precision: the inputs of matrix products are rounded to it, sums stay f32. For
+    /// f32 weights, which do not change themselves.
     pub fn with_precision(mut self, precision: Precision) -> Self {
         self.precision = precision;
         self
     }
 
-    /// The same model, keeping only each block's input on the way forward and running the block again on the way
-    /// back (Chen et al. 2016): a third more work for a fraction of the memory.
+    /// The same model with gradient checkpointing (Chen et al. 2016): the forward pass keeps only each block's input,
+    /// and the backward pass computes the block again. A third more work for a fraction of the memory; results do not
+    /// change.
     pub fn with_gradient_checkpointing(mut self, recompute: bool) -> Self {
         self.recompute = recompute;
         self
     }
 
-    /// The same model with its passes run by a board, which its tensors must be within reach of.
+    /// The same model with its passes run by a GPU backend, which must be able to access its tensors.
     pub fn with_board(mut self, board: Arc<dyn Board>) -> Self {
         self.gpu = Some(Context::new(board));
         self
@@ -127,12 +128,12 @@ impl Decoder {
         self.gpu.as_ref()
     }
 
-    /// What the model is made of.
+    /// The architecture.
     pub fn architecture(&self) -> &Architecture {
         &self.architecture
     }
 
-    /// Where the weights are.
+    /// Device of the weights.
     pub fn device(&self) -> &Device {
         self.frozen.embed.device()
     }
@@ -142,7 +143,7 @@ impl Decoder {
         self.frozen.embed.dtype()
     }
 
-    /// The weights by name, without history; they share storage with the model.
+    /// The weights by name, without gradient tracking; they share storage with the model.
     pub fn parameters(&self) -> Parameters {
         (*self.parameters).clone()
     }
@@ -152,7 +153,7 @@ impl Decoder {
         &self.variables
     }
 
-    /// Angles of a layer's rotary positions, where it has them.
+    /// Rotary angles of a layer; `None` with learned positions.
     pub(crate) fn angles(&self, layer: usize) -> Option<&Arc<Angles>> {
         let arch = &self.architecture;
         match &self.sliding_angles {
@@ -171,7 +172,7 @@ impl Decoder {
         &self.frozen
     }
 
-    /// What the factors of matrix products are rounded to.
+    /// GEMM precision: what the inputs of matrix products are rounded to.
     pub fn precision(&self) -> Precision {
         self.precision
     }
@@ -184,15 +185,15 @@ impl Decoder {
         self.kernels
     }
 
-    /// Log-probabilities `[batch.scored()]` of the batch's targets at a temperature, without a graph.
+    /// Log-probabilities `[batch.scored()]` of the batch's targets at a temperature, without gradients.
     pub fn logprobs(&self, batch: &Batch, temperature: f64) -> Result<Tensor> {
-        self.wants(HeadKind::Language)?;
+        self.require_head(HeadKind::Language)?;
         Ok(self.output(batch, temperature)?.narrow(0, 0, batch.scored())?)
     }
 
-    /// Scores `[batch.rows()]` of a model with a score head, without a graph.
+    /// Scores `[batch.rows()]` of a model with a score head, without gradients.
     pub fn values(&self, batch: &Batch) -> Result<Tensor> {
-        self.wants(HeadKind::Score)?;
+        self.require_head(HeadKind::Score)?;
         self.output(batch, 1.0)
     }
 
@@ -207,7 +208,7 @@ impl Decoder {
         self.head(&self.frozen, &x, batch, temperature)
     }
 
-    /// The last block's output, without a graph.
+    /// Output of the last block `[tokens, hidden]`, without gradients.
     fn hidden(&self, batch: &Batch) -> Result<Tensor> {
         let mut x = self.embedded(&self.frozen, batch)?;
         let attention = self.attention(batch);
@@ -219,65 +220,67 @@ impl Decoder {
         Ok(x)
     }
 
-    /// Logits `[tokens, vocabulary]` after each token of one sequence: all of them at once, for short ones.
+    /// Logits `[tokens, vocab]` after each token of one sequence. All are held at once, so this is for short sequences.
     pub fn logits(&self, ids: &[u32]) -> Result<Tensor> {
-        self.wants(HeadKind::Language)?;
+        self.require_head(HeadKind::Language)?;
         let Some((last, rest)) = ids.split_last() else { return Err(Error::EmptyPrompt { id: 0 }) };
-        // A batch leaves out a sequence's last token; repeated, it makes room for the one that is wanted.
+        // A batch leaves out the last token of a completion, so it is repeated.
         let batch = Batch::new([Sequence { prompt: rest, completion: &[*last, *last] }]);
         self.check(&batch)?;
         let hidden = self.frozen.norm.forward(&self.hidden(&batch)?)?;
-        self.bent(ops::linear(&hidden, &self.frozen.head)?)
+        self.softcapped(ops::linear(&hidden, &self.frozen.head)?)
     }
 
-    /// Logits with their softcap.
-    pub(crate) fn bent(&self, logits: Tensor) -> Result<Tensor> {
+    /// Applies the softcap of the logits, if there is one.
+    pub(crate) fn softcapped(&self, logits: Tensor) -> Result<Tensor> {
         Ok(ops::softcap(logits, self.architecture.final_softcap)?)
     }
 
     fn head(&self, layers: &Layers, x: &Tensor, batch: &Batch, temperature: f64) -> Result<Tensor> {
         let rows = Tensor::new(batch.rows.as_slice(), x.device())?;
-        // Normalising only the rows that are asked for: a row's norm does not depend on the others.
+        // Only the rows that are read are normalised.
         let hidden = layers.norm.forward(&x.index_select(&rows, 0)?)?;
         let logits = ops::linear(&hidden, &layers.head)?;
         Ok(match self.architecture.head {
             HeadKind::Score => logits.squeeze(1)?,
-            HeadKind::Language => ops::logprobs(&self.bent(logits)?, &batch.targets, temperature, batch.entropy)?,
+            HeadKind::Language => ops::logprobs(&self.softcapped(logits)?, &batch.targets, temperature, batch.entropy)?,
         })
     }
 
-    fn wants(&self, head: HeadKind) -> Result<()> {
+    fn require_head(&self, head: HeadKind) -> Result<()> {
         match (self.architecture.head, head) {
             (HeadKind::Score, HeadKind::Language) => {
-                Err(Error::Head("a language model is needed, and this one gives scores (it has a `score` head)"))
+                Err(Error::Head("a language model is needed, but this model has a `score` head"))
             }
             (HeadKind::Language, HeadKind::Score) => Err(Error::Head(
-                "a model that gives scores is needed (`...ForSequenceClassification` with one label), and this one is a language model",
+                "a model with a `score` head is needed (`...ForSequenceClassification` with one label), \
+                 but this one is a language model",
             )),
             _ => Ok(()),
         }
     }
 
-    /// That the batch fits the vocabulary and the context.
+    /// Checks that the batch fits the vocabulary and the context.
     fn check(&self, batch: &Batch) -> Result<()> {
         let (vocab, context) = (self.architecture.vocab, self.architecture.context);
         if let Some(&token) = batch.ids.iter().chain(&batch.targets).find(|&&t| t as usize >= vocab) {
-            return Err(Error::ForeignToken { token, vocab });
+            return Err(Error::TokenOutOfVocabulary { token, vocab });
         }
         match batch.positions().iter().max() {
-            Some(&last) if last as usize >= context => {
-                Err(Error::Config(format!("a sequence of {} tokens exceeds the context of {context}", last + 1)))
-            }
+            Some(&last) if last as usize >= context => Err(Error::Config(format!(
+                "a sequence of {} tokens exceeds the context of {context} tokens; shorten it",
+                last + 1
+            ))),
             _ => Ok(()),
         }
     }
 
-    /// Embeddings of the batch's tokens.
+    /// Embeddings `[tokens, hidden]` of the batch.
     fn embedded(&self, layers: &Layers, batch: &Batch) -> Result<Tensor> {
         layers.embed(&self.architecture, &batch.ids, batch.positions())
     }
 
-    /// What a layer of a pass over rows at `positions` works with.
+    /// Inputs of a layer, beside its weights, for rows at `positions`.
     pub(crate) fn layer(&self, layer: usize, positions: &[u32]) -> LayerContext {
         LayerContext {
             heads: self.architecture.attention(layer),
@@ -285,14 +288,14 @@ impl Decoder {
         }
     }
 
-    /// The attention of each layer over a batch.
+    /// Attention shape of each layer over a batch.
     fn attention(&self, batch: &Batch) -> impl Fn(usize) -> AttentionShape {
         let families = batch.families.clone();
         move |layer| AttentionShape { heads: self.architecture.attention(layer), families: families.clone() }
     }
 }
 
-/// The board of a device that is a GPU.
+/// The GPU backend of a CUDA device; `None` for other devices.
 #[cfg(feature = "cuda")]
 fn board(device: &Device) -> Result<Option<Arc<dyn Board>>> {
     match device {

@@ -1,8 +1,8 @@
-//! Forward with a memory, and the backward pass through it, one block at a time.
+//! Forward passes that keep activations, and their backward passes.
 //!
-//! Where a decoder is [served by hand](crate::pass), the pass keeps what it needs. Elsewhere each block is a candle graph of its own from a
-//! variable to its output; the backward pass takes the graphs from the last to the first and drops each as soon as
-//! its gradients are added up, so activations are freed on the way.
+//! Where [`crate::pass`] runs the decoder, it keeps the activations it needs. Elsewhere every block is a candle graph
+//! of its own, from a variable to the block's output; the backward pass goes through the graphs from the last to the
+//! first and drops each, with its activations, once its gradients are added up.
 
 use std::collections::BTreeMap;
 
@@ -29,7 +29,7 @@ impl Gradients {
         Ok(())
     }
 
-    /// The sum of one parameter's gradients in f32, to be added to in place.
+    /// The gradient of one parameter, an f32 tensor to be added to in place; zeros at first.
     pub(crate) fn sum(&mut self, name: &str, like: &Tensor) -> candle_core::Result<Tensor> {
         if let Some(sum) = self.0.get(name) {
             return Ok(sum.clone());
@@ -39,12 +39,12 @@ impl Gradients {
         Ok(sum)
     }
 
-    /// The sums of a norm's weight and bias.
+    /// The gradients of a norm's weight and bias, to be added to.
     pub(crate) fn sums_of_norm(&mut self, norm: &Norm) -> candle_core::Result<(Tensor, Option<Tensor>)> {
         self.sums(&norm.name, &norm.weight, norm.bias.as_ref())
     }
 
-    /// The sums of a projection's weight, in the parameter's own shape, and bias.
+    /// The gradients of a projection's weight, in the parameter's own shape, and bias, to be added to.
     pub(crate) fn sums_of_projection(&mut self, p: &Projection) -> candle_core::Result<(Tensor, Option<Tensor>)> {
         let weight = if p.turned { p.weight.t()? } else { p.weight.clone() };
         self.sums(&p.name, &weight, p.bias.as_ref())
@@ -60,7 +60,7 @@ impl Gradients {
         Ok((self.sum(&format!("{name}.weight"), weight)?, bias))
     }
 
-    /// The gradients, one for each variable of the model; a variable without one is an error.
+    /// The gradients, one for each variable of the model. Fails if a variable has none.
     pub fn complete(self, decoder: &Decoder) -> Result<BTreeMap<String, Tensor>> {
         match decoder.variables().keys().find(|name| !self.0.contains_key(*name)) {
             Some(name) => Err(Error::NoGradient(name.clone())),
@@ -69,7 +69,7 @@ impl Gradients {
     }
 }
 
-/// A forward pass that can be gone back through.
+/// A forward pass with its activations, ready for the backward pass.
 pub struct Forward<'a>(Trace<'a>);
 
 enum Trace<'a> {
@@ -79,20 +79,22 @@ enum Trace<'a> {
 }
 
 impl Decoder {
-    /// Log-probabilities of the batch's targets, with what [`Forward::backward`] needs.
+    /// Computes the log-probabilities of the batch's targets and keeps the activations for [`Forward::backward`].
     ///
-    /// The model must be [trainable](Decoder::trainable).
+    /// Fails if the model is not [trainable](Decoder::trainable) or has a score head.
     pub fn forward(&self, batch: &Batch, temperature: f64) -> Result<Forward<'_>> {
-        self.wants(HeadKind::Language)?;
+        self.require_head(HeadKind::Language)?;
         self.traced(batch, temperature)
     }
 
-    /// [`Decoder::forward`] on completions that the same weights have just generated: what generation computed is taken
-    /// from `recording`, to the bit what would be computed again. A batch of which the recording lacks something is
-    /// computed.
+    /// [`Decoder::forward`] on completions that the same weights have just generated, with the activations that
+    /// generation recorded: the same bits, without computing them again. If the recording does not have the whole
+    /// batch, this is [`Decoder::forward`].
     pub fn forward_recalled(&self, batch: &Batch, temperature: f64, recording: Recording) -> Result<Forward<'_>> {
         let trace = match pass::machine(self) {
-            Some(Machine::Cpu(cpu)) if self.recalls() => pass::Trace::recall(cpu, self, batch, temperature, recording)?,
+            Some(Machine::Cpu(cpu)) if self.can_record() => {
+                pass::Trace::recall(cpu, self, batch, temperature, recording)?
+            }
             _ => None,
         };
         match trace {
@@ -101,21 +103,24 @@ impl Decoder {
         }
     }
 
-    /// Whether what generation computes can be gone back through.
-    pub(crate) fn recalls(&self) -> bool {
+    /// Whether generation can record activations for a backward pass.
+    pub(crate) fn can_record(&self) -> bool {
         let trained = self.trained.is_some() && self.dtype() == DType::F32 && !self.recomputes();
-        trained && matches!(pass::machine(self), Some(Machine::Cpu(_))) && self.wants(HeadKind::Language).is_ok()
+        trained && matches!(pass::machine(self), Some(Machine::Cpu(_))) && self.require_head(HeadKind::Language).is_ok()
     }
 
-    /// Scores of the batch's rows, with what [`Forward::backward`] needs, for a trainable model with a score head.
+    /// Computes the scores of the batch's rows and keeps the activations for [`Forward::backward`].
+    ///
+    /// Fails if the model is not [trainable](Decoder::trainable) or has no score head.
     pub fn forward_values(&self, batch: &Batch) -> Result<Forward<'_>> {
-        self.wants(HeadKind::Score)?;
+        self.require_head(HeadKind::Score)?;
         self.traced(batch, 1.0)
     }
 
     fn traced(&self, batch: &Batch, temperature: f64) -> Result<Forward<'_>> {
-        let layers =
-            self.trained.as_ref().ok_or_else(|| Error::Config("the model is frozen; load it as trainable".into()))?;
+        let layers = self.trained.as_ref().ok_or_else(|| {
+            Error::Config("the model is frozen, so it has no backward pass; load it as trainable".into())
+        })?;
         self.check(batch)?;
         Ok(Forward(match pass::machine(self).filter(|_| self.dtype() == DType::F32) {
             Some(Machine::Cpu(cpu)) => Trace::Cpu(Box::new(pass::Trace::forward(cpu, self, batch, temperature)?)),
@@ -126,8 +131,8 @@ impl Decoder {
 }
 
 impl Forward<'_> {
-    /// Log-probabilities `[batch.scored()]` (and as many entropies, where the batch asks for them), or scores
-    /// `[batch.rows()]`, without history: an objective makes a [`Var`] of them and hands its gradient to
+    /// Log-probabilities `[batch.scored()]`, followed by as many entropies if the batch has them, or scores
+    /// `[batch.rows()]`, without gradient tracking. An objective makes a [`Var`] of them and passes its gradient to
     /// [`Forward::backward`].
     pub fn output(&self) -> Tensor {
         match &self.0 {
@@ -137,7 +142,8 @@ impl Forward<'_> {
         }
     }
 
-    /// Adds the gradient of an objective to `gradients`, given its gradient with respect to the output.
+    /// Runs the backward pass: adds the gradients of an objective with respect to the parameters to `gradients`, given
+    /// its gradient with respect to the output.
     pub fn backward(self, grad: &Tensor, gradients: &mut Gradients) -> Result<()> {
         match self.0 {
             Trace::Cpu(trace) => Ok(trace.backward(grad, gradients)?),
@@ -147,7 +153,7 @@ impl Forward<'_> {
     }
 }
 
-/// Graphs of candle's: one for the embedding, one a block, one for the head.
+/// Candle graphs of a forward pass: one for the embedding, one per block, one for the head.
 struct Graph<'a> {
     decoder: &'a Decoder,
     embedded: Tensor,
@@ -178,7 +184,7 @@ impl<'a> Graph<'a> {
 
     fn backward(self, grad: &Tensor, gradients: &mut Gradients) -> Result<()> {
         let decoder = self.decoder;
-        // In the order of names, so that nothing depends on the order of a hash map.
+        // In the order of names, so that results do not depend on the order of a hash map.
         let mut collect = |grads: &mut GradStore| -> Result<()> {
             for (name, variable) in decoder.variables.iter() {
                 if let Some(gradient) = grads.remove(variable) {
@@ -203,7 +209,7 @@ impl<'a> Graph<'a> {
     }
 }
 
-/// Gradients of `Σ output * upstream`: candle starts from a scalar.
+/// Gradients of `Σ output * upstream`: candle's backward pass starts from a scalar.
 fn seeded(output: &Tensor, upstream: &Tensor) -> Result<GradStore> {
     Ok((output * upstream.detach())?.sum_all()?.backward()?)
 }

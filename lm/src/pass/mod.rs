@@ -1,5 +1,5 @@
-//! A decoder by hand: one transformer block, forward and back, written once over the few [operations](Ops) that a
-//! machine provides. The plain-candle graph ([`crate::model`]) computes the same and is the oracle.
+//! Forward and backward passes of a decoder without autograd: a transformer block written once over the
+//! [operations](Ops) that a backend provides. Tests compare them with the candle graphs of [`crate::model`].
 
 mod block;
 mod cpu;
@@ -20,13 +20,13 @@ use crate::gpu::Gpu;
 use crate::model::Decoder;
 use crate::ops::Kernels;
 
-/// What a decoder runs on, where it runs here.
+/// The backend that runs the passes of a decoder.
 pub enum Machine {
     Cpu(Cpu),
     Gpu(Gpu),
 }
 
-/// The machine of a decoder that runs here.
+/// The backend of a decoder; `None` if it runs as candle graphs.
 pub fn machine(decoder: &Decoder) -> Option<Machine> {
     use candle_core::DType::{BF16, F32};
     if decoder.kernels() != Kernels::Fused || !matches!(decoder.dtype(), F32 | BF16) {

@@ -1,4 +1,4 @@
-//! Weights in the layout of the products.
+//! Weights packed for GEMM.
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, WithDType, bail};
 use half::bf16;
@@ -6,7 +6,7 @@ use half::bf16;
 use crate::kernels::gemm::{Element, Packed, Precision, View, gemm};
 use crate::model::Projection;
 
-/// Runs `f` on CPU matrices of one element type, contiguous or the transposes of such.
+/// Runs `f` on CPU matrices of one element type, each contiguous or the transpose of a contiguous one.
 pub fn with_views<E: Element + WithDType, T>(
     tensors: &[&Tensor],
     f: impl FnOnce(&[View<'_, E>]) -> Result<T>,
@@ -15,7 +15,7 @@ pub fn with_views<E: Element + WithDType, T>(
     let views = guards
         .iter()
         .map(|(storage, layout)| {
-            let Storage::Cpu(storage) = &**storage else { bail!("a CPU kernel was given a tensor of another device") };
+            let Storage::Cpu(storage) = &**storage else { bail!("a CPU kernel needs a tensor on the CPU") };
             view::<E>(storage, layout)
         })
         .collect::<Result<Vec<_>>>()?;
@@ -32,20 +32,20 @@ fn view<'a, E: Element + WithDType>(storage: &'a CpuStorage, layout: &Layout) ->
     if let Some((from, to)) = layout.contiguous_offsets() {
         return Ok(View::new(&data[from..to], rows, columns));
     }
-    // GPT-2 keeps its matrices as inputs by outputs.
+    // GPT-2 stores its matrices as `[inputs, outputs]`.
     if layout.stride() == [1, rows] {
         let from = layout.start_offset();
         return Ok(View::new(&data[from..from + rows * columns], columns, rows).t());
     }
-    bail!("a weight must be contiguous, or the transpose of such")
+    bail!("a weight must be contiguous or the transpose of a contiguous one, not of strides {:?}", layout.stride())
 }
 
-/// Packs matrices side by side, as they are or each transposed, in the memory of `packed`.
+/// Packs matrices side by side into `packed`, each transposed if `transposed`.
 pub fn pack_into(packed: &mut Packed, tensors: &[&Tensor], transposed: bool) -> Result<()> {
     fn typed<E: Element + WithDType>(packed: &mut Packed, tensors: &[&Tensor], transposed: bool) -> Result<()> {
         with_views::<E, _>(tensors, |views| {
-            let turned: Vec<_> = views.iter().map(|v| if transposed { v.t() } else { *v }).collect();
-            packed.fill(&turned, true);
+            let views: Vec<_> = views.iter().map(|v| if transposed { v.t() } else { *v }).collect();
+            packed.fill(&views, true);
             Ok(())
         })
     }
@@ -55,24 +55,24 @@ pub fn pack_into(packed: &mut Packed, tensors: &[&Tensor], transposed: bool) -> 
     }
 }
 
-/// A vector's elements.
+/// Elements of a vector in f32.
 pub fn as_floats(tensor: &Tensor) -> Result<Vec<f32>> {
     tensor.to_dtype(DType::F32)?.to_vec1()
 }
 
-/// Projections of one input side by side, as one product.
+/// Weights of projections of one input, packed side by side so that they are one product.
 pub struct PackedProjection {
     weight: Packed,
     bias: Option<Vec<f32>>,
 }
 
 impl PackedProjection {
-    /// Nothing yet; [`PackedProjection::fill`] packs into it.
+    /// An empty projection, to be [filled](Self::fill).
     pub fn empty(precision: Precision) -> Self {
         Self { weight: Packed::empty(precision), bias: None }
     }
 
-    /// Packs weights as they are now, in place of what was there.
+    /// Replaces the contents by the current weights of `parts`.
     pub fn fill(&mut self, parts: &[&Projection]) -> Result<()> {
         let weights: Vec<&Tensor> = parts.iter().map(|p| &p.weight).collect();
         pack_into(&mut self.weight, &weights, true)?;

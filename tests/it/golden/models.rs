@@ -202,7 +202,7 @@ fn golden_models_recall_what_they_generated() {
         all.sort_by_key(|c| c.id);
         let sequences = all.iter().map(|c| Sequence { prompt: &prompts[c.id as usize / 2], completion: &c.tokens });
         let batch = Batch::new(sequences);
-        assert!(recorded.knows(&batch, 0.8), "{model}");
+        assert!(recorded.covers(&batch, 0.8), "{model}");
         let back = |forward: Forward<'_>| {
             let output = forward.output();
             let mut gradients = Gradients::default();
