@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var, safetensors};
 use rehearsal_learn::reward::{Pairwise, PairwiseConfig, pairwise};
-use rehearsal_learn::{NllReduction, Whole, global_norm, sft};
+use rehearsal_learn::{BatchTotals, NllReduction, global_norm, sft};
 use rehearsal_lm::generate::{Generator, Options, Request, Sampling};
 use rehearsal_lm::ops::Kernels;
 use rehearsal_lm::{Architecture, Batch, Decoder, Forward, Gradients, Parameters, Sequence};
@@ -98,7 +98,7 @@ fn forward_and_gradients(model: &str, golden: &Golden, dtype: DType, machine: Ma
             .map(|(x, _)| *x)
             .collect();
         golden.check_values(&format!("{side}_logprobs"), &flat(&logprobs), &want, single);
-        let whole = Whole { sequences: sequences.len(), tokens: batch.scored() };
+        let whole = BatchTotals { sequences: sequences.len(), tokens: batch.scored() };
         let nll = sft::nll(&logprobs, batch.spans(), NllReduction::TokenMean, whole).unwrap();
         golden.check(&format!("{side}_nll"), &nll);
         if side == "right" {
