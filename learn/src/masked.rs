@@ -1,20 +1,20 @@
-//! Statistics over a mask in which 1 means keep.
+//! Masked statistics; 1 in the mask means keep.
 
 use candle_core::{D, Tensor};
 
 use crate::Result;
 
-/// `Σ(x·m) / Σm` over all elements.
+/// Mean over all elements: `Σ(x·m) / Σm`.
 pub fn mean(x: &Tensor, mask: &Tensor) -> Result<Tensor> {
     Ok((x * mask)?.sum_all()?.div(&mask.sum_all()?)?)
 }
 
-/// `Σ(x·m) / Σm` of each row `[rows, columns] -> [rows]`.
+/// Mean of each row, `[rows, columns] -> [rows]`: `Σ(x·m) / Σm`.
 pub fn row_mean(x: &Tensor, mask: &Tensor) -> Result<Tensor> {
     Ok((x * mask)?.sum(D::Minus1)?.div(&mask.sum(D::Minus1)?)?)
 }
 
-/// Mean square distance to the masked mean; `unbiased` divides by `Σm - 1`.
+/// Variance over all elements: `Σ((x - μ)²·m) / Σm`, or divided by `Σm - 1` if `unbiased`.
 pub fn variance(x: &Tensor, mask: &Tensor, unbiased: bool) -> Result<Tensor> {
     let biased = mean(&x.broadcast_sub(&mean(x, mask)?)?.sqr()?, mask)?;
     if !unbiased {
@@ -24,8 +24,8 @@ pub fn variance(x: &Tensor, mask: &Tensor, unbiased: bool) -> Result<Tensor> {
     Ok((biased * &n)?.div(&(n - 1.0)?)?)
 }
 
-/// `(x - μ) / sqrt(var + eps)`, plus μ again unless `shift_mean`. Elements outside the mask are transformed too,
-/// as in TRL: mask the result where that matters.
+/// Whitens all elements: `(x - μ) / sqrt(var + eps)`, plus μ unless `shift_mean`. As in TRL, elements outside the mask
+/// are transformed too; mask the result where that matters.
 pub fn whiten(x: &Tensor, mask: &Tensor, unbiased: bool, shift_mean: bool, eps: f64) -> Result<Tensor> {
     let mean = mean(x, mask)?;
     let std = (variance(x, mask, unbiased)? + eps)?.sqrt()?;

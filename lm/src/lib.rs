@@ -1,4 +1,4 @@
-//! Language models for Rehearsal: load, run forward with gradients, generate, tokenise.
+//! Language models: loading and saving, forward and backward passes, LoRA, generation, tokenisation.
 //!
 //! This crate knows no objective, actor, store, clock or log.
 

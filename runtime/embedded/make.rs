@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, Var};
-use rehearsal_learn::{AdamW, AdamWConfig, NllReduction, Schedule, ScheduleKind, Whole, clip_scale, global_norm, sft};
+use rehearsal_learn::{
+    AdamW, AdamWConfig, BatchTotals, NllReduction, Schedule, ScheduleKind, clip_scale, global_norm, sft,
+};
 use rehearsal_lm::random::Stream;
 use rehearsal_lm::{Architecture, Batch, Checkpoint, Decoder, Gradients, Message, Parameters, Sequence, Text};
 use serde_json::{Value, json};
@@ -104,7 +106,7 @@ fn train(decoder: &Decoder, text: &Text, steps: u64, report: &mut dyn FnMut(u64,
         let batch = Batch::new(sequences.iter().map(|(prompt, completion)| Sequence { prompt, completion }));
         let forward = decoder.forward(&batch, 1.0)?;
         let logprobs = Var::from_tensor(&forward.output())?;
-        let whole = Whole { sequences: sequences.len(), tokens: batch.scored() };
+        let whole = BatchTotals { sequences: sequences.len(), tokens: batch.scored() };
         let loss = sft::nll(&logprobs, batch.spans(), NllReduction::TokenMean, whole)?;
         let grad = loss.backward()?.remove(&logprobs).ok_or("the loss has no gradient")?;
         let mut gradients = Gradients::default();

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use rehearsal_learn::{NllReduction, Whole, sft};
+use rehearsal_learn::{BatchTotals, NllReduction, sft};
 use rehearsal_lm::Batch;
 
 use super::{Pass, micro_batches, total};
@@ -34,7 +34,7 @@ impl Demonstrations {
     /// The gradients of `weight` times the negative log-likelihood.
     pub(super) fn run(&self, pass: &mut Pass<'_>, weight: f64) -> Result<()> {
         let tokens = self.sequences.iter().map(Marked::learned).sum();
-        let whole = Whole { sequences: self.sequences.len(), tokens };
+        let whole = BatchTotals { sequences: self.sequences.len(), tokens };
         for part in micro_batches(&self.sequences, pass.budget, pass.cancel, |s| s.tokens.len()) {
             let batch = Batch::marked(part?.iter().map(|s| (s.tokens.as_slice(), s.marks.as_slice())));
             if batch.scored() == 0 {

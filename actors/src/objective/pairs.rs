@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use rehearsal_learn::preference::chosen_nll;
-use rehearsal_learn::{PreferenceConfig, PreferenceLogprobs, Whole, preference_loss, token};
+use rehearsal_learn::{BatchTotals, PreferenceConfig, PreferenceLogprobs, preference_loss, token};
 use rehearsal_lm::Batch;
 
 use super::{Pass, column, micro_batches, numbers, total};
@@ -39,8 +39,10 @@ pub struct Pairs {
 
 impl Pairs {
     pub(super) fn run(&self, pass: &mut Pass<'_>) -> Result<()> {
-        let whole =
-            Whole { sequences: self.pairs.len(), tokens: self.pairs.iter().map(|p| p.chosen.completion.len()).sum() };
+        let whole = BatchTotals {
+            sequences: self.pairs.len(),
+            tokens: self.pairs.iter().map(|p| p.chosen.completion.len()).sum(),
+        };
         let mut parts = micro_batches(&self.pairs, pass.budget, pass.cancel, PairTokens::size).peekable();
         while let Some(part) = parts.next() {
             let pairs = part?;
@@ -58,7 +60,7 @@ impl Pairs {
         pairs: &[PairTokens],
         batch: &Batch,
         logprobs: &Tensor,
-        whole: Whole,
+        whole: BatchTotals,
     ) -> Result<Tensor> {
         let n = pairs.len();
         let sums = token::span_sums(logprobs, batch.spans())?;

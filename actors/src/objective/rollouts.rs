@@ -1,7 +1,7 @@
 //! Policy gradients: clipped losses on sampled completions, with a pretraining mix.
 
 use candle_core::Tensor;
-use rehearsal_learn::Whole;
+use rehearsal_learn::BatchTotals;
 use rehearsal_learn::ppo::{PolicyLossConfig, PolicyTokens, policy_loss};
 use rehearsal_lm::Batch;
 
@@ -29,7 +29,7 @@ pub struct Rollouts {
 
 impl Rollouts {
     pub(super) fn run(&self, pass: &mut Pass<'_>) -> Result<()> {
-        let whole = Whole {
+        let whole = BatchTotals {
             sequences: self.rollouts.len(),
             tokens: self.rollouts.iter().map(|r| r.tokens.completion.len()).sum(),
         };
@@ -54,7 +54,7 @@ impl Rollouts {
         rollouts: &[RolloutTokens],
         batch: &Batch,
         output: &Tensor,
-        whole: Whole,
+        whole: BatchTotals,
     ) -> Result<Tensor> {
         let n = batch.scored();
         let logprobs = &output.narrow(0, 0, n)?;

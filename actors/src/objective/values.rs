@@ -1,6 +1,6 @@
 //! A critic's regression to returns.
 
-use rehearsal_learn::Whole;
+use rehearsal_learn::BatchTotals;
 use rehearsal_learn::ppo::value_loss;
 use rehearsal_lm::Batch;
 
@@ -25,7 +25,7 @@ pub struct Values {
 
 impl Values {
     pub(super) fn run(&self, pass: &mut Pass<'_>) -> Result<()> {
-        let whole = Whole {
+        let whole = BatchTotals {
             sequences: self.rollouts.len(),
             tokens: self.rollouts.iter().map(|r| r.tokens.completion.len()).sum(),
         };

@@ -1,7 +1,7 @@
-//! Activations that generation computed, recorded for the update that follows.
+//! Activations recorded during generation, for the update on the completions.
 //!
-//! Kernels are batch-invariant, so the activations of a completion while it was sampled are those that a forward pass over
-//! it would compute. An update on fresh completions starts with the backward pass.
+//! Kernels are batch-invariant, so the activations of a completion while it is sampled are, to the bit, those of a
+//! forward pass over it. An update with the same weights can begin with the backward pass.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,149 +13,157 @@ use super::machine::Cpu;
 use crate::model::{Batch, Decoder};
 use crate::pass::{Activations, Answers, Mlp, Rows, Trace};
 
-/// Indices of the recorded rows of one sequence.
+/// Rows of one sequence in the recording.
 #[derive(Debug, Clone, Default)]
 pub struct Trail {
-    /// Row of each token but the last, from the first not copied from another request's cached prefix.
+    /// Row of each token but the last, from the first that was not copied from another request's prefix cache.
     rows: Vec<u32>,
-    /// Index among the rows that went through the head, for each token of the completion.
-    read: Vec<u32>,
+    /// Row of each completion token among the recorded inputs of the head.
+    head_rows: Vec<u32>,
 }
 
-/// A finished completion.
-struct Finished {
+/// A recorded completion.
+struct CompletionRecord {
     trail: Trail,
     logprobs: Vec<f32>,
     lse: Vec<f32>,
 }
 
-/// Rows of a prompt, and its completions by their tokens.
+/// A recorded prompt: its rows, and its completions by their tokens.
 #[derive(Default)]
-struct Prompt {
+struct PromptRecord {
     rows: Vec<u32>,
-    completions: HashMap<Vec<u32>, Finished>,
+    completions: HashMap<Vec<u32>, CompletionRecord>,
 }
 
-/// Records the activations of consecutive passes.
+/// Records the activations of the passes of one call, one pass after another.
 pub struct Recorder {
+    /// Most rows to record.
     limit: usize,
     layers: Vec<Activations<Cpu>>,
-    /// Rows of all passes before the last, and how many of them went through the head.
+    /// Rows recorded before the last pass, and how many of them are inputs of the head.
     before: (u32, u32),
+    /// Rows recorded so far.
     rows: usize,
-    kept: Index,
+    index: Index,
 }
 
-/// Where the activations of each prompt and completion are.
+/// Finds the rows of prompts and completions.
 struct Index {
+    /// Temperature that the completions were sampled at.
     temperature: f64,
     hidden: usize,
-    /// The residual stream before the final norm, of the rows that went through the head.
+    /// Inputs of the head: the residual stream before the final norm, `[head rows][hidden]`.
     stream: Vec<f32>,
-    prompts: HashMap<Vec<u32>, Prompt>,
+    /// By the tokens of the prompt.
+    prompts: HashMap<Vec<u32>, PromptRecord>,
 }
 
 impl Recorder {
-    /// A recorder of at most `limit` rows, with memory for `expected`, of completions sampled at a temperature.
+    /// Records up to `limit` rows, sampled at `temperature`. Memory is reserved for `expected` rows.
     pub fn new(decoder: &Decoder, limit: usize, expected: usize, temperature: f64) -> Self {
-        let (arch, room) = (decoder.architecture(), limit.min(expected));
+        let (arch, reserved) = (decoder.architecture(), limit.min(expected));
         let hidden = arch.hidden;
         let layer = |layer: usize| {
             let heads = arch.attention(layer);
-            let of = |width: usize| Kept::with_capacity(decoder.precision(), room * width);
+            let of = |width: usize| Kept::with_capacity(decoder.precision(), reserved * width);
             Activations {
                 x: of(hidden),
                 qkv: of(heads.width()),
                 attended: of(heads.query_width()),
-                lse: Vec::with_capacity(room * heads.queries),
+                lse: Vec::with_capacity(reserved * heads.queries),
                 projected: arch.sandwich.then(|| of(hidden)),
                 middle: of(hidden),
                 gate_up: of(Mlp::of(arch).input_width()),
                 down: arch.sandwich.then(|| of(hidden)),
             }
         };
-        let kept = Index { temperature, hidden, stream: Vec::new(), prompts: HashMap::new() };
-        Self { limit, layers: (0..arch.layers).map(layer).collect(), before: (0, 0), rows: 0, kept }
+        let index = Index { temperature, hidden, stream: Vec::new(), prompts: HashMap::new() };
+        Self { limit, layers: (0..arch.layers).map(layer).collect(), before: (0, 0), rows: 0, index }
     }
 
-    /// Whether `rows` more rows can be recorded.
-    pub fn has_room(&self, rows: usize) -> bool {
+    /// Whether `rows` more rows are within the limit.
+    pub fn fits(&self, rows: usize) -> bool {
         self.rows + rows <= self.limit
     }
 
-    /// The activations of a layer, to be appended to.
+    /// Recorded activations of a layer, which a pass appends to.
     pub fn layer(&mut self, layer: usize) -> &mut Activations<Cpu> {
         &mut self.layers[layer]
     }
 
-    /// Ends a pass of `rows` rows; `stream` is the residual stream of the rows that went through the head.
+    /// Ends a pass of `rows` rows; `stream` is the residual stream of those that are inputs of the head.
     pub fn end_pass(&mut self, rows: usize, stream: &[f32]) {
-        self.before = (self.rows as u32, (self.kept.stream.len() / self.kept.hidden) as u32);
+        self.before = (self.rows as u32, (self.index.stream.len() / self.index.hidden) as u32);
         self.rows += rows;
-        self.kept.stream.extend_from_slice(stream);
+        self.index.stream.extend_from_slice(stream);
     }
 
-    /// Adds a row of the last pass to a sequence; `read` is its index among the rows that went through the head, if it did.
-    pub fn note(&self, trail: &mut Trail, row: usize, read: Option<usize>) {
+    /// Adds a row of the last pass to its sequence; `head_row` is its index among the inputs of the head, if it is one.
+    pub fn add_row(&self, trail: &mut Trail, row: usize, head_row: Option<usize>) {
         trail.rows.push(self.before.0 + row as u32);
-        trail.read.extend(read.map(|read| self.before.1 + read as u32));
+        trail.head_rows.extend(head_row.map(|row| self.before.1 + row as u32));
     }
 
-    /// Adds a finished completion.
-    pub fn end(&mut self, prompt: &[u32], tokens: &[u32], trail: Trail, logprobs: &[f32], lse: &[f32]) {
-        let entry = self.kept.prompts.entry(prompt.to_vec()).or_default();
+    /// Indexes a finished completion by its prompt and tokens.
+    pub fn end_completion(&mut self, prompt: &[u32], tokens: &[u32], trail: Trail, logprobs: &[f32], lse: &[f32]) {
+        let record = self.index.prompts.entry(prompt.to_vec()).or_default();
         if trail.rows.len() + 1 == prompt.len() + tokens.len() {
-            entry.rows = trail.rows[..prompt.len()].to_vec();
+            record.rows = trail.rows[..prompt.len()].to_vec();
         }
-        entry.completions.insert(tokens.to_vec(), Finished { trail, logprobs: logprobs.to_vec(), lse: lse.to_vec() });
+        let completion = CompletionRecord { trail, logprobs: logprobs.to_vec(), lse: lse.to_vec() };
+        record.completions.insert(tokens.to_vec(), completion);
     }
 
-    /// The recording.
+    /// Ends the recording.
     pub fn finish(self) -> Recording {
-        Recording { layers: self.layers.into_iter().map(Arc::new).collect(), kept: Arc::new(self.kept) }
+        Recording { layers: self.layers.into_iter().map(Arc::new).collect(), index: Arc::new(self.index) }
     }
 }
 
-/// Activations of the completions of one call of generation, for an update of the weights that they were sampled from.
-/// Clones share memory.
+/// Recorded activations of the completions of a call of [`Generator::generate_recorded`], for an update of the weights
+/// that they were sampled from ([`Decoder::forward_recalled`]). Clones share memory.
+///
+/// [`Generator::generate_recorded`]: crate::generate::Generator::generate_recorded
 #[derive(Clone)]
 pub struct Recording {
     layers: Vec<Arc<Activations<Cpu>>>,
-    kept: Arc<Index>,
+    index: Arc<Index>,
 }
 
 impl Recording {
-    /// Log-probabilities of a completion's tokens, if it is recorded and was sampled at this temperature.
+    /// Log-probabilities of a completion's tokens, if it was recorded and sampled at `temperature`.
     pub fn logprobs(&self, prompt: &[u32], completion: &[u32], temperature: f64) -> Option<&[f32]> {
-        let prompt = self.kept.prompts.get(prompt).filter(|_| temperature == self.kept.temperature)?;
+        let prompt = self.index.prompts.get(prompt).filter(|_| temperature == self.index.temperature)?;
         Some(&prompt.completions.get(completion)?.logprobs)
     }
 
-    /// Whether all of a batch is recorded.
-    pub fn knows(&self, batch: &Batch, temperature: f64) -> bool {
-        self.of(batch, temperature).is_some()
+    /// Whether a whole batch was recorded, sampled at `temperature`.
+    pub fn covers(&self, batch: &Batch, temperature: f64) -> bool {
+        self.find(batch, temperature).is_some()
     }
 
-    /// The rows of a batch, if all of it is recorded.
-    fn of(&self, batch: &Batch, temperature: f64) -> Option<Found> {
-        if temperature != self.kept.temperature || batch.targets.len() != batch.rows.len() {
+    /// The record of a batch, if the whole batch was recorded.
+    fn find(&self, batch: &Batch, temperature: f64) -> Option<BatchRecord> {
+        if temperature != self.index.temperature || batch.targets.len() != batch.rows.len() {
             return None;
         }
-        let hidden = self.kept.hidden;
-        let mut found = Found::default();
+        let hidden = self.index.hidden;
+        let mut found = BatchRecord::default();
         let mut spans = batch.spans().windows(2);
         for family in batch.families.iter() {
-            let prompt = self.kept.prompts.get(&batch.ids[family.prompt.clone()])?;
-            if prompt.rows.len() != family.prompt.len() {
+            let record = self.index.prompts.get(&batch.ids[family.prompt.clone()])?;
+            if record.rows.len() != family.prompt.len() {
                 return None;
             }
-            found.rows.extend(&prompt.rows);
+            found.rows.extend(&record.rows);
             for completion in &family.completions {
                 let span = spans.next()?;
-                let Finished { trail, logprobs, lse } = prompt.completions.get(&batch.targets[span[0]..span[1]])?;
+                let tokens = &batch.targets[span[0]..span[1]];
+                let CompletionRecord { trail, logprobs, lse } = record.completions.get(tokens)?;
                 found.rows.extend(&trail.rows[trail.rows.len().checked_sub(completion.len())?..]);
-                for &row in &trail.read {
-                    found.stream.extend(&self.kept.stream[row as usize * hidden..][..hidden]);
+                for &row in &trail.head_rows {
+                    found.stream.extend(&self.index.stream[row as usize * hidden..][..hidden]);
                 }
                 found.logprobs.extend(logprobs);
                 found.lse.extend(lse);
@@ -164,7 +172,7 @@ impl Recording {
         (found.rows.len() == batch.tokens() && found.lse.len() == batch.rows.len()).then_some(found)
     }
 
-    /// The forward pass over a batch, from its recorded activations; `None` if any are missing.
+    /// The forward pass of a batch by its recorded activations; `None` if the recording does not have the whole batch.
     pub(crate) fn trace<'a>(
         self,
         ops: Cpu,
@@ -172,13 +180,13 @@ impl Recording {
         batch: &Batch,
         temperature: f64,
     ) -> Result<Option<Trace<'a, Cpu>>> {
-        let Some(found) = self.of(batch, temperature) else { return Ok(None) };
+        let Some(found) = self.find(batch, temperature) else { return Ok(None) };
         let places = Arc::new(found.rows);
         let activations = |rows: &Rows<Cpu>| {
             let layers = self.layers.iter().enumerate();
             layers.map(|(layer, kept)| Activations::recall(rows, layer, kept, &places)).collect()
         };
-        // Generation does not compute entropies.
+        // Entropies are not recorded.
         let known = (!batch.entropy)
             .then(|| Ok::<_, Error>(Answers { output: Tensor::new(found.logprobs, &Device::Cpu)?, lse: found.lse }))
             .transpose()?;
@@ -187,7 +195,7 @@ impl Recording {
 }
 
 impl Activations<Cpu> {
-    /// Recorded activations of the rows of a pass.
+    /// Recorded activations of the rows of a pass: row `i` of the pass is row `rows[i]` of the recording.
     fn recall(pass: &Rows<Cpu>, layer: usize, kept: &Arc<Self>, rows: &Arc<Vec<u32>>) -> Self {
         let heads = pass.heads(layer);
         let of = |which: fn(&Self) -> Option<&Kept>, width: usize| {
@@ -207,10 +215,12 @@ impl Activations<Cpu> {
     }
 }
 
-/// Indices of a batch's rows, and the inputs and results of the head.
+/// Record of a batch: its rows in the recording, and inputs and outputs of the head.
 #[derive(Default)]
-struct Found {
+struct BatchRecord {
+    /// Recorded row of each token of the batch.
     rows: Vec<u32>,
+    /// Inputs of the head, `[batch.rows()][hidden]`.
     stream: Vec<f32>,
     logprobs: Vec<f32>,
     lse: Vec<f32>,

@@ -1,4 +1,4 @@
-//! Weights of a model, packed for products.
+//! Weights packed for GEMM.
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, WithDType, bail};
 use half::bf16;
@@ -6,7 +6,7 @@ use rehearsal_kernels::gemm::{Element, Packed, Precision, View, gemm};
 
 use crate::model::Projection;
 
-/// Calls `f` with views of CPU matrices of one element type, each contiguous or the transpose of a contiguous one.
+/// Runs `f` on CPU matrices of one element type, each contiguous or the transpose of a contiguous one.
 pub fn with_views<E: Element + WithDType, T>(
     tensors: &[&Tensor],
     f: impl FnOnce(&[View<'_, E>]) -> Result<T>,
@@ -15,7 +15,7 @@ pub fn with_views<E: Element + WithDType, T>(
     let views = guards
         .iter()
         .map(|(storage, layout)| {
-            let Storage::Cpu(storage) = &**storage else { bail!("a CPU kernel was given a tensor of another device") };
+            let Storage::Cpu(storage) = &**storage else { bail!("a CPU kernel needs a tensor on the CPU") };
             view::<E>(storage, layout)
         })
         .collect::<Result<Vec<_>>>()?;
@@ -32,20 +32,20 @@ fn view<'a, E: Element + WithDType>(storage: &'a CpuStorage, layout: &Layout) ->
     if let Some((from, to)) = layout.contiguous_offsets() {
         return Ok(View::new(&data[from..to], rows, columns));
     }
-    // GPT-2 stores its matrices as inputs by outputs.
+    // GPT-2 stores its matrices as `[inputs, outputs]`.
     if layout.stride() == [1, rows] {
         let from = layout.start_offset();
         return Ok(View::new(&data[from..from + rows * columns], columns, rows).t());
     }
-    bail!("a weight must be contiguous, or the transpose of a contiguous one")
+    bail!("a weight must be contiguous or the transpose of a contiguous one, not of strides {:?}", layout.stride())
 }
 
-/// Packs matrices side by side into `packed`, each transposed if `transposed` is set.
+/// Packs matrices side by side into `packed`, each transposed if `transposed`.
 pub fn pack_into(packed: &mut Packed, tensors: &[&Tensor], transposed: bool) -> Result<()> {
     fn typed<E: Element + WithDType>(packed: &mut Packed, tensors: &[&Tensor], transposed: bool) -> Result<()> {
         with_views::<E, _>(tensors, |views| {
-            let oriented: Vec<_> = views.iter().map(|v| if transposed { v.t() } else { *v }).collect();
-            packed.fill(&oriented, true);
+            let views: Vec<_> = views.iter().map(|v| if transposed { v.t() } else { *v }).collect();
+            packed.fill(&views, true);
             Ok(())
         })
     }
@@ -55,19 +55,19 @@ pub fn pack_into(packed: &mut Packed, tensors: &[&Tensor], transposed: bool) -> 
     }
 }
 
-/// The elements of a vector, as f32.
+/// Elements of a vector in f32.
 pub fn as_floats(tensor: &Tensor) -> Result<Vec<f32>> {
     tensor.to_dtype(DType::F32)?.to_vec1()
 }
 
-/// Projections of the same input, packed side by side as one product.
+/// Weights of projections of one input, packed side by side so that they are one product.
 pub struct PackedProjection {
     weight: Packed,
     bias: Option<Vec<f32>>,
 }
 
 impl PackedProjection {
-    /// An empty projection; [`PackedProjection::fill`] packs into it.
+    /// An empty projection, to be [filled](Self::fill).
     pub fn empty(precision: Precision) -> Self {
         Self { weight: Packed::empty(precision), bias: None }
     }

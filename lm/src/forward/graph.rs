@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::model::{Batch, Decoder, Gradients, HeadKind, Layers};
 use crate::ops;
 
-/// The last block's output, without a graph.
+/// Output of the last block `[tokens, hidden]`, without gradients.
 pub fn hidden(decoder: &Decoder, batch: &Batch) -> Result<Tensor> {
     let layers = decoder.layers();
     let mut x = decoder.embedded(layers, batch)?;
@@ -23,19 +23,19 @@ pub fn hidden(decoder: &Decoder, batch: &Batch) -> Result<Tensor> {
     Ok(x)
 }
 
-/// Output of the head, given the last block's output `x`: log-probabilities of the batch's targets, or scores of its rows.
+/// Output of the head, given the output `x` of the last block: log-probabilities of the batch's targets, or scores.
 pub fn head(decoder: &Decoder, layers: &Layers, x: &Tensor, batch: &Batch, temperature: f64) -> Result<Tensor> {
     let rows = Tensor::new(batch.rows.as_slice(), x.device())?;
-    // Only the rows that are read are normalised: a row's norm does not depend on the others.
+    // Only the rows that are read are normalised.
     let hidden = layers.norm.forward(&x.index_select(&rows, 0)?)?;
     let logits = ops::linear(&hidden, &layers.head)?;
     Ok(match decoder.architecture().head {
         HeadKind::Score => logits.squeeze(1)?,
-        HeadKind::Language => ops::logprobs(&decoder.bent(logits)?, &batch.targets, temperature, batch.entropy)?,
+        HeadKind::Language => ops::logprobs(&decoder.softcapped(logits)?, &batch.targets, temperature, batch.entropy)?,
     })
 }
 
-/// Candle graphs: one for the embedding, one per block, one for the head.
+/// Candle graphs of a forward pass: one for the embedding, one per block, one for the head.
 pub struct Graph<'a> {
     decoder: &'a Decoder,
     embedded: Tensor,
@@ -66,7 +66,7 @@ impl<'a> Graph<'a> {
 
     pub fn backward(self, grad: &Tensor, gradients: &mut Gradients) -> Result<()> {
         let decoder = self.decoder;
-        // In the order of names, so that nothing depends on the order of a hash map.
+        // In the order of names, so that results do not depend on the order of a hash map.
         let mut collect = |grads: &mut GradStore| -> Result<()> {
             for (name, variable) in decoder.variables() {
                 if let Some(gradient) = grads.remove(variable) {
@@ -91,7 +91,7 @@ impl<'a> Graph<'a> {
     }
 }
 
-/// Gradients of `Σ output * upstream`, since candle starts backward passes from a scalar.
+/// Gradients of `Σ output * upstream`: candle's backward pass starts from a scalar.
 fn seeded(output: &Tensor, upstream: &Tensor) -> Result<GradStore> {
     Ok((output * upstream.detach())?.sum_all()?.backward()?)
 }

@@ -5,13 +5,13 @@ use crate::gpu::Gpu;
 use crate::model::Decoder;
 use crate::ops::Kernels;
 
-/// What runs a decoder's passes by the kernels of this project.
+/// The backend that runs the passes of a decoder.
 pub enum Machine {
     Cpu(Cpu),
     Gpu(Gpu),
 }
 
-/// The machine of a decoder; `None` if its passes run as candle graphs.
+/// The backend of a decoder; `None` if it runs as candle graphs.
 pub fn machine(decoder: &Decoder) -> Option<Machine> {
     use candle_core::DType::{BF16, F32};
     if decoder.kernels() != Kernels::Fused || !matches!(decoder.dtype(), F32 | BF16) {

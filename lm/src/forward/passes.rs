@@ -11,7 +11,7 @@ use crate::model::{Batch, Decoder, Gradients, HeadKind, Sequence};
 use crate::ops;
 use crate::pass;
 
-/// A forward pass with what its backward pass needs.
+/// A forward pass with its activations, ready for the backward pass.
 pub struct Forward<'a>(Trace<'a>);
 
 enum Trace<'a> {
@@ -21,15 +21,15 @@ enum Trace<'a> {
 }
 
 impl Decoder {
-    /// Log-probabilities `[batch.scored()]` of the batch's targets at a temperature, without a graph.
+    /// Log-probabilities `[batch.scored()]` of the batch's targets at a temperature, without gradients.
     pub fn logprobs(&self, batch: &Batch, temperature: f64) -> Result<Tensor> {
-        self.wants(HeadKind::Language)?;
+        self.require_head(HeadKind::Language)?;
         Ok(self.output(batch, temperature)?.narrow(0, 0, batch.scored())?)
     }
 
-    /// Scores `[batch.rows()]` of a model with a score head, without a graph.
+    /// Scores `[batch.rows()]` of a model with a score head, without gradients.
     pub fn values(&self, batch: &Batch) -> Result<Tensor> {
-        self.wants(HeadKind::Score)?;
+        self.require_head(HeadKind::Score)?;
         self.output(batch, 1.0)
     }
 
@@ -44,30 +44,31 @@ impl Decoder {
         graph::head(self, self.layers(), &x, batch, temperature)
     }
 
-    /// Logits `[tokens, vocabulary]` after each token of one sequence, all at once: for short sequences.
+    /// Logits `[tokens, vocab]` after each token of one sequence. All are held at once, so this is for short sequences.
     pub fn logits(&self, ids: &[u32]) -> Result<Tensor> {
-        self.wants(HeadKind::Language)?;
+        self.require_head(HeadKind::Language)?;
         let Some((last, rest)) = ids.split_last() else { return Err(Error::EmptyPrompt { id: 0 }) };
-        // A batch has no row for the last token of a sequence, so the last token is repeated.
+        // A batch leaves out the last token of a completion, so it is repeated.
         let batch = Batch::new([Sequence { prompt: rest, completion: &[*last, *last] }]);
         self.check(&batch)?;
         let hidden = self.layers().norm.forward(&graph::hidden(self, &batch)?)?;
-        self.bent(ops::linear(&hidden, &self.layers().head)?)
+        self.softcapped(ops::linear(&hidden, &self.layers().head)?)
     }
 
-    /// Log-probabilities of the batch's targets, with what [`Forward::backward`] needs.
+    /// Computes the log-probabilities of the batch's targets and keeps the activations for [`Forward::backward`].
     ///
-    /// The model must be [trainable](Decoder::trainable).
+    /// Fails if the model is not [trainable](Decoder::trainable) or has a score head.
     pub fn forward(&self, batch: &Batch, temperature: f64) -> Result<Forward<'_>> {
-        self.wants(HeadKind::Language)?;
+        self.require_head(HeadKind::Language)?;
         self.traced(batch, temperature)
     }
 
-    /// [`Decoder::forward`] on completions that the same weights have just generated: takes the activations from
-    /// `recording`, which are the same bits as if they were computed again. Computes a batch that is not recorded as a whole.
+    /// [`Decoder::forward`] on completions that the same weights have just generated, with the activations that
+    /// generation recorded: the same bits, without computing them again. If the recording does not have the whole
+    /// batch, this is [`Decoder::forward`].
     pub fn forward_recalled(&self, batch: &Batch, temperature: f64, recording: Recording) -> Result<Forward<'_>> {
         let trace = match machine(self) {
-            Some(Machine::Cpu(cpu)) if self.recalls() => recording.trace(cpu, self, batch, temperature)?,
+            Some(Machine::Cpu(cpu)) if self.can_record() => recording.trace(cpu, self, batch, temperature)?,
             _ => None,
         };
         match trace {
@@ -77,19 +78,23 @@ impl Decoder {
     }
 
     /// Whether generation can record activations for a backward pass.
-    pub(crate) fn recalls(&self) -> bool {
+    pub(crate) fn can_record(&self) -> bool {
         let trained = self.trained().is_some() && self.dtype() == DType::F32 && !self.recomputes();
-        trained && matches!(machine(self), Some(Machine::Cpu(_))) && self.wants(HeadKind::Language).is_ok()
+        trained && matches!(machine(self), Some(Machine::Cpu(_))) && self.require_head(HeadKind::Language).is_ok()
     }
 
-    /// Scores of the batch's rows, with what [`Forward::backward`] needs, for a trainable model with a score head.
+    /// Computes the scores of the batch's rows and keeps the activations for [`Forward::backward`].
+    ///
+    /// Fails if the model is not [trainable](Decoder::trainable) or has no score head.
     pub fn forward_values(&self, batch: &Batch) -> Result<Forward<'_>> {
-        self.wants(HeadKind::Score)?;
+        self.require_head(HeadKind::Score)?;
         self.traced(batch, 1.0)
     }
 
     fn traced(&self, batch: &Batch, temperature: f64) -> Result<Forward<'_>> {
-        let layers = self.trained().ok_or_else(|| Error::Config("the model is frozen; load it as trainable".into()))?;
+        let layers = self.trained().ok_or_else(|| {
+            Error::Config("the model is frozen, so it has no backward pass; load it as trainable".into())
+        })?;
         self.check(batch)?;
         Ok(Forward(match machine(self).filter(|_| self.dtype() == DType::F32) {
             Some(Machine::Cpu(cpu)) => Trace::Cpu(Box::new(pass::Trace::forward(cpu, self, batch, temperature)?)),
@@ -100,8 +105,8 @@ impl Decoder {
 }
 
 impl Forward<'_> {
-    /// Log-probabilities `[batch.scored()]` (and as many entropies, where the batch asks for them), or scores
-    /// `[batch.rows()]`, without history: an objective makes a [`Var`] of them and hands its gradient to
+    /// Log-probabilities `[batch.scored()]`, followed by as many entropies if the batch has them, or scores
+    /// `[batch.rows()]`, without gradient tracking. An objective makes a [`Var`] of them and passes its gradient to
     /// [`Forward::backward`].
     pub fn output(&self) -> Tensor {
         match &self.0 {
@@ -111,7 +116,8 @@ impl Forward<'_> {
         }
     }
 
-    /// Adds the gradient of an objective to `gradients`, given its gradient with respect to the output.
+    /// Runs the backward pass: adds the gradients of an objective with respect to the parameters to `gradients`, given
+    /// its gradient with respect to the output.
     pub fn backward(self, grad: &Tensor, gradients: &mut Gradients) -> Result<()> {
         match self.0 {
             Trace::Cpu(trace) => Ok(trace.backward(grad, gradients)?),

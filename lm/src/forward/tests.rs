@@ -1,4 +1,4 @@
-//! Passes by our kernels have the values and gradients of the candle graph, and the same bits whatever else is in a batch.
+//! Values and gradients equal those of the candle graph, and do not depend on the other sequences of a batch.
 
 use std::collections::BTreeMap;
 
@@ -78,11 +78,11 @@ fn bfloat16_products_stay_near_f32() {
         assert!((a - b).abs() < 0.1, "{a} against {b}");
     }
     close(&gradients, &want_gradients, 0.1);
-    assert_ne!(got, want, "the factors were not rounded");
+    assert_ne!(got, want, "the inputs of products were not rounded");
 }
 
 #[test]
-fn a_shared_prompt_changes_no_log_probability_and_rounds_gradients_alone() {
+fn a_shared_prompt_changes_no_log_probability_and_gradients_only_by_rounding() {
     for precision in PRECISIONS {
         let (decoder, sequences) = (decoder(precision), sequences());
         let together = batch(&sequences);
@@ -127,11 +127,11 @@ fn threads_and_checkpointing_change_no_bit() {
 }
 
 #[test]
-fn a_frozen_model_in_bfloat16_says_what_the_trained_one_says() {
+fn a_frozen_model_in_bfloat16_equals_the_trained_one() {
     let rounded = testing::checkpoint().rounded(DType::BF16).unwrap();
     let batch = batch(&sequences());
     let frozen = rounded.frozen(&Device::Cpu, DType::BF16).unwrap();
     let trained = rounded.trainable(&Device::Cpu, DType::F32).unwrap().with_precision(Precision::Bf16);
-    let said = |d: &Decoder| d.logprobs(&batch, 1.0).unwrap().to_vec1::<f32>().unwrap();
-    assert_eq!(said(&frozen), said(&trained));
+    let logprobs = |d: &Decoder| d.logprobs(&batch, 1.0).unwrap().to_vec1::<f32>().unwrap();
+    assert_eq!(logprobs(&frozen), logprobs(&trained));
 }

@@ -5,12 +5,13 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Parameters};
 
-/// Checks that `parameters` are exactly what the architecture needs.
+/// Checks that `parameters` are those that the architecture needs, and drops redundant ones.
 pub fn check(architecture: &Architecture, parameters: Parameters, path: &Path) -> Result<Parameters> {
-    // The first GPT-2 files have the trunk without its prefix.
-    let bare = architecture.model_type == "gpt2" && !parameters.keys().any(|n| n.starts_with("transformer."));
-    let whole = |name: String| if bare && name != "score.weight" { format!("transformer.{name}") } else { name };
-    let mut parameters: Parameters = parameters.into_iter().map(|(name, t)| (whole(name), t)).collect();
+    // The original GPT-2 files lack the prefix `transformer.`.
+    let unprefixed = architecture.model_type == "gpt2" && !parameters.keys().any(|n| n.starts_with("transformer."));
+    let prefixed =
+        |name: String| if unprefixed && name != "score.weight" { format!("transformer.{name}") } else { name };
+    let mut parameters: Parameters = parameters.into_iter().map(|(name, t)| (prefixed(name), t)).collect();
     let mut checked = Parameters::new();
     for (name, wanted) in architecture.parameters() {
         let Some(tensor) = parameters.remove(&name) else {
@@ -21,12 +22,12 @@ pub fn check(architecture: &Architecture, parameters: Parameters, path: &Path) -
         }
         checked.insert(name, tensor);
     }
-    // Derived tables that old exports carry, and a head that repeats the embedding, hold nothing of their own.
-    let harmless = |name: &str| {
+    // Tables that old exports contain and that follow from the config, and the copy of a tied head, are redundant.
+    let redundant = |name: &str| {
         let derived = ["rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"].iter().any(|end| name.ends_with(end));
         derived || (architecture.tied && name.ends_with("lm_head.weight"))
     };
-    match parameters.into_keys().find(|name| !harmless(name)) {
+    match parameters.into_keys().find(|name| !redundant(name)) {
         Some(name) => Err(Error::ExtraTensor { name, path: path.into(), model_type: architecture.model_type.clone() }),
         None => Ok(checked),
     }

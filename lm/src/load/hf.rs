@@ -30,7 +30,7 @@ pub fn open(directory: &Path) -> Result<Checkpoint> {
     let text = Text::from_json(
         &read(&directory.join("tokenizer.json"))?,
         optional("tokenizer_config.json")?.as_deref(),
-        // Newer exports keep the template in a file of its own.
+        // Newer exports have the template in a file of its own.
         optional("chat_template.jinja")?.map(|t| String::from_utf8_lossy(&t).into_owned()),
     )?;
     assemble(config, optional("generation_config.json")?, parameters, text, directory)
@@ -49,7 +49,7 @@ fn assemble(
     path: &Path,
 ) -> Result<Checkpoint> {
     let mut architecture = Architecture::from_json(&config)?;
-    // generation_config.json knows all the tokens that end a turn; config.json often only one.
+    // generation_config.json lists every end-of-sequence token; config.json often only one.
     if let Some(eos) =
         generation.and_then(|g| serde_json::from_slice::<Value>(&g).ok()).map(|g| g["eos_token_id"].clone())
     {
@@ -65,7 +65,7 @@ fn assemble(
     Ok(Checkpoint { architecture, config, parameters, text })
 }
 
-/// The safetensors files of a directory: those the index names, or the only one.
+/// The safetensors files of a directory: the shards that the index names, or `model.safetensors`.
 fn weight_files(directory: &Path) -> Result<Vec<PathBuf>> {
     let index_path = directory.join("model.safetensors.index.json");
     if !index_path.exists() {

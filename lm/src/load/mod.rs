@@ -1,4 +1,4 @@
-//! Models in and out: Hugging Face directories, GGUF files, and files held in memory.
+//! Loads and saves models: Hugging Face directories, GGUF files, and files held in memory.
 
 mod check;
 mod checkpoint;

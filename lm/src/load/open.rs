@@ -7,7 +7,10 @@ use super::{gguf, hf};
 use crate::error::{Error, Result};
 
 impl Checkpoint {
-    /// Reads a Hugging Face directory or a `.gguf` file.
+    /// Loads a Hugging Face directory or a `.gguf` file.
+    ///
+    /// Fails if a file cannot be read, if the architecture is not supported, or if tensors are missing, unknown or of
+    /// another shape.
     pub fn open(path: &Path) -> Result<Self> {
         if path.is_dir() {
             hf::open(path)
@@ -18,7 +21,7 @@ impl Checkpoint {
         }
     }
 
-    /// Reads a model from memory; `name` stands for the path in errors.
+    /// Loads a model from memory; `name` takes the place of the path in errors.
     pub fn from_files(files: Files<'_>, name: &str) -> Result<Self> {
         hf::from_files(files, Path::new(name))
     }

@@ -11,11 +11,11 @@ use super::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::model::Parameters;
 
-/// Largest weight file before the weights are split.
+/// Most bytes of tensors in one weight file; more are split into shards.
 const SHARD_BYTES: usize = 5_000_000_000;
 
 impl Checkpoint {
-    /// Writes a Hugging Face directory with `parameters` (by name) in the place of this checkpoint's own.
+    /// Writes a Hugging Face directory with `parameters`, converted to `dtype`, instead of the checkpoint's own.
     pub fn save(&self, parameters: &Parameters, directory: &Path, dtype: DType) -> Result<()> {
         save(self, parameters, directory, dtype, SHARD_BYTES)
     }

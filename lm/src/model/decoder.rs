@@ -16,34 +16,34 @@ use crate::ops::{self, AttentionShape, Kernels, Positions};
 
 /// A language model on one device.
 ///
-/// Cloning shares the weights. A trainable model's weights change in place, for every clone.
+/// Clones share the weights: training changes a trainable model's weights in place, for every clone.
 #[derive(Clone)]
 pub struct Decoder {
     architecture: Arc<Architecture>,
-    /// Tensors without history, for inference.
+    /// Tensors without gradient tracking, for inference.
     frozen: Layers,
     /// The same storage as variables, if the model is trainable.
     trained: Option<Layers>,
-    /// The weights by name, without history.
+    /// The weights by name, without gradient tracking.
     parameters: Arc<Parameters>,
     variables: Arc<BTreeMap<String, Var>>,
     angles: Arc<Angles>,
-    /// Those of the layers that slide, where they have their own.
+    /// Angles of the layers with a sliding window, if they have their own.
     sliding_angles: Option<Arc<Angles>>,
     kernels: Kernels,
     precision: Precision,
     recompute: bool,
-    /// The GPU that runs its passes.
+    /// The GPU backend that runs its passes, if any.
     gpu: Option<Context>,
 }
 
 impl Decoder {
-    /// A model that is only read. `parameters` has exactly the architecture's names and shapes.
+    /// Creates a model for inference. `parameters` must have exactly the architecture's names and shapes.
     pub fn frozen(architecture: Architecture, parameters: Parameters) -> Result<Self> {
         Self::build(architecture, parameters, BTreeMap::new())
     }
 
-    /// A model whose every parameter can be trained; the tensors are copied.
+    /// Creates a model all of whose parameters are trainable variables; the tensors are copied.
     pub fn trainable(architecture: Architecture, parameters: Parameters) -> Result<Self> {
         let variables = parameters
             .into_iter()
@@ -80,21 +80,22 @@ impl Decoder {
         })
     }
 
-    /// The same model on other kernels (the plain twins are an oracle for tests).
+    /// The same model with another implementation of its operations; tests compare the two.
     pub fn with_kernels(mut self, kernels: Kernels) -> Self {
         self.kernels = kernels;
         self
     }
 
-    /// The same model with the factors of its matrix products rounded to bfloat16, or not. On the CPU, and for f32
-    /// weights, which stay what they are.
+    /// The same model with another GEMM precision: the inputs of matrix products are rounded to it, sums stay f32. For
+    /// f32 weights, which do not change themselves.
     pub fn with_precision(mut self, precision: Precision) -> Self {
         self.precision = precision;
         self
     }
 
-    /// The same model, keeping only each block's input on the way forward and running the block again on the way
-    /// back (Chen et al. 2016): a third more work for a fraction of the memory.
+    /// The same model with gradient checkpointing (Chen et al. 2016): the forward pass keeps only each block's input,
+    /// and the backward pass computes the block again. A third more work for a fraction of the memory; results do not
+    /// change.
     pub fn with_gradient_checkpointing(mut self, recompute: bool) -> Self {
         self.recompute = recompute;
         self
@@ -110,12 +111,12 @@ impl Decoder {
         self.gpu.as_ref()
     }
 
-    /// What the model is made of.
+    /// The architecture.
     pub fn architecture(&self) -> &Architecture {
         &self.architecture
     }
 
-    /// Where the weights are.
+    /// Device of the weights.
     pub fn device(&self) -> &Device {
         self.frozen.embed.device()
     }
@@ -125,7 +126,7 @@ impl Decoder {
         self.frozen.embed.dtype()
     }
 
-    /// The weights by name, without history; they share storage with the model.
+    /// The weights by name, without gradient tracking; they share storage with the model.
     pub fn parameters(&self) -> Parameters {
         (*self.parameters).clone()
     }
@@ -135,7 +136,7 @@ impl Decoder {
         &self.variables
     }
 
-    /// Angles of a layer's rotary positions, where it has them.
+    /// Rotary angles of a layer; `None` with learned positions.
     pub(crate) fn angles(&self, layer: usize) -> Option<&Arc<Angles>> {
         let arch = &self.architecture;
         match &self.sliding_angles {
@@ -159,7 +160,7 @@ impl Decoder {
         self.trained.as_ref()
     }
 
-    /// What the factors of matrix products are rounded to.
+    /// GEMM precision: what the inputs of matrix products are rounded to.
     pub fn precision(&self) -> Precision {
         self.precision
     }
@@ -172,43 +173,45 @@ impl Decoder {
         self.kernels
     }
 
-    /// Logits with their softcap.
-    pub(crate) fn bent(&self, logits: Tensor) -> Result<Tensor> {
+    /// Applies the softcap of the logits, if there is one.
+    pub(crate) fn softcapped(&self, logits: Tensor) -> Result<Tensor> {
         Ok(ops::softcap(logits, self.architecture.final_softcap)?)
     }
 
-    pub(crate) fn wants(&self, head: HeadKind) -> Result<()> {
+    pub(crate) fn require_head(&self, head: HeadKind) -> Result<()> {
         match (self.architecture.head, head) {
             (HeadKind::Score, HeadKind::Language) => {
-                Err(Error::Head("a language model is needed, and this one gives scores (it has a `score` head)"))
+                Err(Error::Head("a language model is needed, but this model has a `score` head"))
             }
             (HeadKind::Language, HeadKind::Score) => Err(Error::Head(
-                "a model that gives scores is needed (`...ForSequenceClassification` with one label), and this one is a language model",
+                "a model with a `score` head is needed (`...ForSequenceClassification` with one label), \
+                 but this one is a language model",
             )),
             _ => Ok(()),
         }
     }
 
-    /// That the batch fits the vocabulary and the context.
+    /// Checks that the batch fits the vocabulary and the context.
     pub(crate) fn check(&self, batch: &Batch) -> Result<()> {
         let (vocab, context) = (self.architecture.vocab, self.architecture.context);
         if let Some(&token) = batch.ids.iter().chain(&batch.targets).find(|&&t| t as usize >= vocab) {
-            return Err(Error::ForeignToken { token, vocab });
+            return Err(Error::TokenOutOfVocabulary { token, vocab });
         }
         match batch.positions().iter().max() {
-            Some(&last) if last as usize >= context => {
-                Err(Error::Config(format!("a sequence of {} tokens exceeds the context of {context}", last + 1)))
-            }
+            Some(&last) if last as usize >= context => Err(Error::Config(format!(
+                "a sequence of {} tokens exceeds the context of {context} tokens; shorten it",
+                last + 1
+            ))),
             _ => Ok(()),
         }
     }
 
-    /// Embeddings of the batch's tokens.
+    /// Embeddings `[tokens, hidden]` of the batch.
     pub(crate) fn embedded(&self, layers: &Layers, batch: &Batch) -> Result<Tensor> {
         layers.embed(&self.architecture, &batch.ids, batch.positions())
     }
 
-    /// What a layer of a pass over rows at `positions` works with.
+    /// Inputs of a layer, beside its weights, for rows at `positions`.
     pub(crate) fn layer(&self, layer: usize, positions: &[u32]) -> LayerContext {
         LayerContext {
             heads: self.architecture.attention(layer),
@@ -216,7 +219,7 @@ impl Decoder {
         }
     }
 
-    /// The attention of each layer over a batch.
+    /// Attention shape of each layer over a batch.
     pub(crate) fn attention(&self, batch: &Batch) -> impl Fn(usize) -> AttentionShape {
         let families = batch.families.clone();
         move |layer| AttentionShape { heads: self.architecture.attention(layer), families: families.clone() }

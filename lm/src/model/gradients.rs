@@ -22,7 +22,7 @@ impl Gradients {
         Ok(())
     }
 
-    /// The sum of one parameter's gradients in f32, to be added to in place.
+    /// The gradient of one parameter, an f32 tensor to be added to in place; zeros at first.
     pub(crate) fn sum(&mut self, name: &str, like: &Tensor) -> candle_core::Result<Tensor> {
         if let Some(sum) = self.0.get(name) {
             return Ok(sum.clone());
@@ -32,12 +32,12 @@ impl Gradients {
         Ok(sum)
     }
 
-    /// The sums of a norm's weight and bias.
+    /// The gradients of a norm's weight and bias, to be added to.
     pub(crate) fn sums_of_norm(&mut self, norm: &Norm) -> candle_core::Result<(Tensor, Option<Tensor>)> {
         self.sums(&norm.name, &norm.weight, norm.bias.as_ref())
     }
 
-    /// The sums of a projection's weight, in the parameter's own shape, and bias.
+    /// The gradients of a projection's weight, in the parameter's own shape, and bias, to be added to.
     pub(crate) fn sums_of_projection(&mut self, p: &Projection) -> candle_core::Result<(Tensor, Option<Tensor>)> {
         let weight = if p.turned { p.weight.t()? } else { p.weight.clone() };
         self.sums(&p.name, &weight, p.bias.as_ref())
@@ -53,7 +53,7 @@ impl Gradients {
         Ok((self.sum(&format!("{name}.weight"), weight)?, bias))
     }
 
-    /// The gradients, one for each variable of the model; a variable without one is an error.
+    /// The gradients, one for each variable of the model. Fails if a variable has none.
     pub fn complete(self, decoder: &Decoder) -> Result<BTreeMap<String, Tensor>> {
         match decoder.variables().keys().find(|name| !self.0.contains_key(*name)) {
             Some(name) => Err(Error::NoGradient(name.clone())),

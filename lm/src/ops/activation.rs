@@ -1,4 +1,4 @@
-//! Activations of the MLP.
+//! Activation functions of the MLP.
 
 use candle_core::{Result, Tensor};
 
@@ -7,7 +7,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.silu()? * up
 }
 
-/// `gelu(gate) * up`, with GELU's tanh approximation.
+/// `gelu(gate) * up`, with the tanh approximation of GELU.
 pub fn geglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.gelu()? * up
 }

@@ -1,5 +1,5 @@
-//! A decoder by hand: one transformer block, forward and back, written once over the few [operations](Ops) that a
-//! machine provides. The plain-candle graph ([`crate::forward`]) computes the same and is the oracle.
+//! Forward and backward passes of a decoder without autograd: a transformer block written once over the
+//! [operations](Ops) that a backend provides. Tests compare them with the candle graphs of [`crate::forward`].
 
 mod block;
 mod head;

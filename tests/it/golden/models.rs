@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var, safetensors};
 use rehearsal_learn::reward::{Pairwise, PairwiseConfig, pairwise};
-use rehearsal_learn::{NllReduction, Whole, global_norm, sft};
+use rehearsal_learn::{BatchTotals, NllReduction, global_norm, sft};
 use rehearsal_lm::generate::{Generator, Options, Request, Sampling};
 use rehearsal_lm::ops::Kernels;
 use rehearsal_lm::{Architecture, Batch, Decoder, Forward, Gradients, Parameters, Sequence};
@@ -98,7 +98,7 @@ fn forward_and_gradients(model: &str, golden: &Golden, dtype: DType, machine: Ma
             .map(|(x, _)| *x)
             .collect();
         golden.check_values(&format!("{side}_logprobs"), &flat(&logprobs), &want, single);
-        let whole = Whole { sequences: sequences.len(), tokens: batch.scored() };
+        let whole = BatchTotals { sequences: sequences.len(), tokens: batch.scored() };
         let nll = sft::nll(&logprobs, batch.spans(), NllReduction::TokenMean, whole).unwrap();
         golden.check(&format!("{side}_nll"), &nll);
         if side == "right" {
@@ -202,7 +202,7 @@ fn golden_models_recall_what_they_generated() {
         all.sort_by_key(|c| c.id);
         let sequences = all.iter().map(|c| Sequence { prompt: &prompts[c.id as usize / 2], completion: &c.tokens });
         let batch = Batch::new(sequences);
-        assert!(recorded.knows(&batch, 0.8), "{model}");
+        assert!(recorded.covers(&batch, 0.8), "{model}");
         let back = |forward: Forward<'_>| {
             let output = forward.output();
             let mut gradients = Gradients::default();

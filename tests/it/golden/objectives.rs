@@ -1,7 +1,7 @@
 use candle_core::{DType, Tensor, Var};
 use rehearsal_learn::pairs::penalise_missing_eos;
 use rehearsal_learn::{
-    AdaptiveKl, KlEstimator, NllReduction, TieRule, Whole, ema, kl, masked, select_pairs, sft, token,
+    AdaptiveKl, BatchTotals, KlEstimator, NllReduction, TieRule, ema, kl, masked, select_pairs, sft, token,
 };
 
 use super::{Golden, TYPES, flat, numbers, rows, tensor};
@@ -70,7 +70,7 @@ fn golden_sft_nll() {
                 spans.push(places.len());
             }
             golden.check_numbers("num_tokens", &[places.len() as f64], false);
-            let whole = Whole { sequences: spans.len() - 1, tokens: places.len() };
+            let whole = BatchTotals { sequences: spans.len() - 1, tokens: places.len() };
             let index = Tensor::new(places, logits.device()).unwrap();
             let rows = logits.reshape(((), vocab)).unwrap().index_select(&index, 0).unwrap();
             let logprobs = token::gather_logprobs(&rows, &Tensor::new(targets, logits.device()).unwrap(), 1.0).unwrap();

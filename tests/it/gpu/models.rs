@@ -173,7 +173,7 @@ fn what_a_gpu_cannot_do_is_refused_in_words() {
     };
     let mut generator = Generator::new(&decoder).unwrap();
     let error = generator.generate(vec![request], &options, None, &|| false, &mut |_| {}).unwrap_err().to_string();
-    assert!(error.contains("17 tokens"), "{error}");
+    assert!(error.contains("17 end-of-sequence tokens"), "{error}");
 }
 
 #[test]
