@@ -217,7 +217,7 @@ impl Run {
 
     /// One update of the policy (or of the model that is trained in its place). A loss that is no number ends the job:
     /// what it came of is written out, and the last good checkpoint stays.
-    pub async fn learn(&mut self, objective: Objective, learning_rate: f64) -> Result<StepReport> {
+    pub async fn learn(&mut self, objective: Arc<dyn Objective>, learning_rate: f64) -> Result<StepReport> {
         self.settle().await?;
         let temperature = match self.config.job.algorithm {
             Algorithm::Sft | Algorithm::RewardModel | Algorithm::Dpo => 1.0,

@@ -29,8 +29,8 @@ pub use error::{Error, Result};
 pub use frozen::FrozenModel;
 pub use models::{CriticHandle, PolicyHandle};
 pub use objective::{
-    Demonstrations, Marked, Objective, PairTokens, Pairs, Ranking, Rankings, RolloutTokens, Rollouts, Stats, StepTimes,
-    ValueTokens, Values,
+    Demonstrations, Marked, Objective, PairTokens, Pairs, Pass, Ranking, Rankings, RolloutTokens, Rollouts, Stats,
+    StepTimes, ValueTokens, Values,
 };
 pub use reference::ReferenceHandle;
 pub use reward::{Judged, Reward, RewardError, RewardFn, RewardHandle, Sample};
@@ -48,7 +48,8 @@ pub struct Tokens {
 }
 
 impl Tokens {
-    fn sequence(&self) -> rehearsal_lm::Sequence<'_> {
+    /// The tokens as the model's batches take them.
+    pub fn sequence(&self) -> rehearsal_lm::Sequence<'_> {
         rehearsal_lm::Sequence { prompt: &self.prompt, completion: &self.completion }
     }
 }

@@ -1,5 +1,7 @@
 //! The promises of a role and its handle, on a role that does next to nothing.
 
+mod custom_objective;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;

@@ -51,7 +51,7 @@ pub struct LoraStart {
 /// One optimiser step.
 #[derive(Debug, Clone)]
 pub struct UpdateBatch {
-    pub objective: Objective,
+    pub objective: Arc<dyn Objective>,
     pub learning_rate: f64,
     /// Temperature of all log-probabilities, as completions were sampled.
     pub temperature: f64,
@@ -236,10 +236,10 @@ impl Trained {
 
     fn update(&mut self, batch: &UpdateBatch, cancel: &CancellationToken) -> Result<StepReport> {
         let decoder = self.decoder.clone();
-        let mut pass = Pass::new(&decoder, batch.temperature, self.config.micro_batch_tokens, cancel);
-        pass.recording = self.recording.take();
-        pass.run(&batch.objective)?;
-        let (stats, loss, tokens, mut times) = (pass.stats(), pass.loss, pass.tokens, pass.times);
+        let (budget, recording) = (self.config.micro_batch_tokens, self.recording.take());
+        let mut pass = Pass::new(&decoder, batch.temperature, budget, cancel, recording);
+        batch.objective.accumulate(&mut pass)?;
+        let (stats, loss, tokens, mut times) = (pass.stats(), pass.loss(), pass.tokens(), pass.times());
         let start = Instant::now();
         let gradients = pass.gradients.complete(&decoder)?;
         let gradients = match &self.lora {

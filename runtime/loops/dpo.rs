@@ -2,9 +2,10 @@
 //! reference is asked about each pair once; later epochs remember.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Instant;
 
-use rehearsal_actors::{Objective, PairTokens, Pairs, Tokens};
+use rehearsal_actors::{PairTokens, Pairs, Tokens};
 
 use super::shared::{Stats, Updates, advance, checkpoint_if_due, evaluation_due};
 use crate::data::{Data, PairRow, Rows};
@@ -37,7 +38,7 @@ pub(super) async fn dpo(run: &mut Run) -> Result<()> {
             rows(run)?.draw(seed, run.state.cursor, n).into_iter().map(|(i, row)| (i, row.clone())).collect();
         let pairs = with_reference(run, drawn, &mut remembered, &mut seconds).await?;
         let learning_rate = schedule.rate(run.state.step);
-        let objective = Objective::Pairs(Pairs { pairs, loss: run.config.loss.preference });
+        let objective = Arc::new(Pairs { pairs, loss: run.config.loss.preference });
         let mut updates = Updates::default();
         updates.add(run.learn(objective, learning_rate).await?);
 

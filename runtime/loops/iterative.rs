@@ -7,9 +7,10 @@
 //! A round is a step: the reference of a round is the policy at its beginning, so its log-probabilities are taken before
 //! the first update and no second copy of the weights is needed.
 
+use std::sync::Arc;
 use std::time::Instant;
 
-use rehearsal_actors::{Group, Objective, PairTokens, Pairs};
+use rehearsal_actors::{Group, PairTokens, Pairs};
 use rehearsal_learn::pairs::{Pair, select_pair};
 use rehearsal_learn::rso::rejection_sampling;
 use rehearsal_lm::random::Stream;
@@ -98,7 +99,7 @@ async fn rounds(run: &mut Run, choose: impl Fn(&Run, &Group) -> Vec<Pair>) -> Re
         let mut updates = Updates::default();
         for part in minibatches(run.config.job.seed, run.state.step, pairs.len(), run.config.update) {
             let pairs = part.into_iter().map(|i| pairs[i].clone()).collect();
-            let objective = Objective::Pairs(Pairs { pairs, loss: run.config.loss.preference });
+            let objective = Arc::new(Pairs { pairs, loss: run.config.loss.preference });
             updates.add(run.learn(objective, learning_rate).await?);
         }
 

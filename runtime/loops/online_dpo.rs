@@ -2,9 +2,10 @@
 //! each prompt K times, something that knows better scores the answers, the best meets the worst in a preference loss
 //! against the reference, and the next answers come from the updated policy.
 
+use std::sync::Arc;
 use std::time::Instant;
 
-use rehearsal_actors::{Objective, PairTokens, Pairs};
+use rehearsal_actors::{PairTokens, Pairs};
 use rehearsal_learn::pairs::{Pair, select_pair};
 
 use super::shared::{
@@ -45,7 +46,7 @@ pub(super) async fn online_dpo(run: &mut Run) -> Result<()> {
         let learning_rate = schedule.rate(run.state.step);
         let mut updates = Updates::default();
         if !tokens.is_empty() {
-            let objective = Objective::Pairs(Pairs { pairs: tokens, loss: run.config.loss.preference });
+            let objective = Arc::new(Pairs { pairs: tokens, loss: run.config.loss.preference });
             updates.add(run.learn(objective, learning_rate).await?);
         }
 

@@ -7,8 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rehearsal_actors::{
-    Demonstrations, Group, Objective, RolloutTokens, Rollouts, ScoredCompletion, Tokens, UpdateBatch, ValueTokens,
-    Values,
+    Demonstrations, Group, RolloutTokens, Rollouts, ScoredCompletion, Tokens, UpdateBatch, ValueTokens, Values,
 };
 use rehearsal_learn::NllReduction;
 use rehearsal_learn::group::{grpo, rloo};
@@ -196,7 +195,7 @@ impl Learned {
                 advantages: narrow(&r.advantages),
                 ref_logprobs: narrow(&r.reference),
             };
-            let objective = Objective::Rollouts(Rollouts {
+            let objective = Arc::new(Rollouts {
                 rollouts: part.iter().map(|&i| of(&self.0[i])).collect(),
                 loss: config.loss,
                 pretraining: pretraining(run, parts.len(), index),
@@ -211,7 +210,7 @@ impl Learned {
                     returns: narrow(&r.returns),
                 };
                 let rollouts = part.iter().map(|&i| of(&self.0[i])).collect();
-                let objective = Objective::Values(Values { rollouts, clip: config.value_clip });
+                let objective = Arc::new(Values { rollouts, clip: config.value_clip });
                 // The critic's schedule is the policy's, at its own height.
                 let height = run.config.critic.learning_rate.unwrap_or(run.config.optimizer.learning_rate);
                 let learning_rate = rate * height / run.config.optimizer.learning_rate;

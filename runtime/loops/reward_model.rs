@@ -1,9 +1,10 @@
 //! Reward modelling: the second of InstructGPT's three steps (Ouyang et al. 2022, §3.5, eq. 1). A model with a score in
 //! the place of its head learns to order completions as people did.
 
+use std::sync::Arc;
 use std::time::Instant;
 
-use rehearsal_actors::{Objective, Ranking, Rankings, Tokens};
+use rehearsal_actors::{Ranking, Rankings, Tokens};
 use rehearsal_learn::reward::{Normalisation, PairwiseConfig};
 
 use super::shared::{Stats, Updates, advance, checkpoint_if_due, evaluation_due};
@@ -34,7 +35,7 @@ pub(super) async fn reward_model(run: &mut Run) -> Result<()> {
         let learning_rate = schedule.rate(run.state.step);
         let config = &run.config.reward_model;
         let pairwise = PairwiseConfig { centering: config.centering };
-        let objective = Objective::Rankings(Rankings { rankings, pairwise, count: config.count });
+        let objective = Arc::new(Rankings { rankings, pairwise, count: config.count });
         let report = run.learn(objective, learning_rate).await?;
 
         let mut updates = Updates::default();

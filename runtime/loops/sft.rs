@@ -1,9 +1,10 @@
 //! Supervised fine-tuning: the first of InstructGPT's three steps (Ouyang et al. 2022, §3.5). The policy learns the
 //! assistant's turns of demonstrations.
 
+use std::sync::Arc;
 use std::time::Instant;
 
-use rehearsal_actors::{Demonstrations, Marked, Objective};
+use rehearsal_actors::{Demonstrations, Marked};
 
 use super::shared::{Stats, Updates, advance, checkpoint_if_due, evaluation_due};
 use crate::data::{Data, Rows};
@@ -28,7 +29,7 @@ pub(super) async fn sft(run: &mut Run) -> Result<()> {
         let sequences = drawn.into_iter().map(|(_, row)| row.clone()).collect();
         let learning_rate = schedule.rate(run.state.step);
         let demonstrations = Demonstrations { sequences, reduction: run.config.sft };
-        let report = run.learn(Objective::Demonstrations(demonstrations), learning_rate).await?;
+        let report = run.learn(Arc::new(demonstrations), learning_rate).await?;
 
         let mut updates = Updates::default();
         updates.add(report);

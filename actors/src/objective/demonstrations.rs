@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rehearsal_learn::{NllReduction, Whole, sft};
 use rehearsal_lm::Batch;
 
-use super::{Pass, micro_batches, total};
+use super::{Objective, Pass, sum_f64};
 use crate::Result;
 
 /// A sequence and which of its tokens are learned from.
@@ -30,12 +30,18 @@ pub struct Demonstrations {
     pub reduction: NllReduction,
 }
 
+impl Objective for Demonstrations {
+    fn accumulate(&self, pass: &mut Pass<'_>) -> Result<()> {
+        self.accumulate_weighted(pass, 1.0)
+    }
+}
+
 impl Demonstrations {
-    /// The gradients of `weight` times the negative log-likelihood.
-    pub(super) fn run(&self, pass: &mut Pass<'_>, weight: f64) -> Result<()> {
+    /// Accumulates `weight` times the negative log-likelihood.
+    pub(super) fn accumulate_weighted(&self, pass: &mut Pass<'_>, weight: f64) -> Result<()> {
         let tokens = self.sequences.iter().map(Marked::learned).sum();
         let whole = Whole { sequences: self.sequences.len(), tokens };
-        for part in micro_batches(&self.sequences, pass.budget, pass.cancel, |s| s.tokens.len()) {
+        for part in pass.micro_batches(&self.sequences, |s| s.tokens.len()) {
             let batch = Batch::marked(part?.iter().map(|s| (s.tokens.as_slice(), s.marks.as_slice())));
             if batch.scored() == 0 {
                 continue;
@@ -45,7 +51,7 @@ impl Demonstrations {
                 batch.tokens(),
                 |model, _| model.forward(&batch, 1.0),
                 |pass, logprobs| {
-                    pass.add("nll", -total(logprobs)?, batch.scored());
+                    pass.add("nll", -sum_f64(logprobs)?, batch.scored());
                     Ok((sft::nll(logprobs, batch.spans(), self.reduction, whole)? * weight)?)
                 },
             )?;

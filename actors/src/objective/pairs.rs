@@ -5,7 +5,7 @@ use rehearsal_learn::preference::chosen_nll;
 use rehearsal_learn::{PreferenceConfig, PreferenceLogprobs, Whole, preference_loss, token};
 use rehearsal_lm::Batch;
 
-use super::{Pass, column, micro_batches, numbers, total};
+use super::{Objective, Pass, sum_f64, tensor_like, values_f64};
 use crate::{Result, Tokens};
 
 /// A preferred and a dispreferred completion of one prompt.
@@ -37,11 +37,11 @@ pub struct Pairs {
     pub loss: PreferenceConfig,
 }
 
-impl Pairs {
-    pub(super) fn run(&self, pass: &mut Pass<'_>) -> Result<()> {
+impl Objective for Pairs {
+    fn accumulate(&self, pass: &mut Pass<'_>) -> Result<()> {
         let whole =
             Whole { sequences: self.pairs.len(), tokens: self.pairs.iter().map(|p| p.chosen.completion.len()).sum() };
-        let mut parts = micro_batches(&self.pairs, pass.budget, pass.cancel, PairTokens::size).peekable();
+        let mut parts = pass.micro_batches(&self.pairs, PairTokens::size).peekable();
         while let Some(part) = parts.next() {
             let pairs = part?;
             // A pair's completions stand side by side, so that they share their prompt.
@@ -51,7 +51,9 @@ impl Pairs {
         }
         Ok(())
     }
+}
 
+impl Pairs {
     fn loss(
         &self,
         pass: &mut Pass<'_>,
@@ -65,29 +67,29 @@ impl Pairs {
         let half = |t: &Tensor, which: usize| t.reshape((n, 2))?.narrow(1, which, 1)?.squeeze(1);
         let sum = |x: &Vec<f32>| x.iter().map(|&x| f64::from(x)).sum::<f64>() as f32;
         let lengths = batch.spans().windows(2).map(|w| (w[1] - w[0]) as f32).collect();
-        let lengths = column(lengths, logprobs)?;
+        let lengths = tensor_like(lengths, logprobs)?;
         let gaps: Option<Vec<f32>> = pairs.iter().map(|p| p.score_gap.map(|g| g as f32)).collect();
-        let gaps = gaps.map(|gaps| column(gaps, logprobs)).transpose()?;
+        let gaps = gaps.map(|gaps| tensor_like(gaps, logprobs)).transpose()?;
         let (chosen, rejected) = (half(&sums, 0)?, half(&sums, 1)?);
         let loss = preference_loss(
             &PreferenceLogprobs {
                 policy_chosen: &chosen,
                 policy_rejected: &rejected,
-                ref_chosen: &column(pairs.iter().map(|p| sum(&p.ref_chosen)).collect(), logprobs)?,
-                ref_rejected: &column(pairs.iter().map(|p| sum(&p.ref_rejected)).collect(), logprobs)?,
+                ref_chosen: &tensor_like(pairs.iter().map(|p| sum(&p.ref_chosen)).collect(), logprobs)?,
+                ref_rejected: &tensor_like(pairs.iter().map(|p| sum(&p.ref_rejected)).collect(), logprobs)?,
                 chosen_tokens: &half(&lengths, 0)?,
                 rejected_tokens: &half(&lengths, 1)?,
                 score_gap: gaps.as_ref(),
             },
             &self.loss,
         )?;
-        let right = numbers(&loss.margins()?)?.iter().filter(|&&m| m > 0.0).count();
+        let right = values_f64(&loss.margins()?)?.iter().filter(|&&m| m > 0.0).count();
         pass.add("preference_accuracy", right as f64, n);
-        pass.add("margin", total(&loss.margins()?)?, n);
-        pass.add("chosen_reward", total(&loss.chosen_rewards)?, n);
-        pass.add("rejected_reward", total(&loss.rejected_rewards)?, n);
-        pass.add("chosen_logprob", total(&chosen)?, n);
-        pass.add("rejected_logprob", total(&rejected)?, n);
+        pass.add("margin", sum_f64(&loss.margins()?)?, n);
+        pass.add("chosen_reward", sum_f64(&loss.chosen_rewards)?, n);
+        pass.add("rejected_reward", sum_f64(&loss.rejected_rewards)?, n);
+        pass.add("chosen_logprob", sum_f64(&chosen)?, n);
+        pass.add("rejected_logprob", sum_f64(&rejected)?, n);
         mismatch(pass, logprobs, pairs.iter().flat_map(|p| [&p.sampler_chosen, &p.sampler_rejected]))?;
         let share = (loss.losses.sum_all()? / whole.sequences as f64)?;
         let Some(term) = &self.loss.sft else { return Ok(share) };
@@ -115,7 +117,7 @@ pub(super) fn mismatch<'a>(
     sampler: impl Iterator<Item = &'a Vec<f32>>,
 ) -> Result<()> {
     let sampler: Vec<f64> = sampler.flatten().map(|&x| f64::from(x)).collect();
-    let trainer = numbers(&logprobs.detach())?;
+    let trainer = values_f64(&logprobs.detach())?;
     if sampler.len() != trainer.len() {
         return Ok(()); // completions of others
     }

@@ -4,7 +4,7 @@ use candle_core::Tensor;
 use rehearsal_learn::reward::{PairCount, Pairwise, PairwiseConfig, kwise, pairwise};
 use rehearsal_lm::Batch;
 
-use super::{Pass, column, length, micro_batches, numbers, total};
+use super::{Objective, Pass, length, sum_f64, tensor_like, values_f64};
 use crate::passes::scored;
 use crate::{Result, Tokens};
 
@@ -27,13 +27,13 @@ pub struct Rankings {
     pub count: PairCount,
 }
 
-impl Rankings {
-    pub(super) fn run(&self, pass: &mut Pass<'_>) -> Result<()> {
+impl Objective for Rankings {
+    fn accumulate(&self, pass: &mut Pass<'_>) -> Result<()> {
         let whole = self.rankings.len() as f64;
         let size = |r: &Ranking| r.completions.iter().map(length).sum();
-        for part in micro_batches(&self.rankings, pass.budget, pass.cancel, size) {
+        for part in pass.micro_batches(&self.rankings, size) {
             let rankings = part?;
-            let model = pass.decoder;
+            let model = pass.decoder();
             let batch = Batch::ends(rankings.iter().flat_map(|r| &r.completions).map(|t| scored(model, t)));
             pass.micro_step(
                 batch.tokens(),
@@ -57,15 +57,15 @@ impl Rankings {
                             let group = scores.narrow(0, at as usize, k)?;
                             losses.extend(kwise(&group, &r.ranks, self.count)?);
                         }
-                        watch(pass, &numbers(&scores.narrow(0, at as usize, k)?.detach())?, &r.ranks);
+                        watch(pass, &values_f64(&scores.narrow(0, at as usize, k)?.detach())?, &r.ranks);
                         at += k as u32;
                     }
                     if !winners.is_empty() {
                         let pick = |which: Vec<u32>| scores.index_select(&Tensor::new(which, scores.device())?, 0);
                         let (chosen, rejected) = (pick(winners)?, pick(losers)?);
                         let soft = probabilities.iter().any(|p| *p != 1.0);
-                        let probability = if soft { Some(column(probabilities, scores)?) } else { None };
-                        let margin = column(margins, scores)?;
+                        let probability = if soft { Some(tensor_like(probabilities, scores)?) } else { None };
+                        let margin = tensor_like(margins, scores)?;
                         let pairs = Pairwise {
                             chosen: &chosen,
                             rejected: &rejected,
@@ -74,7 +74,7 @@ impl Rankings {
                         };
                         losses.push(pairwise(&pairs, &self.pairwise)?.sum_all()?);
                     }
-                    pass.add("reward_model_score", total(&scores.detach())?, at as usize);
+                    pass.add("reward_model_score", sum_f64(&scores.detach())?, at as usize);
                     // A micro-batch of nothing but ties has no loss, and a gradient of zero.
                     let none = (scores.sum_all()? * 0.0)?;
                     let sum = losses.iter().try_fold(none, |sum, loss| sum + loss)?;

@@ -5,7 +5,7 @@ use rehearsal_learn::Whole;
 use rehearsal_learn::ppo::{PolicyLossConfig, PolicyTokens, policy_loss};
 use rehearsal_lm::Batch;
 
-use super::{Demonstrations, Pass, column, length, micro_batches, total};
+use super::{Demonstrations, Objective, Pass, length, sum_f64, tensor_like};
 use crate::{Result, Tokens};
 
 /// A completion with what is known of each of its tokens.
@@ -27,13 +27,13 @@ pub struct Rollouts {
     pub pretraining: Option<(Demonstrations, f64)>,
 }
 
-impl Rollouts {
-    pub(super) fn run(&self, pass: &mut Pass<'_>) -> Result<()> {
+impl Objective for Rollouts {
+    fn accumulate(&self, pass: &mut Pass<'_>) -> Result<()> {
         let whole = Whole {
             sequences: self.rollouts.len(),
             tokens: self.rollouts.iter().map(|r| r.tokens.completion.len()).sum(),
         };
-        let mut parts = micro_batches(&self.rollouts, pass.budget, pass.cancel, |r| length(&r.tokens)).peekable();
+        let mut parts = pass.micro_batches(&self.rollouts, |r| length(&r.tokens)).peekable();
         while let Some(part) = parts.next() {
             let (rollouts, last) = (part?, parts.peek().is_none());
             let mut batch = Batch::new(rollouts.iter().map(|r| r.tokens.sequence()));
@@ -43,11 +43,13 @@ impl Rollouts {
             pass.completions_step(&batch, last, |pass, output| self.loss(pass, rollouts, &batch, output, whole))?;
         }
         match &self.pretraining {
-            Some((text, weight)) => text.run(pass, *weight),
+            Some((text, weight)) => text.accumulate_weighted(pass, *weight),
             None => Ok(()),
         }
     }
+}
 
+impl Rollouts {
     fn loss(
         &self,
         pass: &mut Pass<'_>,
@@ -60,7 +62,7 @@ impl Rollouts {
         let logprobs = &output.narrow(0, 0, n)?;
         let entropies = if self.loss.entropy > 0.0 { Some(output.narrow(0, n, n)?) } else { None };
         let all = |of: fn(&RolloutTokens) -> &Vec<f32>| {
-            column(rollouts.iter().flat_map(|r| of(r).iter().copied()).collect(), logprobs)
+            tensor_like(rollouts.iter().flat_map(|r| of(r).iter().copied()).collect(), logprobs)
         };
         let reference = all(|r| &r.ref_logprobs)?;
         let tokens = PolicyTokens {
@@ -73,7 +75,7 @@ impl Rollouts {
         };
         let loss = policy_loss(&tokens, &self.loss, whole)?;
         if let Some(entropies) = &entropies {
-            pass.add("policy_entropy", total(&entropies.detach())?, n);
+            pass.add("policy_entropy", sum_f64(&entropies.detach())?, n);
         }
         pass.add("clip_fraction", loss.clipped, n);
         pass.add("approx_kl", loss.approx_kl, n);

@@ -4,7 +4,7 @@ use rehearsal_learn::Whole;
 use rehearsal_learn::ppo::value_loss;
 use rehearsal_lm::Batch;
 
-use super::{Pass, column, length, micro_batches};
+use super::{Objective, Pass, length, tensor_like};
 use crate::{Result, Tokens};
 
 /// A completion with the critic's values before the update and the returns it should have foreseen.
@@ -23,13 +23,13 @@ pub struct Values {
     pub clip: Option<f64>,
 }
 
-impl Values {
-    pub(super) fn run(&self, pass: &mut Pass<'_>) -> Result<()> {
+impl Objective for Values {
+    fn accumulate(&self, pass: &mut Pass<'_>) -> Result<()> {
         let whole = Whole {
             sequences: self.rollouts.len(),
             tokens: self.rollouts.iter().map(|r| r.tokens.completion.len()).sum(),
         };
-        for part in micro_batches(&self.rollouts, pass.budget, pass.cancel, |r| length(&r.tokens)) {
+        for part in pass.micro_batches(&self.rollouts, |r| length(&r.tokens)) {
             let rollouts = part?;
             let batch = Batch::new(rollouts.iter().map(|r| r.tokens.sequence()));
             pass.micro_step(
@@ -37,7 +37,7 @@ impl Values {
                 |model, _| model.forward_values(&batch),
                 |pass, values| {
                     let all = |of: fn(&ValueTokens) -> &Vec<f32>| {
-                        column(rollouts.iter().flat_map(|r| of(r).iter().copied()).collect(), values)
+                        tensor_like(rollouts.iter().flat_map(|r| of(r).iter().copied()).collect(), values)
                     };
                     let loss = value_loss(values, &all(|r| &r.old_values)?, &all(|r| &r.returns)?, self.clip, whole)?;
                     pass.add("value_clip_fraction", loss.clipped, batch.scored());
