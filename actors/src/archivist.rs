@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use rehearsal_store::{
-    Error as StoreError, KeptReply, OwnedTensor, Preference, Repair, Rollout, SavedCheckpoint, Store, TensorBytes,
-    Usage, Verdict,
+    Error as StoreError, KeptReply, ModelCounters, OwnedTensor, Preference, Repair, Rollout, SavedCheckpoint, Store,
+    TensorBytes, Usage, Verdict,
 };
 
 use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message, role_status};
@@ -119,8 +119,10 @@ impl Archivist {
             };
             views.push(TensorBytes { name, dtype, shape: tensor.dims().to_vec(), data });
         }
-        let state = header(&checkpoint.models, &checkpoint.state);
-        let saved = self.store.save_checkpoint(checkpoint.step, &views, &state, checkpoint.keep)?;
+        let counters =
+            |model: &ModelSnapshot| ModelCounters { version: model.version, optimizer_steps: model.optimizer_steps };
+        let models = checkpoint.models.iter().map(|(role, model)| (role.clone(), counters(model))).collect();
+        let saved = self.store.save_checkpoint(checkpoint.step, &models, &views, &checkpoint.state, checkpoint.keep)?;
         self.store.forget_rollouts_before(checkpoint.step)?;
         Ok(saved)
     }
@@ -128,10 +130,12 @@ impl Archivist {
     fn restore(&self) -> Result<(Option<Restored>, Vec<Repair>)> {
         let (latest, repairs) = self.store.latest_checkpoint()?;
         let Some(latest) = latest else { return Ok((None, repairs)) };
-        let (mut models, state) = read_header(&latest.state).ok_or_else(|| StoreError::Corrupt {
-            what: format!("checkpoint of step {}", latest.step),
-            reason: "its state is too short".into(),
-        })?;
+        let model = |c: ModelCounters| ModelSnapshot {
+            version: c.version,
+            optimizer_steps: c.optimizer_steps,
+            tensors: BTreeMap::new(),
+        };
+        let mut models: BTreeMap<_, _> = latest.models.into_iter().map(|(role, c)| (role, model(c))).collect();
         for t in latest.tensors {
             let found = t.name.split_once('.').and_then(|(role, name)| Some((models.get_mut(role)?, name.to_string())));
             let Some((model, name)) = found else {
@@ -139,7 +143,7 @@ impl Archivist {
             };
             model.tensors.insert(name, tensor(t)?);
         }
-        Ok((Some(Restored { step: latest.step, models, state }), repairs))
+        Ok((Some(Restored { step: latest.step, models, state: latest.state }), repairs))
     }
 
     fn replay(&self, step: u64) -> Result<Replay> {
@@ -158,39 +162,6 @@ impl Archivist {
         }
         Ok(())
     }
-}
-
-/// What a checkpoint holds besides tensors: each model's name and counters, then the job's own state.
-fn header(models: &BTreeMap<String, ModelSnapshot>, state: &[u8]) -> Vec<u8> {
-    let mut bytes = vec![models.len() as u8];
-    for (role, model) in models {
-        bytes.push(role.len() as u8);
-        bytes.extend_from_slice(role.as_bytes());
-        bytes.extend_from_slice(&model.version.to_be_bytes());
-        bytes.extend_from_slice(&model.optimizer_steps.to_be_bytes());
-    }
-    bytes.extend_from_slice(state);
-    bytes
-}
-
-/// Models without their tensors, and the job's own state.
-fn read_header(bytes: &[u8]) -> Option<(BTreeMap<String, ModelSnapshot>, Vec<u8>)> {
-    let (&count, mut rest) = bytes.split_first()?;
-    let mut models = BTreeMap::new();
-    for _ in 0..count {
-        let (&length, after) = rest.split_first()?;
-        let (role, after) = after.split_at_checked(usize::from(length))?;
-        let (version, after) = after.split_first_chunk()?;
-        let (steps, after) = after.split_first_chunk()?;
-        let model = ModelSnapshot {
-            version: u64::from_be_bytes(*version),
-            optimizer_steps: u64::from_be_bytes(*steps),
-            tensors: BTreeMap::new(),
-        };
-        models.insert(String::from_utf8(role.to_vec()).ok()?, model);
-        rest = after;
-    }
-    Some((models, rest.to_vec()))
 }
 
 fn tensor(t: OwnedTensor) -> Result<Tensor> {

@@ -1,11 +1,12 @@
 //! Checkpoints: a manifest in the database, tensors in shards beside it or, when small, in the database too.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
 use crate::error::IoContext;
+use crate::header::{self, ModelCounters};
 use crate::kv::Changes;
 use crate::shards::write_durably;
 use crate::{Error, Repair, Result, Store, key, record};
@@ -46,7 +47,9 @@ pub struct CheckpointSummary {
 #[derive(Debug)]
 pub struct LoadedCheckpoint {
     pub step: u64,
-    /// What the caller gave as state.
+    /// Counters of the trained models by model name.
+    pub models: BTreeMap<String, ModelCounters>,
+    /// The job's own state, as it was saved.
     pub state: Vec<u8>,
     pub tensors: Vec<OwnedTensor>,
 }
@@ -65,6 +68,7 @@ struct Manifest {
     step: u64,
     shards: Vec<Shard>,
     tensors: u32,
+    /// The models' counters and the job's state, encoded by [`header`].
     state: Vec<u8>,
 }
 
@@ -83,10 +87,12 @@ impl Store {
     pub fn save_checkpoint(
         &mut self,
         step: u64,
+        models: &BTreeMap<String, ModelCounters>,
         tensors: &[TensorBytes<'_>],
         state: &[u8],
         keep: usize,
     ) -> Result<SavedCheckpoint> {
+        let state = header::encode(models, state)?;
         let total: usize = tensors.iter().map(|t| t.data.len()).sum();
         let inline = total <= INLINE_BYTES_MAX;
         let mut saved = SavedCheckpoint::default();
@@ -110,7 +116,7 @@ impl Store {
             *if written { &mut saved.written } else { &mut saved.shared } += size;
             shards.push(Shard { hash, bytes: size, inline });
         }
-        let manifest = Manifest { step, shards, tensors: tensors.len() as u32, state: state.to_vec() };
+        let manifest = Manifest { step, shards, tensors: tensors.len() as u32, state };
         if !inline {
             self.write_copy(&manifest)?;
             self.shards.sync()?;
@@ -138,6 +144,10 @@ impl Store {
     pub fn load_checkpoint(&self, step: u64) -> Result<LoadedCheckpoint> {
         let manifest: Manifest =
             record::get(&*self.kv, &key::checkpoint(step), record::CHECKPOINT)?.ok_or(Error::NoCheckpoint(step))?;
+        let (models, state) = header::decode(&manifest.state).ok_or_else(|| Error::Corrupt {
+            what: format!("checkpoint of step {step}"),
+            reason: "its state ends within the header".into(),
+        })?;
         let mut tensors = Vec::new();
         for shard in &manifest.shards {
             let bytes = if shard.inline { self.inline_shard(shard, step)? } else { self.shards.read(&shard.hash)? };
@@ -149,7 +159,7 @@ impl Store {
             }
         }
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(LoadedCheckpoint { step, state: manifest.state, tensors })
+        Ok(LoadedCheckpoint { step, models, state, tensors })
     }
 
     /// The newest checkpoint that is whole, with a note for each newer one that is not.
@@ -320,17 +330,21 @@ mod tests {
         (0..3).map(|i| (format!("t{i}"), vec![if i == 0 { 1 } else { fill }; (megabytes << 20).max(64)])).collect()
     }
 
+    fn models(step: u64) -> BTreeMap<String, ModelCounters> {
+        BTreeMap::from([("policy".into(), ModelCounters { version: step, optimizer_steps: step + 1 })])
+    }
+
     fn save(store: &mut Store, step: u64, data: &[(String, Vec<u8>)]) -> SavedCheckpoint {
         let views: Vec<_> = data
             .iter()
             .map(|(name, data)| TensorBytes { name: name.clone(), dtype: "U8", shape: vec![data.len()], data })
             .collect();
-        store.save_checkpoint(step, &views, format!("state {step}").as_bytes(), 2).unwrap()
+        store.save_checkpoint(step, &models(step), &views, format!("state {step}").as_bytes(), 2).unwrap()
     }
 
     fn check(store: &Store, step: u64, data: &[(String, Vec<u8>)]) {
         let loaded = store.load_checkpoint(step).unwrap();
-        assert_eq!(loaded.state, format!("state {step}").as_bytes());
+        assert_eq!((loaded.models, loaded.state), (models(step), format!("state {step}").into_bytes()));
         let got: Vec<_> = loaded.tensors.into_iter().map(|t| (t.name, t.data)).collect();
         assert_eq!(got, data);
     }
@@ -383,6 +397,19 @@ mod tests {
         assert_eq!(latest.unwrap().step, 1);
         assert!(damaged[0].0.contains(&only_in_two[0]), "{damaged:?}");
         assert_eq!(store.verify().unwrap().0.len(), 1);
+    }
+
+    #[test]
+    fn a_checkpoint_of_a_damaged_header_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut store, _) = Store::open(directory.path()).unwrap();
+        let mut changes = Changes::default();
+        let manifest = Manifest { step: 5, shards: Vec::new(), tensors: 0, state: b"\x01\x06pol".to_vec() };
+        record::put(&mut changes, key::checkpoint(5), record::CHECKPOINT, &manifest).unwrap();
+        store.kv.apply(changes).unwrap();
+        let error = store.load_checkpoint(5).unwrap_err().to_string();
+        assert!(error.contains("step 5") && error.contains("header"), "{error}");
+        assert!(store.latest_checkpoint().unwrap().0.is_none());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 mod checkpoint;
 mod error;
+mod header;
 mod key;
 mod kv;
 mod ledger;
@@ -15,6 +16,7 @@ mod sled_kv;
 
 pub use checkpoint::{CheckpointSummary, LoadedCheckpoint, OwnedTensor, SavedCheckpoint, TensorBytes};
 pub use error::{Error, Result};
+pub use header::ModelCounters;
 pub use kv::{Changes, KeyValue, MemoryKv};
 pub use ledger::{Exchange, KeptReply, Preference, Prompt, Query, Turn, Usage};
 pub use rollout::{Rollout, Verdict};

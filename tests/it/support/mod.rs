@@ -107,6 +107,7 @@ pub struct Remains {
     pub step: u64,
     /// Weights, moments and the job's state with its counters, bit for bit.
     pub tensors: Vec<(String, Vec<u8>)>,
+    pub models: std::collections::BTreeMap<String, rehearsal::store::ModelCounters>,
     pub state: Vec<u8>,
     pub ledger: Vec<Preference>,
     /// Steps of the history, without durations.
@@ -129,6 +130,7 @@ impl Remains {
         Self {
             step: checkpoint.step,
             tensors: checkpoint.tensors.into_iter().map(|t| (t.name, t.data)).collect(),
+            models: checkpoint.models,
             state: checkpoint.state,
             ledger: store.preferences().unwrap().map(|p| timeless(p.unwrap())).collect(),
             history: history.lines().map(row).collect(),
@@ -150,6 +152,7 @@ impl Remains {
             assert_eq!(a, b);
         }
         assert_eq!(self.history.len(), other.history.len());
+        assert_eq!(self.models, other.models);
         assert!(self.state == other.state, "the job's state differs");
     }
 }
