@@ -5,14 +5,14 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use candle_core::{CpuStorage, Device, Storage, Tensor};
 use rehearsal_store::{
-    Error as StoreError, KeptReply, ModelCounters, OwnedTensor, Preference, Repair, Rollout, SavedCheckpoint, Store,
-    TensorBytes, Usage, Verdict,
+    Error as StoreError, KeptReply, Preference, Repair, Rollout, SavedCheckpoint, Store, TensorBytes, Usage, Verdict,
 };
 
 use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message, role_status};
-use crate::{Error, ModelSnapshot, Result};
+use crate::snapshot::{stored_dtype, stored_name, unstored_type};
+use crate::{Error, ModelSnapshot, Restored, Result};
 
 /// How long to wait for room on a full disk before trying again.
 const FULL_DISK_RETRY: Duration = Duration::from_secs(2);
@@ -28,13 +28,6 @@ pub struct JobCheckpoint {
     pub state: Vec<u8>,
     /// Checkpoints to keep.
     pub keep: usize,
-}
-
-/// A checkpoint read back.
-pub struct Restored {
-    pub step: u64,
-    pub models: BTreeMap<String, ModelSnapshot>,
-    pub state: Vec<u8>,
 }
 
 /// What a step left in the log before it was cut off.
@@ -95,7 +88,7 @@ impl Archivist {
         let mut tensors = Vec::new();
         for (role, model) in &checkpoint.models {
             for (name, tensor) in &model.tensors {
-                names.push(format!("{role}.{name}"));
+                names.push(stored_name(role, name));
                 tensors.push(tensor.to_device(&Device::Cpu)?.contiguous()?);
             }
         }
@@ -103,47 +96,22 @@ impl Archivist {
         let mut views = Vec::with_capacity(names.len());
         for ((name, tensor), (storage, layout)) in names.into_iter().zip(&tensors).zip(&guards) {
             let Some((from, to)) = layout.contiguous_offsets() else {
-                return Err(Error::Unsaved(format!("`{name}` is not contiguous")));
+                return Err(Error::Checkpoint(format!("`{name}` is not contiguous")));
             };
-            let (dtype, data): (_, &[u8]) = match &**storage {
-                Storage::Cpu(CpuStorage::F32(x)) => ("F32", bytemuck::cast_slice(&x[from..to])),
-                Storage::Cpu(CpuStorage::F64(x)) => ("F64", bytemuck::cast_slice(&x[from..to])),
-                Storage::Cpu(CpuStorage::BF16(x)) => ("BF16", bytemuck::cast_slice(&x[from..to])),
-                Storage::Cpu(CpuStorage::U8(x)) => ("U8", &x[from..to]),
-                _ => {
-                    return Err(Error::Unsaved(format!(
-                        "`{name}` has a type that checkpoints do not hold: {:?}",
-                        tensor.dtype()
-                    )));
-                }
+            let data: &[u8] = match &**storage {
+                Storage::Cpu(CpuStorage::F32(x)) => bytemuck::cast_slice(&x[from..to]),
+                Storage::Cpu(CpuStorage::F64(x)) => bytemuck::cast_slice(&x[from..to]),
+                Storage::Cpu(CpuStorage::BF16(x)) => bytemuck::cast_slice(&x[from..to]),
+                Storage::Cpu(CpuStorage::U8(x)) => &x[from..to],
+                _ => return Err(unstored_type(&name, tensor.dtype())),
             };
+            let dtype = stored_dtype(&name, tensor.dtype())?;
             views.push(TensorBytes { name, dtype, shape: tensor.dims().to_vec(), data });
         }
-        let counters =
-            |model: &ModelSnapshot| ModelCounters { version: model.version, optimizer_steps: model.optimizer_steps };
-        let models = checkpoint.models.iter().map(|(role, model)| (role.clone(), counters(model))).collect();
+        let models = checkpoint.models.iter().map(|(role, model)| (role.clone(), model.counters())).collect();
         let saved = self.store.save_checkpoint(checkpoint.step, &models, &views, &checkpoint.state, checkpoint.keep)?;
         self.store.forget_rollouts_before(checkpoint.step)?;
         Ok(saved)
-    }
-
-    fn restore(&self) -> Result<(Option<Restored>, Vec<Repair>)> {
-        let (latest, repairs) = self.store.latest_checkpoint()?;
-        let Some(latest) = latest else { return Ok((None, repairs)) };
-        let model = |c: ModelCounters| ModelSnapshot {
-            version: c.version,
-            optimizer_steps: c.optimizer_steps,
-            tensors: BTreeMap::new(),
-        };
-        let mut models: BTreeMap<_, _> = latest.models.into_iter().map(|(role, c)| (role, model(c))).collect();
-        for t in latest.tensors {
-            let found = t.name.split_once('.').and_then(|(role, name)| Some((models.get_mut(role)?, name.to_string())));
-            let Some((model, name)) = found else {
-                return Err(Error::Unsaved(format!("`{}` belongs to no model of the checkpoint", t.name)));
-            };
-            model.tensors.insert(name, tensor(t)?);
-        }
-        Ok((Some(Restored { step: latest.step, models, state: latest.state }), repairs))
     }
 
     fn replay(&self, step: u64) -> Result<Replay> {
@@ -164,24 +132,13 @@ impl Archivist {
     }
 }
 
-fn tensor(t: OwnedTensor) -> Result<Tensor> {
-    let dtype = match t.dtype.as_str() {
-        "F32" => DType::F32,
-        "F64" => DType::F64,
-        "BF16" => DType::BF16,
-        "U8" => DType::U8,
-        other => return Err(Error::Unsaved(format!("`{}` has the unknown type {other}", t.name))),
-    };
-    Ok(Tensor::from_raw_buffer(&t.data, dtype, &t.shape, &Device::Cpu)?)
-}
-
 impl Machine for Archivist {
     type Message = ArchivistMsg;
 
     fn apply(&mut self, message: ArchivistMsg) {
         match message {
             ArchivistMsg::Checkpoint { checkpoint, reply, .. } => answer(reply, self.checkpoint(&checkpoint)),
-            ArchivistMsg::Restore { reply, .. } => answer(reply, self.restore()),
+            ArchivistMsg::Restore { reply, .. } => answer(reply, Restored::latest(&self.store)),
             ArchivistMsg::Replay { step, reply, .. } => answer(reply, self.replay(step)),
             ArchivistMsg::Recall { keys, reply, .. } => {
                 answer(reply, keys.iter().map(|key| Ok(self.store.recall(key)?)).collect())

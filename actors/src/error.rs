@@ -22,7 +22,7 @@ pub enum Error {
     #[error("the update's {what} is {value}; the batch and the last good checkpoint are kept, nothing was changed")]
     NotFinite { what: &'static str, value: f64 },
     #[error("checkpoint: {0}")]
-    Unsaved(String),
+    Checkpoint(String),
     #[error("cancelled")]
     Cancelled,
     #[error(transparent)]

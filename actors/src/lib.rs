@@ -17,11 +17,12 @@ mod reference;
 mod reward;
 mod reward_model;
 mod role;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 mod trained;
 
-pub use archivist::{ArchivistHandle, JobCheckpoint, Replay, Restored};
+pub use archivist::{ArchivistHandle, JobCheckpoint, Replay};
 pub use buffer::{BufferHandle, Group, ScoredCompletion};
 pub use device::{Devices, Placement};
 pub use director::{Director, DirectorEvent, RoleStatus};
@@ -36,7 +37,8 @@ pub use reference::ReferenceHandle;
 pub use reward::{Judged, Reward, RewardError, RewardFn, RewardHandle, Sample};
 pub use reward_model::{RewardModel, RewardModels, keep_normalisation};
 pub use role::RoleStats;
-pub use trained::{LoraStart, ModelSnapshot, StepReport, TrainedConfig, UpdateBatch};
+pub use snapshot::{ModelSnapshot, Restored};
+pub use trained::{LoraStart, StepReport, TrainedConfig, UpdateBatch};
 
 use std::sync::Arc;
 

@@ -25,7 +25,7 @@ impl Machine for Count {
 
     fn apply(&mut self, message: CountMsg) {
         match message {
-            CountMsg::Add { n: 0, reply, .. } => answer(reply, Err(Error::Unsaved("nothing to add".into()))),
+            CountMsg::Add { n: 0, reply, .. } => answer(reply, Err(Error::Checkpoint("nothing to add".into()))),
             CountMsg::Add { n, reply, .. } => {
                 self.0 += n;
                 answer(reply, Ok(self.0));
@@ -153,7 +153,7 @@ async fn a_role_that_cannot_start_says_why() {
     let (sender, _events) = mpsc::unbounded_channel();
     let director = Director::start(0, LONG, sender).await.unwrap();
     let link: Link<CountMsg> = Link::new("count", 1, LONG);
-    let build: Build<Count> = Arc::new(|| Err(Error::Unsaved("no fingers".into())));
+    let build: Build<Count> = Arc::new(|| Err(Error::Checkpoint("no fingers".into())));
     let error = director.spawn(&link, build, "count").await.unwrap_err().to_string();
     assert!(error.contains("no fingers"), "{error}");
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Var};
 use rehearsal_learn::{AdamW, AdamWConfig, clip_scale, ema, global_norm};
 use rehearsal_lm::generate::{Completion, Generator, Options, Request};
 use rehearsal_lm::{Checkpoint, Decoder, HeadKind, Lora, LoraConfig, Parameters, Precision, Recording};
@@ -17,7 +17,7 @@ use crate::device::Seat;
 use crate::objective::Pass;
 use crate::passes;
 use crate::role::{Build, Machine, Reply, Ticket, answer, local_message};
-use crate::{Devices, Error, Marked, Objective, Placement, Result, Stats, StepTimes, Tokens};
+use crate::{Devices, Error, Marked, ModelSnapshot, Objective, Placement, Result, Stats, StepTimes, Tokens};
 
 /// Settings of a trained model that do not change during a job.
 #[derive(Debug, Clone)]
@@ -48,6 +48,16 @@ pub struct LoraStart {
     pub seed: u64,
 }
 
+impl LoraStart {
+    /// The adapters at the start of training, for a model that they must fit.
+    pub(crate) fn load(&self, base: &Checkpoint, device: &Device) -> Result<Lora> {
+        Ok(match &self.adapter {
+            Some(directory) => Lora::open(base, directory, device)?,
+            None => Lora::new(base, self.config.clone(), device, self.seed)?,
+        })
+    }
+}
+
 /// One optimiser step.
 #[derive(Debug, Clone)]
 pub struct UpdateBatch {
@@ -68,15 +78,6 @@ pub struct StepReport {
     pub grad_norm: f64,
     pub stats: Stats,
     pub times: StepTimes,
-}
-
-/// Weights and optimiser, sharing storage with the model: save it before the next step.
-#[derive(Clone, Default)]
-pub struct ModelSnapshot {
-    pub version: u64,
-    pub optimizer_steps: u64,
-    /// `weights.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, and `average.NAME` where weights are averaged.
-    pub tensors: BTreeMap<String, Tensor>,
 }
 
 pub(crate) enum TrainedMsg {
@@ -157,11 +158,7 @@ impl Trained {
             .trainable(&seat.device, DType::F32)?
             .with_precision(config.precision)
             .with_gradient_checkpointing(config.gradient_checkpointing);
-        let lora = match &config.lora {
-            None => None,
-            Some(LoraStart { adapter: Some(directory), .. }) => Some(Lora::open(&checkpoint, directory, &seat.device)?),
-            Some(start) => Some(Lora::new(&checkpoint, start.config.clone(), &seat.device, start.seed)?),
-        };
+        let lora = config.lora.as_ref().map(|start| start.load(&checkpoint, &seat.device)).transpose()?;
         if let Some(lora) = &lora {
             lora.apply(&checkpoint, &decoder)?;
         }
@@ -271,27 +268,14 @@ impl Trained {
     }
 
     fn snapshot(&self) -> ModelSnapshot {
-        let named = |prefix: &'static str, tensors: Parameters| {
-            tensors.into_iter().map(move |(name, t)| (format!("{prefix}{name}"), t))
-        };
-        let trained = self.variables().iter().map(|(name, var)| (name.clone(), var.as_detached_tensor()));
-        let weights = named("weights.", trained.collect());
-        let average = named("average.", self.average.clone().unwrap_or_default());
-        ModelSnapshot {
-            version: self.version,
-            optimizer_steps: self.optimizer.steps(),
-            tensors: weights.chain(self.optimizer.state()).chain(average).collect(),
-        }
+        let (steps, optimizer) = (self.optimizer.steps(), self.optimizer.state());
+        ModelSnapshot::new(self.version, steps, self.variables(), self.average.as_ref(), optimizer)
     }
 
     fn restore(&mut self, snapshot: &ModelSnapshot) -> Result<()> {
         (self.generator, self.recording) = (None, None);
-        let get = |name: &str| {
-            let missing = || rehearsal_learn::Error::Moments(format!("the snapshot has no `{name}`"));
-            snapshot.tensors.get(name).ok_or_else(missing)
-        };
         for (name, var) in self.variables() {
-            let tensor = get(&format!("weights.{name}"))?;
+            let tensor = snapshot.weight(name)?;
             var.set(&tensor.to_device(&self.seat.device)?.to_dtype(var.dtype())?)?;
         }
         if let Some(lora) = &self.lora {
@@ -299,7 +283,7 @@ impl Trained {
         }
         if let Some(average) = &mut self.average {
             for (name, entry) in average.iter_mut() {
-                *entry = get(&format!("average.{name}"))?.to_device(&self.seat.device)?;
+                *entry = snapshot.average(name)?.to_device(&self.seat.device)?;
             }
         }
         self.optimizer.restore(snapshot.optimizer_steps, &snapshot.tensors)?;

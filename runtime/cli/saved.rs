@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
-use rehearsal_lm::{Checkpoint, Lora, Parameters};
-use rehearsal_store::{OwnedTensor, Store};
+use rehearsal_actors::{Placement, Restored};
+use rehearsal_lm::Checkpoint;
+use rehearsal_store::Store;
 
 use super::run::saved_config;
 use crate::config::ModelSource;
@@ -36,41 +36,14 @@ pub fn policy(directory: &Path, store: &Store) -> Result<Checkpoint> {
     if role == "critic" {
         checkpoint = checkpoint.with_score_head(config.job.seed)?;
     }
-    let (latest, damaged) = store.latest_checkpoint()?;
+    let (latest, damaged) = Restored::latest(store)?;
     for note in damaged {
         tracing::warn!("{}", note.0);
     }
     if let Some(latest) = latest {
-        let averaged = latest.tensors.iter().any(|t| t.name.starts_with(&format!("{role}.average.")));
-        let prefix = format!("{role}.{}.", if averaged { "average" } else { "weights" });
-        let tensors: Parameters = latest
-            .tensors
-            .into_iter()
-            .filter_map(|t| Some((t.name.strip_prefix(&prefix)?.to_string(), t)))
-            .map(|(name, t)| Ok((name, tensor(&t)?)))
-            .collect::<Result<_>>()?;
-        if let Some(settings) = &config.lora {
-            let lora = match &settings.adapter {
-                Some(adapter) => Lora::open(&checkpoint, adapter, &Device::Cpu)?,
-                None => Lora::new(&checkpoint, settings.config.clone(), &Device::Cpu, config.job.seed)?,
-            };
-            for (name, var) in lora.variables() {
-                let missing = || Error::State(format!("the checkpoint has no `{name}`"));
-                var.set(tensors.get(name).ok_or_else(missing)?).map_err(rehearsal_lm::Error::from)?;
-            }
-            let merged = lora.merged(&checkpoint, &Device::Cpu)?;
-            checkpoint.parameters.extend(merged);
-        } else {
-            checkpoint.parameters = tensors;
-        }
+        let missing = || Error::State(format!("the checkpoint has no {role}"));
+        let model = latest.models.get(role).ok_or_else(missing)?;
+        model.apply_to(&mut checkpoint, config.trained(Placement::Cpu).lora.as_ref())?;
     }
     Ok(checkpoint)
-}
-
-fn tensor(t: &OwnedTensor) -> Result<Tensor> {
-    let dtype = match t.dtype.as_str() {
-        "F32" => DType::F32,
-        other => return Err(Error::State(format!("`{}` has the type {other}", t.name))),
-    };
-    Ok(Tensor::from_raw_buffer(&t.data, dtype, &t.shape, &Device::Cpu).map_err(rehearsal_lm::Error::from)?)
 }
