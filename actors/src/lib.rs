@@ -10,6 +10,7 @@ mod device;
 mod director;
 mod error;
 mod frozen;
+mod micro_batch;
 mod models;
 mod objective;
 mod passes;

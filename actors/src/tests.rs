@@ -2,6 +2,8 @@
 
 mod custom_objective;
 
+pub use custom_objective::tiny_model;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;

@@ -7,6 +7,7 @@ use candle_core::{DType, Tensor, Var};
 use rehearsal_lm::{Batch, Decoder, Forward, Gradients, Recording};
 use tokio_util::sync::CancellationToken;
 
+use crate::micro_batch::micro_batches;
 use crate::{Error, Result};
 
 /// Means of a step's statistics by name.
@@ -98,7 +99,9 @@ impl<'a> Pass<'a> {
     where
         F: Fn(&T) -> usize,
     {
-        micro_batches(items, self.micro_batch_tokens, self.cancel, size)
+        let cancel = self.cancel;
+        let checked = move |batch| if cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(batch) };
+        micro_batches(items, self.micro_batch_tokens, move |_, item| size(item)).map(checked)
     }
 
     /// Adds to a statistic, whose value for the step is the sum of all `sum`s divided by the sum of all `count`s, or 0
@@ -183,48 +186,17 @@ impl<'a> Pass<'a> {
     }
 }
 
-fn micro_batches<'i, T, F>(
-    items: &'i [T],
-    tokens_max: usize,
-    cancel: &CancellationToken,
-    size: F,
-) -> impl Iterator<Item = Result<&'i [T]>>
-where
-    F: Fn(&T) -> usize,
-{
-    let mut rest = items;
-    std::iter::from_fn(move || {
-        let mut tokens = 0;
-        let fitting = rest.iter().take_while(|item| {
-            tokens += size(item);
-            tokens <= tokens_max
-        });
-        let n = fitting.count().max(1).min(rest.len());
-        let (now, later) = rest.split_at(n);
-        rest = later;
-        (!now.is_empty()).then(|| if cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(now) })
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn micro_batches_fill_the_budget_and_keep_the_order() {
-        let sizes = |items: &[usize], tokens_max: usize| -> Vec<usize> {
-            let cancel = CancellationToken::new();
-            micro_batches(items, tokens_max, &cancel, |n| *n).map(|b| b.unwrap().len()).collect()
-        };
-        assert_eq!(sizes(&[40, 50, 30, 200, 10, 90], 100), [2, 1, 1, 2]);
-        assert_eq!(sizes(&[40, 50], usize::MAX), [2]);
-        assert_eq!(sizes(&[], 100), [0usize; 0]);
-    }
+    use crate::tests::tiny_model;
 
     #[test]
     fn a_cancelled_step_has_no_more_micro_batches() {
+        let decoder = tiny_model().trainable(&candle_core::Device::Cpu, DType::F32).unwrap();
         let cancel = CancellationToken::new();
-        let mut batches = micro_batches(&[1, 1], 1, &cancel, |n| *n);
+        let pass = Pass::new(&decoder, 1.0, 1, &cancel, None);
+        let mut batches = pass.micro_batches(&[1, 1], |n| *n);
         assert!(batches.next().unwrap().is_ok());
         cancel.cancel();
         assert!(matches!(batches.next(), Some(Err(Error::Cancelled))));

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// A Llama of one layer with random weights and a vocabulary of four tokens.
-fn checkpoint() -> Checkpoint {
+pub fn tiny_model() -> Checkpoint {
     let config = json!({
         "model_type": "llama", "vocab_size": 4, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 12, "max_position_embeddings": 32,
@@ -54,7 +54,7 @@ async fn policy() -> (Director, PolicyHandle) {
         ema_decay: None,
         lora: None,
     };
-    let policy = director.policy(Arc::new(checkpoint()), config, Devices::new(1).unwrap()).await.unwrap();
+    let policy = director.policy(Arc::new(tiny_model()), config, Devices::new(1).unwrap()).await.unwrap();
     (director, policy)
 }
 

@@ -200,10 +200,16 @@ impl Architecture {
     /// Tokens of a sequence up to the one a score is read at: the last that is no padding (transformers' rule; where
     /// padding is the end-of-sequence token, the score is read before it). All of them when there is none.
     pub fn scored_prefix<'a>(&self, tokens: &'a [u32]) -> &'a [u32] {
-        match tokens.iter().rposition(|&t| Some(t) != self.pad) {
-            Some(last) => &tokens[..=last],
-            None => tokens,
+        match self.without_padding(tokens) {
+            [] => tokens,
+            kept => kept,
         }
+    }
+
+    /// Tokens without trailing padding; none of them where all are padding.
+    pub fn without_padding<'a>(&self, tokens: &'a [u32]) -> &'a [u32] {
+        let end = tokens.iter().rposition(|&t| Some(t) != self.pad).map_or(0, |last| last + 1);
+        &tokens[..end]
     }
 
     /// The same trunk under another head.
