@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rehearsal_actors::{ArchivistHandle, Devices, Director, Reward, RewardError, RewardModel, RewardModels};
 use rehearsal_lm::Checkpoint;
-use rehearsal_store::{KeptReply, Usage};
+use rehearsal_store::{CachedReply, Usage};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
@@ -152,12 +152,12 @@ struct StoreMemory {
 }
 
 impl Memory for StoreMemory {
-    fn recall(&self, keys: &[String]) -> std::result::Result<Vec<Option<KeptReply>>, RewardError> {
-        self.runtime.block_on(self.archivist.recall(keys.to_vec())).map_err(lost)
+    fn recall(&self, keys: &[String]) -> std::result::Result<Vec<Option<CachedReply>>, RewardError> {
+        self.runtime.block_on(self.archivist.cached_replies(keys.to_vec())).map_err(lost)
     }
 
-    fn remember(&self, entries: Vec<(String, KeptReply)>, spent: Usage) -> std::result::Result<(), RewardError> {
-        self.runtime.block_on(self.archivist.remember(entries, spent)).map_err(lost)
+    fn remember(&self, entries: Vec<(String, CachedReply)>, spent: Usage) -> std::result::Result<(), RewardError> {
+        self.runtime.block_on(self.archivist.cache_replies(entries, spent)).map_err(lost)
     }
 
     fn spent(&self) -> std::result::Result<Usage, RewardError> {

@@ -73,7 +73,7 @@ impl Early {
     /// For a step of which some verdicts are known: whoever does not share the policy's device is asked early.
     pub fn new(run: &Run, step: u64, judged: BTreeMap<u32, Judged>) -> Result<Self> {
         let placement = &run.config.placement;
-        let apart = !run.roles.reward()?.occupies().contains(&placement.policy);
+        let apart = !run.roles.reward()?.placements().contains(&placement.policy);
         Ok(Self {
             step,
             scores: apart.then(Batches::new),
@@ -160,7 +160,7 @@ impl Early {
     ) -> Result<()> {
         match answers {
             Answers::Scores(scores) => {
-                run.roles.archivist.log_verdicts(log_verdicts(self.step, &scores)).await?;
+                run.roles.archivist.log_scores(log_verdicts(self.step, &scores)).await?;
                 self.judged.extend(scores.into_iter().map(|(i, judged)| (i as u32, judged)));
             }
             Answers::Reference(logprobs) => self.ref_logprobs.extend(logprobs),

@@ -119,7 +119,7 @@ impl Reward for Encoder {
         &self.name
     }
 
-    fn occupies(&self) -> Vec<Placement> {
+    fn placements(&self) -> Vec<Placement> {
         vec![Placement::Cpu]
     }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::DType;
-use rehearsal_actors::{Marked, Reward as _};
+use rehearsal_actors::{MaskedSequence, Reward as _};
 use rehearsal_lm::{Checkpoint, HeadKind};
 
 use crate::config::judges::JudgeSource;
@@ -30,7 +30,7 @@ pub(crate) struct Inputs {
     pub encoder: Option<Arc<Encoder>>,
     pub prompts: Prompts,
     pub data: Option<Data>,
-    pub pretraining: Vec<Marked>,
+    pub pretraining: Vec<MaskedSequence>,
     pub dropped: Dropped,
     /// Steps of the job, where it counts epochs.
     pub steps: Option<u64>,

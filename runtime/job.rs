@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use candle_core::DType;
 use metrics::Recorder;
-use rehearsal_actors::{Devices, Director, DirectorEvent, Reward, keep_normalisation};
+use rehearsal_actors::{Devices, Director, DirectorEvent, Reward, save_normalisation};
 use rehearsal_store::Store;
 use tokio::sync::{broadcast, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -285,7 +285,7 @@ impl Run {
             (None, Some(critic)) => {
                 critic.export(temporary.clone(), DType::F32).await?;
                 if let Some(normalisation) = loops::finish_reward_model(self).await? {
-                    keep_normalisation(&temporary, &normalisation).at(&temporary)?;
+                    save_normalisation(&temporary, &normalisation).at(&temporary)?;
                 }
             }
             (None, None) => return Ok(()),
@@ -299,7 +299,7 @@ impl Run {
     /// Waits until the dead are dealt with and goes back to the last checkpoint, however often a role dies meanwhile.
     async fn recover(&mut self, mut restarts: u32) -> Result<()> {
         loop {
-            self.roles.director.settled(restarts).await;
+            self.roles.director.wait_for_restarts(restarts).await;
             if let Some(failure) = self.roles.director.failure() {
                 return Err(failure.into());
             }

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use rehearsal_actors::{Group, Judged, Replay, Sample, ScoredCompletion, Tokens};
 use rehearsal_lm::generate::{Completion, Finish, Request, completion_text};
-use rehearsal_store::{Rollout, Verdict};
+use rehearsal_store::{RolloutRecord, ScoreRecord};
 use tokio::sync::mpsc;
 
 use crate::data::PromptRow;
@@ -40,8 +40,8 @@ impl Run {
         let k = self.config.rollout.completions_per_prompt;
         let first_id = step * self.config.completions_per_step() as u64;
         let mut replay = self.roles.archivist.replay(step).await?;
-        let known = std::mem::take(&mut replay.verdicts).into_iter().map(|v| {
-            let Verdict { index, score, reason, exchanges, .. } = v;
+        let known = std::mem::take(&mut replay.scores).into_iter().map(|v| {
+            let ScoreRecord { index, score, reason, exchanges, .. } = v;
             (index, Judged { score, reason, exchanges })
         });
         let mut early = Early::new(self, step, known.collect())?;
@@ -56,7 +56,7 @@ impl Run {
             let samples = unknown.iter().map(|a| sample(&prompts[a.index / k], a)).collect();
             let scores = self.roles.reward()?.score(samples).await?;
             let fresh: Vec<(usize, Judged)> = unknown.iter().map(|a| a.index).zip(scores).collect();
-            self.roles.archivist.log_verdicts(log_verdicts(step, &fresh)).await?;
+            self.roles.archivist.log_scores(log_verdicts(step, &fresh)).await?;
             judged.extend(fresh.into_iter().map(|(i, j)| (i as u32, j)));
         }
         seconds.reward += start.elapsed().as_secs_f64();
@@ -65,13 +65,13 @@ impl Run {
         let read = self.reference_logprobs(prompts, k, &unread, seconds).await?;
         ref_logprobs.extend(unread.iter().map(|a| a.index).zip(read));
         for (index, answered) in answered {
-            let (prompt, place) = (index / k, index % k);
+            let (prompt, in_group) = (index / k, index % k);
             let (Some(judged), Some(ref_logprobs)) = (judged.remove(&(index as u32)), ref_logprobs.remove(&index))
             else {
                 continue;
             };
             let Answered { completion, text, .. } = answered;
-            let scored = ScoredCompletion { place, policy_version, completion, text, judged, ref_logprobs };
+            let scored = ScoredCompletion { index: in_group, policy_version, completion, text, judged, ref_logprobs };
             self.roles.buffer()?.insert(prompt as u32, scored).await?;
         }
         let (groups, stale) = self.roles.buffer()?.take(policy_version).await?;
@@ -91,7 +91,7 @@ impl Run {
         Ok(all
             .map(|((a, judged), ref_logprobs)| {
                 let Answered { index, completion, text } = a;
-                (ScoredCompletion { place: 0, policy_version: 0, completion, text, judged, ref_logprobs }, index)
+                (ScoredCompletion { index: 0, policy_version: 0, completion, text, judged, ref_logprobs }, index)
             })
             .collect())
     }
@@ -101,7 +101,7 @@ impl Run {
     async fn judge_evaluation(&mut self, prompts: &[PromptRow], answered: &[Answered]) -> Result<Vec<Judged>> {
         let reward = self.roles.reward()?.clone();
         let samples: Vec<Sample> = answered.iter().map(|a| sample(&prompts[a.index], a)).collect();
-        if !reward.compares() {
+        if !reward.is_relative() {
             return Ok(reward.score(samples).await?);
         }
         let tokens = |a: &Answered| a.completion.tokens.clone();
@@ -219,10 +219,10 @@ pub(crate) fn tokens_of(prompt: &PromptRow, answered: &Answered) -> Tokens {
 }
 
 /// Scores of a step's completions as the log keeps them.
-pub(crate) fn log_verdicts(step: u64, judged: &[(usize, Judged)]) -> Vec<Verdict> {
+pub(crate) fn log_verdicts(step: u64, judged: &[(usize, Judged)]) -> Vec<ScoreRecord> {
     let verdict = |(index, judged): &(usize, Judged)| {
         let Judged { score, reason, exchanges } = judged.clone();
-        Verdict { step, index: *index as u32, score, reason, exchanges }
+        ScoreRecord { step, index: *index as u32, score, reason, exchanges }
     };
     judged.iter().map(verdict).collect()
 }
@@ -243,12 +243,20 @@ pub(crate) fn sample(prompt: &PromptRow, answered: &Answered) -> Sample {
 
 const FINISHES: [Finish; 3] = [Finish::Eos, Finish::Stop, Finish::Length];
 
-fn to_log(c: &Completion, step: u64, index: u32, policy_version: u64) -> Rollout {
+fn to_log(c: &Completion, step: u64, index: u32, policy_version: u64) -> RolloutRecord {
     let finish = FINISHES.iter().position(|f| *f == c.finish).unwrap_or_default() as u8;
-    Rollout { step, index, id: c.id, policy_version, tokens: c.tokens.clone(), logprobs: c.logprobs.clone(), finish }
+    RolloutRecord {
+        step,
+        index,
+        id: c.id,
+        policy_version,
+        tokens: c.tokens.clone(),
+        logprobs: c.logprobs.clone(),
+        finish,
+    }
 }
 
-fn from_log(r: &Rollout) -> Completion {
+fn from_log(r: &RolloutRecord) -> Completion {
     let finish = FINISHES.get(r.finish as usize).copied().unwrap_or(Finish::Length);
     Completion { id: r.id, tokens: r.tokens.clone(), logprobs: r.logprobs.clone(), finish }
 }

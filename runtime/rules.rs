@@ -77,16 +77,16 @@ impl Reward for WholeReward {
         &self.name
     }
 
-    fn compares(&self) -> bool {
-        self.parts.iter().any(|(_, part)| part.compares())
+    fn is_relative(&self) -> bool {
+        self.parts.iter().any(|(_, part)| part.is_relative())
     }
 
-    fn occupies(&self) -> Vec<Placement> {
-        self.parts.iter().flat_map(|(_, part)| part.occupies()).collect()
+    fn placements(&self) -> Vec<Placement> {
+        self.parts.iter().flat_map(|(_, part)| part.placements()).collect()
     }
 
-    fn patience(&self) -> Option<std::time::Duration> {
-        self.parts.iter().filter_map(|(_, part)| part.patience()).max()
+    fn timeout(&self) -> Option<std::time::Duration> {
+        self.parts.iter().filter_map(|(_, part)| part.timeout()).max()
     }
 
     fn score(&self, samples: &[Sample]) -> Result<Vec<Judged>, RewardError> {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rehearsal_actors::{
-    ArchivistHandle, BufferHandle, CriticHandle, Director, JobCheckpoint, Marked, Objective, PolicyHandle,
+    ArchivistHandle, BufferHandle, CriticHandle, Director, JobCheckpoint, MaskedSequence, Objective, PolicyHandle,
     ReferenceHandle, RewardHandle, RoleStats, StepReport, UpdateBatch,
 };
 use rehearsal_lm::Checkpoint;
@@ -83,7 +83,7 @@ pub(crate) struct Run {
     pub prompts: Prompts,
     pub data: Option<Data>,
     /// PPO's pretraining text.
-    pub pretraining: Vec<Marked>,
+    pub pretraining: Vec<MaskedSequence>,
     pub dropped: Dropped,
     pub model: Arc<Checkpoint>,
     pub meters: Arc<Meters>,
@@ -123,7 +123,7 @@ impl Run {
     /// Between two steps: waits while the job is paused; an error once it is asked to stop.
     pub async fn boundary(&self) -> Result<()> {
         tokio::select! {
-            () = self.roles.director.unpaused() => {}
+            () = self.roles.director.wait_while_paused() => {}
             () = self.cancel.cancelled() => {}
         }
         if self.cancel.is_cancelled() { Err(rehearsal_actors::Error::Cancelled.into()) } else { Ok(()) }

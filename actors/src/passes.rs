@@ -1,21 +1,21 @@
-//! Passes over many sequences without gradients, in micro-batches of bounded size.
+//! Forward passes over many sequences without gradients, in micro-batches of at most `budget` tokens.
 
 use candle_core::{DType, Tensor};
 use rehearsal_lm::{Batch, Decoder, Sequence};
 
 use crate::micro_batch::micro_batches;
-use crate::{Marked, Result, Tokens};
+use crate::{MaskedSequence, Result, Tokens};
 
-/// Log-probabilities of completions, token by token.
+/// Log-probabilities of each completion's tokens: one list per completion.
 pub(crate) fn logprobs(decoder: &Decoder, tokens: &[Tokens], temperature: f64, budget: usize) -> Result<Vec<Vec<f32>>> {
     by_token(tokens, budget, |batch| decoder.logprobs(batch, temperature))
 }
 
-/// Summed log-probabilities of the marked tokens of each sequence.
-pub(crate) fn likelihoods(decoder: &Decoder, sequences: &[Marked], budget: usize) -> Result<Vec<f64>> {
+/// For each sequence, the sum of the log-probabilities of the tokens in its loss mask.
+pub(crate) fn likelihoods(decoder: &Decoder, sequences: &[MaskedSequence], budget: usize) -> Result<Vec<f64>> {
     let mut all = Vec::with_capacity(sequences.len());
     for part in micro_batches(sequences, budget, |_, s| s.tokens.len()) {
-        let batch = Batch::marked(part.iter().map(|s| (s.tokens.as_slice(), s.marks.as_slice())));
+        let batch = Batch::marked(part.iter().map(|s| (s.tokens.as_slice(), s.loss_mask.as_slice())));
         let flat = floats(&decoder.logprobs(&batch, 1.0)?)?;
         let sums = batch.spans().windows(2).map(|w| flat[w[0]..w[1]].iter().map(|&x| f64::from(x)).sum::<f64>());
         all.extend(sums);
@@ -23,12 +23,12 @@ pub(crate) fn likelihoods(decoder: &Decoder, sequences: &[Marked], budget: usize
     Ok(all)
 }
 
-/// Values of completions: that of each token is read before it.
+/// Values of each completion's tokens: one list per completion. A token's value is read at the token before it.
 pub(crate) fn values(decoder: &Decoder, tokens: &[Tokens], budget: usize) -> Result<Vec<Vec<f32>>> {
     by_token(tokens, budget, |batch| decoder.values(batch))
 }
 
-/// Scores of whole sequences, read where the model's padding says.
+/// Scores of whole sequences, read at the last token that is not padding.
 pub(crate) fn scores(decoder: &Decoder, tokens: &[Tokens], budget: usize) -> Result<Vec<f32>> {
     let mut all = Vec::with_capacity(tokens.len());
     for part in micro_batches(tokens, budget, added_tokens) {
@@ -64,7 +64,7 @@ fn by_token(
     Ok(all)
 }
 
-/// Tokens that a sequence adds to a micro-batch: neighbours share their prompt.
+/// Tokens that a sequence adds to a micro-batch, in which neighbours share their prompt.
 fn added_tokens(previous: Option<&Tokens>, tokens: &Tokens) -> usize {
     let shared = previous.is_some_and(|p| p.prompt == tokens.prompt);
     tokens.completion.len() + if shared { 0 } else { tokens.prompt.len() }

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use rehearsal_lm::{Checkpoint, Parameters};
 use rehearsal_store::{LoadedCheckpoint, ModelCounters, OwnedTensor, Repair, Store};
 
-use crate::{Error, LoraStart, Result};
+use crate::{Error, LoraInit, Result};
 
 /// Kind of the tensors that are trained: the model's weights, or its adapters.
 const WEIGHTS: &str = "weights";
@@ -67,7 +67,7 @@ impl ModelSnapshot {
     /// # Errors
     ///
     /// [`Error::Checkpoint`] if the snapshot lacks one of the model's parameters or adapters.
-    pub fn apply_to(&self, checkpoint: &mut Checkpoint, lora: Option<&LoraStart>) -> Result<()> {
+    pub fn apply_to(&self, checkpoint: &mut Checkpoint, lora: Option<&LoraInit>) -> Result<()> {
         let averaged = self.tensors.keys().any(|name| name.split_once('.').is_some_and(|(kind, _)| kind == AVERAGE));
         let kind = if averaged { AVERAGE } else { WEIGHTS };
         match lora {

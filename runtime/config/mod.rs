@@ -19,7 +19,7 @@ use methods::{
     Algorithm, CriticConfig, DataConfig, LoraSettings, PpoConfig, RewardModelConfig, RewardModelsConfig, RsoConfig,
     UpdateConfig,
 };
-use rehearsal_actors::{LoraStart, Placement, TrainedConfig};
+use rehearsal_actors::{LoraInit, Placement, TrainedConfig};
 use rehearsal_learn::{AdamWConfig, NllReduction, PreferenceConfig, Schedule, ScheduleKind, TieRule};
 use rehearsal_lm::Precision;
 use rehearsal_lm::generate::Sampling;
@@ -272,7 +272,7 @@ impl Config {
             precision: self.model.dtype,
             gradient_checkpointing: self.optimizer.gradient_checkpointing,
             ema_decay: self.optimizer.ema_decay,
-            lora: self.lora.as_ref().map(|lora| LoraStart {
+            lora: self.lora.as_ref().map(|lora| LoraInit {
                 config: lora.config.clone(),
                 adapter: lora.adapter.clone(),
                 seed: self.job.seed,

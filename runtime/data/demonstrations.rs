@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use rehearsal_actors::Marked;
+use rehearsal_actors::MaskedSequence;
 
 use super::Unusable;
 use super::encode::{Encoder, Said, said};
 use super::rows::Row;
 
 /// A demonstration.
-pub fn read(row: &Row, encoder: &Encoder<'_>) -> Result<Marked, Unusable> {
+pub fn read(row: &Row, encoder: &Encoder<'_>) -> Result<MaskedSequence, Unusable> {
     let has = |column: &str| row.columns.get(column).is_some();
     if has("messages") {
         return match said(&row.columns, "messages")? {
@@ -38,7 +38,7 @@ pub fn read(row: &Row, encoder: &Encoder<'_>) -> Result<Marked, Unusable> {
             let learned = |n: usize, mark: bool| std::iter::repeat_n(mark, n);
             let marks = learned(tokens.prompt.len(), false).chain(learned(tokens.completion.len(), true)).collect();
             let all = [tokens.prompt.as_slice(), &tokens.completion].concat();
-            Ok(Marked { tokens: Arc::new(all), marks: Arc::new(marks) })
+            Ok(MaskedSequence { tokens: Arc::new(all), loss_mask: Arc::new(marks) })
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use rehearsal_actors::{Marked, Tokens};
+use rehearsal_actors::{MaskedSequence, Tokens};
 use rehearsal_lm::{Message, Text};
 use serde_json::Value;
 
@@ -115,7 +115,7 @@ impl Encoder<'_> {
     }
 
     /// A conversation of which the assistant's turns are learned from.
-    pub fn conversation(&self, messages: &[Message]) -> Parsed<Marked> {
+    pub fn conversation(&self, messages: &[Message]) -> Parsed<MaskedSequence> {
         let bad = |reason: &str| Unusable::Bad(reason.into());
         let Some(template) = self.text.template() else {
             return Err(bad("is a conversation, and the model has no chat template"));
@@ -155,14 +155,14 @@ impl Encoder<'_> {
     }
 
     /// Text all of which is learned.
-    pub fn plain(&self, text: &str) -> Parsed<Marked> {
+    pub fn plain(&self, text: &str) -> Parsed<MaskedSequence> {
         let mut tokens = self.text.encode(text).map_err(|e| Unusable::Bad(e.to_string()))?;
         tokens.extend(self.eos.first());
         let marks = vec![true; tokens.len()];
         self.limited(tokens, marks)
     }
 
-    fn limited(&self, mut tokens: Vec<u32>, mut marks: Vec<bool>) -> Parsed<Marked> {
+    fn limited(&self, mut tokens: Vec<u32>, mut marks: Vec<bool>) -> Parsed<MaskedSequence> {
         let n = tokens.len();
         if n > self.tokens_max {
             tokens.truncate(self.tokens_max);
@@ -171,6 +171,6 @@ impl Encoder<'_> {
                 return Err(Unusable::Long { tokens: n });
             }
         }
-        Ok(Marked { tokens: Arc::new(tokens), marks: Arc::new(marks) })
+        Ok(MaskedSequence { tokens: Arc::new(tokens), loss_mask: Arc::new(marks) })
     }
 }

@@ -11,7 +11,7 @@ pub mod write;
 
 use std::collections::BTreeMap;
 
-use rehearsal_actors::{Marked, Ranking};
+use rehearsal_actors::{MaskedSequence, Ranking};
 use rehearsal_lm::random::Stream;
 use rehearsal_lm::{Architecture, Text};
 use serde::Serialize;
@@ -104,7 +104,7 @@ impl<T> Rows<T> {
 /// The rows of an offline job.
 #[derive(Debug, Clone)]
 pub enum Data {
-    Demonstrations(Rows<Marked>),
+    Demonstrations(Rows<MaskedSequence>),
     Pairs(Rows<PairRow>),
     Rankings(Rows<Ranking>),
 }
@@ -142,7 +142,7 @@ impl Data {
         match self {
             Self::Demonstrations(rows) => rows.hash(|h, row| {
                 tokens(h, &row.tokens);
-                h.update(&row.marks.iter().map(|m| u8::from(*m)).collect::<Vec<_>>());
+                h.update(&row.loss_mask.iter().map(|m| u8::from(*m)).collect::<Vec<_>>());
             }),
             Self::Pairs(rows) => rows.hash(|h, row| {
                 [&row.chosen, &row.rejected].iter().for_each(|t| {
@@ -170,7 +170,7 @@ pub fn demonstrations(
     file: &std::path::Path,
     text: &Text,
     architecture: &Architecture,
-) -> Result<Vec<Marked>> {
+) -> Result<Vec<MaskedSequence>> {
     Loader::new(config, text, architecture).read(file, &demonstrations::read, Shape::Demonstrations)
 }
 

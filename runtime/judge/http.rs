@@ -251,7 +251,7 @@ impl Reward for HttpScorer {
         &self.caller.endpoint.url
     }
 
-    fn patience(&self) -> Option<Duration> {
+    fn timeout(&self) -> Option<Duration> {
         self.caller.patience()
     }
 

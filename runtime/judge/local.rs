@@ -42,7 +42,7 @@ impl Brain for Ours {
     }
 
     fn next(&self, prompt: &[u32], candidates: &[u32]) -> Result<Vec<f32>, String> {
-        self.model.next(prompt, candidates).map_err(|e| e.to_string())
+        self.model.next_token_logprobs(prompt, candidates).map_err(|e| e.to_string())
     }
 }
 

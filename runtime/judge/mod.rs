@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use rehearsal_actors::{Judged, Reward, RewardError, Sample};
 use rehearsal_learn::evaluation::judge::BothOrders;
-use rehearsal_store::{Exchange, KeptReply, Usage};
+use rehearsal_store::{CachedReply, Exchange, Usage};
 
 pub use api::{ApiJudge, ApiSettings, Prices};
 pub use foreign::{Foreign, GGUF_KINDS as FOREIGN_GGUF_KINDS, KINDS as FOREIGN_KINDS};
@@ -67,7 +67,7 @@ pub trait Judge: Send + Sync {
         None
     }
 
-    /// [`Reward::occupies`].
+    /// [`Reward::placements`].
     fn occupies(&self) -> Vec<Placement> {
         Vec::new()
     }
@@ -79,10 +79,10 @@ pub trait Judge: Send + Sync {
 /// Where replies are remembered by the hash of what was asked, and what they cost is added up.
 pub trait Memory: Send + Sync {
     /// The replies to those that were asked before.
-    fn recall(&self, keys: &[String]) -> Result<Vec<Option<KeptReply>>, RewardError>;
+    fn recall(&self, keys: &[String]) -> Result<Vec<Option<CachedReply>>, RewardError>;
 
     /// Keeps replies and what was spent, before anything is done with them.
-    fn remember(&self, entries: Vec<(String, KeptReply)>, spent: Usage) -> Result<(), RewardError>;
+    fn remember(&self, entries: Vec<(String, CachedReply)>, spent: Usage) -> Result<(), RewardError>;
 
     /// What has been spent since the job began.
     fn spent(&self) -> Result<Usage, RewardError>;
@@ -177,8 +177,8 @@ impl JudgeReward {
             None => vec![None; keys.len()],
         };
         // What was remembered is settled, readable or not, and is not paid for again.
-        let settled = |(kept, a): (Option<KeptReply>, &Asked)| {
-            let KeptReply { reply: raw, usage } = kept?;
+        let settled = |(kept, a): (Option<CachedReply>, &Asked)| {
+            let CachedReply { reply: raw, usage } = kept?;
             Some(Reply { verdict: understand(a.question.kind, &raw), raw, usage })
         };
         let mut replies: Vec<Option<Reply>> = known.into_iter().zip(asked).map(settled).collect();
@@ -191,7 +191,7 @@ impl JudgeReward {
             }
             let fresh = self.pay(&open.iter().map(|&i| asked[i].question.clone()).collect::<Vec<_>>(), |fresh| {
                 let settled = open.iter().zip(fresh).filter(|(_, r)| last || r.verdict.is_some());
-                settled.map(|(&i, r)| (keys[i].clone(), KeptReply { reply: r.raw.clone(), usage: r.usage })).collect()
+                settled.map(|(&i, r)| (keys[i].clone(), CachedReply { reply: r.raw.clone(), usage: r.usage })).collect()
             })?;
             open.iter().zip(fresh).for_each(|(&i, reply)| replies[i] = Some(reply));
             open.retain(|&i| replies[i].as_ref().is_some_and(|r| r.verdict.is_none()));
@@ -221,7 +221,7 @@ impl JudgeReward {
     fn pay(
         &self,
         questions: &[Question],
-        keep: impl Fn(&[Reply]) -> Vec<(String, KeptReply)>,
+        keep: impl Fn(&[Reply]) -> Vec<(String, CachedReply)>,
     ) -> Result<Vec<Reply>, RewardError> {
         let mut spent = self.spent.lock().unwrap_or_else(PoisonError::into_inner);
         let mut total = match (*spent, &self.memory) {
@@ -355,15 +355,15 @@ impl Reward for JudgeReward {
         self.judge.id()
     }
 
-    fn compares(&self) -> bool {
+    fn is_relative(&self) -> bool {
         self.mode != Mode::Grade
     }
 
-    fn patience(&self) -> Option<Duration> {
+    fn timeout(&self) -> Option<Duration> {
         self.judge.patience()
     }
 
-    fn occupies(&self) -> Vec<Placement> {
+    fn placements(&self) -> Vec<Placement> {
         self.judge.occupies()
     }
 

@@ -27,15 +27,15 @@ impl<F: Fn(&Question, u64) -> String + Send + Sync> Judge for Scripted<F> {
 }
 
 #[derive(Default)]
-struct Map(Mutex<(BTreeMap<String, KeptReply>, Usage)>);
+struct Map(Mutex<(BTreeMap<String, CachedReply>, Usage)>);
 
 impl Memory for Map {
-    fn recall(&self, keys: &[String]) -> Result<Vec<Option<KeptReply>>, RewardError> {
+    fn recall(&self, keys: &[String]) -> Result<Vec<Option<CachedReply>>, RewardError> {
         let map = self.0.lock().unwrap();
         Ok(keys.iter().map(|k| map.0.get(k).cloned()).collect())
     }
 
-    fn remember(&self, entries: Vec<(String, KeptReply)>, spent: Usage) -> Result<(), RewardError> {
+    fn remember(&self, entries: Vec<(String, CachedReply)>, spent: Usage) -> Result<(), RewardError> {
         let mut map = self.0.lock().unwrap();
         map.0.extend(entries);
         map.1 += spent;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rehearsal_actors::{Judged, Reward, RewardError, Sample};
-use rehearsal_store::{KeptReply, Prompt, Usage};
+use rehearsal_store::{CachedReply, Prompt, Usage};
 use tokio_util::sync::CancellationToken;
 
 use super::board::{Item, Label, Word};
@@ -34,7 +34,7 @@ impl PeopleReward {
 
     fn known(&self, items: &[Item]) -> Result<Vec<Vec<Label>>, RewardError> {
         let kept = self.memory.recall(&items.iter().map(key).collect::<Vec<_>>())?;
-        let read = |kept: Option<KeptReply>| match kept {
+        let read = |kept: Option<CachedReply>| match kept {
             Some(kept) => serde_json::from_str(&kept.reply).map_err(|e| self.failed(e.to_string())),
             None => Ok(Vec::new()),
         };
@@ -47,11 +47,11 @@ impl Reward for PeopleReward {
         "people"
     }
 
-    fn compares(&self) -> bool {
+    fn is_relative(&self) -> bool {
         true
     }
 
-    fn patience(&self) -> Option<Duration> {
+    fn timeout(&self) -> Option<Duration> {
         Some(FOREVER)
     }
 
@@ -120,7 +120,7 @@ pub struct MemoryBook(pub Arc<dyn Memory>);
 impl Book for MemoryBook {
     fn keep(&mut self, item: &Item, labels: &[Label]) -> Result<(), String> {
         let reply = serde_json::to_string(labels).map_err(|e| e.to_string())?;
-        let kept = KeptReply { reply, usage: Usage::default() };
+        let kept = CachedReply { reply, usage: Usage::default() };
         self.0.remember(vec![(key(item), kept)], Usage::default()).map_err(|e| e.to_string())
     }
 }

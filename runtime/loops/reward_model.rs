@@ -95,7 +95,8 @@ pub(crate) async fn finish(run: &Run) -> Result<Option<Normalisation>> {
         };
         rows(run)?.train.iter().filter_map(best).take(NORMALISED_ON).collect()
     } else {
-        let whole = |m: &rehearsal_actors::Marked| Tokens { prompt: Default::default(), completion: m.tokens.clone() };
+        let whole =
+            |m: &rehearsal_actors::MaskedSequence| Tokens { prompt: Default::default(), completion: m.tokens.clone() };
         run.pretraining.iter().map(whole).collect()
     };
     let scores = run.roles.critic()?.scores(tokens).await?;

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use rehearsal_actors::{Demonstrations, Marked};
+use rehearsal_actors::{Demonstrations, MaskedSequence};
 
 use super::shared::{Stats, Updates, advance, checkpoint_if_due, evaluation_due};
 use crate::data::{Data, Rows};
@@ -39,7 +39,7 @@ pub(super) async fn sft(run: &mut Run) -> Result<()> {
     }
 }
 
-fn rows(run: &Run) -> Result<&Rows<Marked>> {
+fn rows(run: &Run) -> Result<&Rows<MaskedSequence>> {
     match &run.data {
         Some(Data::Demonstrations(rows)) => Ok(rows),
         _ => Err(Error::State("fine-tuning was started without demonstrations".into())),
@@ -52,7 +52,7 @@ async fn read_held_out(run: &mut Run) -> Result<()> {
     if !evaluation_due(run) || held_out.is_empty() {
         return Ok(());
     }
-    let tokens: usize = held_out.iter().map(Marked::learned).sum();
+    let tokens: usize = held_out.iter().map(MaskedSequence::loss_tokens).sum();
     let sums = run.roles.policy()?.likelihoods(held_out).await?;
     let loss = -sums.iter().sum::<f64>() / tokens.max(1) as f64;
     let stats = [("loss".to_string(), loss)].into();

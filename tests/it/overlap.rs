@@ -21,7 +21,7 @@ impl Reward for Counting {
         "counting"
     }
 
-    fn occupies(&self) -> Vec<Placement> {
+    fn placements(&self) -> Vec<Placement> {
         self.occupies.clone()
     }
 

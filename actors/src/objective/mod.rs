@@ -12,14 +12,14 @@ use std::fmt;
 
 use candle_core::{DType, Tensor};
 
-pub use demonstrations::{Demonstrations, Marked};
+pub use demonstrations::{Demonstrations, MaskedSequence};
 pub use pairs::{PairTokens, Pairs};
 pub use pass::{Pass, Stats, StepTimes};
 pub use rankings::{Ranking, Rankings};
 pub use rollouts::{RolloutTokens, Rollouts};
 pub use values::{ValueTokens, Values};
 
-use crate::{Result, Tokens};
+use crate::{Error, Result, Tokens};
 
 /// The loss of one optimizer step together with the data that it is computed on.
 ///
@@ -90,6 +90,21 @@ pub trait Objective: fmt::Debug + Send + Sync + 'static {
 /// Number of tokens of a sequence that shares no prompt.
 fn length(tokens: &Tokens) -> usize {
     tokens.prompt.len() + tokens.completion.len()
+}
+
+/// Number of completion tokens that the model gives a log-probability or a value for: all, except that without a prompt
+/// nothing predicts the first one.
+fn scored_tokens(tokens: &Tokens) -> usize {
+    tokens.completion.len().saturating_sub(usize::from(tokens.prompt.is_empty()))
+}
+
+/// Checks that `item`'s list `name` has `len` entries, one for each scored token.
+fn check_per_token(kind: &str, item: usize, name: &str, len: usize, tokens: &Tokens) -> Result<()> {
+    let wanted = scored_tokens(tokens);
+    if len == wanted {
+        return Ok(());
+    }
+    Err(Error::Data(format!("{kind} {item} of the batch has {len} `{name}` for {wanted} completion tokens")))
 }
 
 /// The values of a tensor `[n]`, as f64.

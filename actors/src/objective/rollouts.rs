@@ -1,34 +1,42 @@
-//! Policy gradients: clipped losses on sampled completions, with a pretraining mix.
+//! Policy gradients: clipped losses on sampled completions, with an optional pretraining mix.
 
 use candle_core::Tensor;
 use rehearsal_learn::Whole;
 use rehearsal_learn::ppo::{PolicyLossConfig, PolicyTokens, policy_loss};
 use rehearsal_lm::Batch;
 
-use super::{Demonstrations, Objective, Pass, length, sum_f64, tensor_like};
+use super::{Demonstrations, Objective, Pass, check_per_token, length, sum_f64, tensor_like};
 use crate::{Result, Tokens};
 
-/// A completion with what is known of each of its tokens.
+/// A sampled completion with one value per token in each list.
 #[derive(Debug, Clone)]
 pub struct RolloutTokens {
     pub tokens: Tokens,
-    /// By the trainer, before the update.
+    /// Log-probabilities under the policy before the update, computed by the trainer.
     pub old_logprobs: Vec<f32>,
     pub advantages: Vec<f32>,
     pub ref_logprobs: Vec<f32>,
 }
 
-/// One minibatch of rollouts.
+/// The clipped policy loss of PPO, RLOO or GRPO on one minibatch.
+///
+/// Statistics, as means over tokens: `clip_fraction`, `approx_kl`, `policy_kl`, `ratio`, and `policy_entropy` where the loss
+/// has an entropy term; with a pretraining mix also its `nll`.
 #[derive(Debug, Clone)]
 pub struct Rollouts {
     pub rollouts: Vec<RolloutTokens>,
     pub loss: PolicyLossConfig,
-    /// Text whose likelihood is to stay high, and its weight γ (InstructGPT, eq. 2).
+    /// Pretraining text and the weight γ of its negative log-likelihood (InstructGPT, eq. 2).
     pub pretraining: Option<(Demonstrations, f64)>,
 }
 
 impl Objective for Rollouts {
     fn accumulate(&self, pass: &mut Pass<'_>) -> Result<()> {
+        for (i, r) in self.rollouts.iter().enumerate() {
+            check_per_token("rollout", i, "old_logprobs", r.old_logprobs.len(), &r.tokens)?;
+            check_per_token("rollout", i, "advantages", r.advantages.len(), &r.tokens)?;
+            check_per_token("rollout", i, "ref_logprobs", r.ref_logprobs.len(), &r.tokens)?;
+        }
         let whole = Whole {
             sequences: self.rollouts.len(),
             tokens: self.rollouts.iter().map(|r| r.tokens.completion.len()).sum(),

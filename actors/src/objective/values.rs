@@ -1,30 +1,38 @@
-//! A critic's regression to returns.
+//! Regression of a critic's values to returns.
 
 use rehearsal_learn::Whole;
 use rehearsal_learn::ppo::value_loss;
 use rehearsal_lm::Batch;
 
-use super::{Objective, Pass, length, tensor_like};
+use super::{Objective, Pass, check_per_token, length, tensor_like};
 use crate::{Result, Tokens};
 
-/// A completion with the critic's values before the update and the returns it should have foreseen.
+/// A completion with one value per token in each list.
 #[derive(Debug, Clone)]
 pub struct ValueTokens {
     pub tokens: Tokens,
+    /// The critic's values before the update.
     pub old_values: Vec<f32>,
+    /// The returns that the values should predict.
     pub returns: Vec<f32>,
 }
 
-/// One minibatch of returns.
+/// The clipped value loss of PPO's critic on one minibatch.
+///
+/// Statistics: `value_clip_fraction`, the mean over tokens.
 #[derive(Debug, Clone)]
 pub struct Values {
     pub rollouts: Vec<ValueTokens>,
-    /// Values may move this far from the old ones before the loss stops rewarding it.
+    /// Values are clipped to `old_value ± clip` in the loss; `None` does not clip.
     pub clip: Option<f64>,
 }
 
 impl Objective for Values {
     fn accumulate(&self, pass: &mut Pass<'_>) -> Result<()> {
+        for (i, r) in self.rollouts.iter().enumerate() {
+            check_per_token("rollout", i, "old_values", r.old_values.len(), &r.tokens)?;
+            check_per_token("rollout", i, "returns", r.returns.len(), &r.tokens)?;
+        }
         let whole = Whole {
             sequences: self.rollouts.len(),
             tokens: self.rollouts.iter().map(|r| r.tokens.completion.len()).sum(),

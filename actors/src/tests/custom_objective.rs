@@ -12,7 +12,8 @@ use tokio::sync::mpsc;
 use candle_core::{Device, Tensor};
 
 use crate::{
-    Devices, Director, Error, Objective, Pass, Placement, PolicyHandle, Result, Tokens, TrainedConfig, UpdateBatch,
+    Demonstrations, Devices, Director, Error, MaskedSequence, Objective, PairTokens, Pairs, Pass, Placement,
+    PolicyHandle, Result, Tokens, TrainedConfig, UpdateBatch,
 };
 
 /// A Llama of one layer with random weights and a vocabulary of four tokens.
@@ -140,6 +141,32 @@ async fn a_cancelled_step_changes_no_weight() {
     let objective = Arc::new(Cancels(cancel.clone()));
     let batch = UpdateBatch { objective, learning_rate: 1e-2, temperature: 1.0 };
     assert!(matches!(policy.step(batch, cancel).await, Err(Error::Cancelled)));
+    assert_eq!(policy.snapshot().await.unwrap().version, 0);
+    director.stop().await;
+}
+
+#[tokio::test]
+async fn a_batch_with_missing_values_is_an_error() {
+    let (director, policy) = policy().await;
+    let learn = |objective: Arc<dyn Objective>| {
+        policy.step(UpdateBatch { objective, learning_rate: 1e-2, temperature: 1.0 }, Default::default())
+    };
+    let [chosen, _, rejected] = <[Tokens; 3]>::try_from(wanted()).unwrap();
+    let pair = PairTokens {
+        chosen: chosen.clone(),
+        rejected,
+        sampler_chosen: Vec::new(),
+        sampler_rejected: Vec::new(),
+        ref_chosen: vec![-1.0; 2],
+        ref_rejected: Vec::new(),
+        score_gap: None,
+    };
+    let error = learn(Arc::new(Pairs { pairs: vec![pair], loss: Default::default() })).await.unwrap_err().to_string();
+    assert!(error.contains("pair 0") && error.contains("0 `ref_rejected` for 2"), "{error}");
+    let sequence = MaskedSequence { tokens: chosen.prompt, loss_mask: Arc::new(vec![true]) };
+    let demonstrations = Demonstrations { sequences: vec![sequence], reduction: Default::default() };
+    let error = learn(Arc::new(demonstrations)).await.unwrap_err().to_string();
+    assert!(error.contains("sequence 0") && error.contains("2 tokens"), "{error}");
     assert_eq!(policy.snapshot().await.unwrap().version, 0);
     director.stop().await;
 }
