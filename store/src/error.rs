@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 pub enum Error {
     #[error("{directory} is in use by process {owner}; only one process may work on a job at a time")]
     InUse { directory: PathBuf, owner: String },
-    #[error("the disk of {path} is full; acknowledged data is safe, free some space to go on")]
+    #[error("no space left on the disk of {path}; acknowledged data is safe, free some space to go on")]
     DiskFull { path: PathBuf },
     #[error("the database in {path} is open in another process; stop the job or program that uses it, then try again")]
     Locked { path: PathBuf },
@@ -24,7 +24,7 @@ pub enum Error {
     )]
     Lost { path: PathBuf, found: u64, acknowledged: u64 },
     #[error(
-        "{what} was written by a newer program (record version {found}; this one reads up to {known}); upgrade to read it"
+        "{what} was written by a newer version of this program (record version {found}; this one reads up to {known}); upgrade to read it"
     )]
     TooNew { what: String, found: u8, known: u8 },
     #[error("there is no checkpoint of step {0}")]

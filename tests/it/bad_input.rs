@@ -264,7 +264,7 @@ fn a_full_disk_pauses_the_job_and_it_ends_the_same() {
         loop {
             match events.recv().await {
                 Ok(rehearsal::Event::DiskFull { message }) => {
-                    assert!(message.contains("no room left"), "{message}");
+                    assert!(message.contains("no space left"), "{message}");
                     waited += 1;
                     if waited == 2 {
                         fs::remove_file(&ballast).unwrap();
