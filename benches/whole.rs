@@ -189,7 +189,7 @@ criterion_group! {
 
 fn main() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    heap::keep();
+    heap::configure();
     // As in a job: the passes run inside the pool, so that no call waits for a worker to wake up.
     let pool = rayon::ThreadPoolBuilder::new().build().expect("a thread pool");
     pool.install(benches);
