@@ -16,7 +16,7 @@ use crate::inputs::Inputs;
 use crate::judge::{ApiJudge, Form, HttpScorer, Judge, JudgeReward, LocalJudge, Memory, Template};
 use crate::label::people::MemoryBook;
 use crate::label::{self, Access, Board, Desk, PeopleReward, Served};
-use crate::rules::WholeReward;
+use crate::rules::WeightedReward;
 use crate::run::Roles;
 
 /// Starts the roles that an algorithm needs.
@@ -77,7 +77,7 @@ pub(crate) async fn start(
             roles.page = Some(page);
         }
         let limits = &config.limits;
-        roles.reward = Some(director.reward(Arc::new(WholeReward::new(parts))).await?);
+        roles.reward = Some(director.reward(Arc::new(WeightedReward::new(parts))).await?);
         let group = config.rollout.completions_per_prompt;
         roles.buffer = Some(director.buffer(group, limits.rollouts_max, limits.staleness_max).await?);
     }

@@ -1,4 +1,4 @@
-//! Rewards named in the configuration: rules a program can check.
+//! `[reward]`: rules that a program can check, and the weighted sum of all of a job's rewards.
 
 use std::sync::Arc;
 
@@ -8,24 +8,26 @@ use rehearsal_lm::generate::Finish;
 
 use crate::config::RewardConfig;
 
-/// Names of all rules.
+/// Names of all rules, as `reward.rules` takes them.
 pub const NAMES: [&str; 5] = ["length_window", "ends_properly", "matches", "exact_answer", "distinct_words"];
 
 /// One rule.
 enum Rule {
-    /// 1 within a number of words; outside, the shortfall or excess relative to the bound is taken off, down to 0.
+    /// 1 if the number of words is from `min` to `max`; otherwise 1 minus the distance to the nearer bound as a share
+    /// of that bound, but at least 0.
     LengthWindow { min: u64, max: u64 },
-    /// 1 for a completion that ended by itself, on the end of a sentence; one half for only one of both.
+    /// Mean of two conditions, 0 or 1 each: the completion was not truncated, and its text ends as a sentence does.
     EndsProperly,
-    /// 1 if the pattern is found.
+    /// 1 if the pattern matches anywhere, else 0.
     Matches(Regex),
-    /// 1 if the last number of the completion is the last number of the answer (GSM8K).
+    /// 1 if the last numbers of completion and reference answer are equal (GSM8K), else 0.
     ExactAnswer,
-    /// Number of different words.
+    /// Number of distinct words.
     DistinctWords,
 }
 
 impl Rule {
+    /// Score of one completion. Fails if the rule needs a reference answer and there is none.
     fn score(&self, sample: &Sample) -> Result<f64, String> {
         let text = sample.completion.as_str();
         Ok(match self {
@@ -35,22 +37,23 @@ impl Rule {
                 (1.0 - outside).max(0.0)
             }
             Rule::EndsProperly => {
-                let ended = sample.finish != Finish::Length;
-                let closed = text.trim_end().ends_with(['.', '!', '?', '"', ')', '`']);
-                (f64::from(ended) + f64::from(closed)) / 2.0
+                let not_truncated = sample.finish != Finish::Length;
+                let is_sentence = text.trim_end().ends_with(['.', '!', '?', '"', ')', '`']);
+                (f64::from(not_truncated) + f64::from(is_sentence)) / 2.0
             }
             Rule::Matches(pattern) => f64::from(pattern.is_match(text)),
             Rule::ExactAnswer => {
-                let wanted = sample.answer.as_deref().ok_or("the prompt's row has no answer to compare with")?;
-                let wanted = last_number(wanted).ok_or_else(|| format!("the answer `{wanted}` has no number"))?;
-                f64::from(last_number(text) == Some(wanted))
+                let reference = sample.answer.as_deref().ok_or("the prompt's row has no answer to compare with")?;
+                let number = last_number(reference)
+                    .ok_or_else(|| format!("the reference answer `{reference}` has no number"))?;
+                f64::from(last_number(text) == Some(number))
             }
             Rule::DistinctWords => text.split_whitespace().collect::<std::collections::BTreeSet<_>>().len() as f64,
         })
     }
 }
 
-/// The last number of a text, without the commas between thousands.
+/// Last number of a text; commas between digits are ignored.
 fn last_number(text: &str) -> Option<f64> {
     let is_part = |c: char| c.is_ascii_digit() || matches!(c, ',' | '.' | '-');
     text.split(|c| !is_part(c))
@@ -58,21 +61,22 @@ fn last_number(text: &str) -> Option<f64> {
         .next_back()
 }
 
-/// All that a job's reward is made of, added up by weight: rules or the host's reward, trained models, a judge, a server.
-pub(crate) struct WholeReward {
+/// Weighted sum of rewards. Scores are `Σ weight x score`; reasons and exchanges are joined.
+pub(crate) struct WeightedReward {
+    /// Names of the parts, joined by ` + `.
     name: String,
     parts: Vec<(f64, Arc<dyn Reward>)>,
 }
 
-impl WholeReward {
-    /// Rewards with their weights.
+impl WeightedReward {
+    /// Sums rewards by their weights. A single reward of weight 1 is passed through unchanged.
     pub fn new(parts: Vec<(f64, Arc<dyn Reward>)>) -> Self {
         let names: Vec<&str> = parts.iter().map(|(_, part)| part.name()).collect();
         Self { name: names.join(" + "), parts }
     }
 }
 
-impl Reward for WholeReward {
+impl Reward for WeightedReward {
     fn name(&self) -> &str {
         &self.name
     }
@@ -93,22 +97,22 @@ impl Reward for WholeReward {
         if let [(1.0, only)] = self.parts.as_slice() {
             return only.score(samples);
         }
-        let mut whole = vec![Judged::default(); samples.len()];
+        let mut sums = vec![Judged::default(); samples.len()];
         for (weight, part) in &self.parts {
             let judged = part.score(samples)?;
             if judged.len() != samples.len() {
                 let (name, found, wanted) = (part.name().to_string(), judged.len(), samples.len());
                 return Err(RewardError::Count { name, found, wanted });
             }
-            for (whole, judged) in whole.iter_mut().zip(judged) {
-                whole.score += weight * judged.score;
-                let apart = if whole.reason.is_empty() { "" } else { " | " };
-                let reason = format!("{apart}{weight} x {:.4} by {} {}", judged.score, part.name(), judged.reason);
-                whole.reason.push_str(reason.trim_end());
-                whole.exchanges.extend(judged.exchanges);
+            for (sum, judged) in sums.iter_mut().zip(judged) {
+                sum.score += weight * judged.score;
+                let separator = if sum.reason.is_empty() { "" } else { " | " };
+                let reason = format!("{separator}{weight} x {:.4} by {} {}", judged.score, part.name(), judged.reason);
+                sum.reason.push_str(reason.trim_end());
+                sum.exchanges.extend(judged.exchanges);
             }
         }
-        Ok(whole)
+        Ok(sums)
     }
 }
 
@@ -118,7 +122,7 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// The rules of a configuration, which has been validated.
+    /// Builds the rules of a validated configuration. Fails on an unknown name or an invalid pattern.
     pub fn new(config: &RewardConfig) -> Result<Self, String> {
         let rule = |name: &str| -> Result<Rule, String> {
             Ok(match name {
@@ -137,7 +141,7 @@ impl Rules {
         Ok(Self { rules: rules.collect::<Result<_, String>>()? })
     }
 
-    fn judge(&self, sample: &Sample) -> Result<Judged, RewardError> {
+    fn score_one(&self, sample: &Sample) -> Result<Judged, RewardError> {
         let mut total = 0.0;
         let mut reasons = Vec::with_capacity(self.rules.len());
         for (name, weight, rule) in &self.rules {
@@ -156,7 +160,7 @@ impl Reward for Rules {
     }
 
     fn score(&self, samples: &[Sample]) -> Result<Vec<Judged>, RewardError> {
-        samples.iter().map(|s| self.judge(s)).collect()
+        samples.iter().map(|s| self.score_one(s)).collect()
     }
 }
 
@@ -171,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_length_window_falls_off_on_both_sides() {
+    fn a_length_window_decreases_on_both_sides() {
         let window = |text: &str| score(Rule::LengthWindow { min: 2, max: 4 }, text, Finish::Eos, None).unwrap();
         assert_eq!([window(""), window("a"), window("a b"), window("a b c d")], [0.0, 0.5, 1.0, 1.0]);
         assert_eq!([window("a b c d e f"), window(&"a ".repeat(20))], [0.5, 0.0]);
@@ -187,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_number_is_the_answer() {
+    fn an_exact_answer_has_the_same_last_number() {
         let exact = |text: &str, answer| score(Rule::ExactAnswer, text, Finish::Eos, answer).unwrap();
         assert_eq!(exact("3 and 4 make 1,207.", Some("#### 1207")), 1.0);
         assert_eq!(exact("It costs $-3.50", Some("-3.5")), 1.0);
@@ -197,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_are_weighed_and_give_their_reasons() {
+    fn rules_are_weighted_and_give_reasons() {
         let config = RewardConfig {
             models: RewardModelsConfig::default(),
             rules: vec!["matches".into(), "distinct_words".into()],
@@ -208,7 +212,7 @@ mod tests {
         };
         let rules = Rules::new(&config).unwrap();
         let (prompt, completion) = (String::new(), "Please do do it".to_string());
-        let judged = rules.judge(&Sample { prompt, completion, ..Sample::default() }).unwrap();
+        let judged = rules.score_one(&Sample { prompt, completion, ..Sample::default() }).unwrap();
         assert_eq!(judged.score, 3.5);
         assert_eq!(judged.reason, "matches 1.000, distinct_words 3.000");
     }
