@@ -11,9 +11,10 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Config;
 use crate::config::judges::{JudgeSource, PeopleConfig};
 use crate::config::methods::Algorithm;
+use crate::encoder::EncoderReward;
 use crate::error::{At, Error, Result};
 use crate::inputs::Inputs;
-use crate::judge::{ApiJudge, Form, HttpScorer, Judge, JudgeReward, LocalJudge, Memory, Template};
+use crate::judge::{ApiJudge, HttpScorer, Judge, JudgeReward, LocalJudge, ReplyCache, ReplyFormat, Template};
 use crate::label::people::MemoryBook;
 use crate::label::{self, Access, Board, Desk, PeopleReward, Served};
 use crate::rules::WeightedReward;
@@ -69,7 +70,7 @@ pub(crate) async fn start(
             parts.push((scorer.weight, Arc::new(http)));
         }
         if let (Some(settings), Some(encoder)) = (&config.encoder, &inputs.encoder) {
-            parts.push((settings.weight, encoder.clone()));
+            parts.push((settings.weight, Arc::new(EncoderReward::new(encoder.clone(), devices.clone()))));
         }
         if let Some(settings) = &config.people {
             let (people, page) = people(settings, &roles.archivist, stop).await?;
@@ -110,9 +111,9 @@ fn judge(
     let Some(settings) = &config.judge else { return Ok(None) };
     let own = settings.template_file.as_ref().map(|file| fs::read_to_string(file).at(file)).transpose()?;
     let form = match &settings.source {
-        JudgeSource::Local(_) => Form::Token,
-        JudgeSource::Api { settings, .. } if settings.structured => Form::Object,
-        JudgeSource::Api { .. } => Form::Words,
+        JudgeSource::Local(_) => ReplyFormat::Token,
+        JudgeSource::Api { settings, .. } if settings.structured => ReplyFormat::Json,
+        JudgeSource::Api { .. } => ReplyFormat::Text,
     };
     let template = Template::new(&settings.template, own, form).map_err(Error::Rules)?;
     let judge: Box<dyn Judge> = match (&settings.source, &inputs.judge) {
@@ -126,7 +127,7 @@ fn judge(
         (JudgeSource::Local(_), None) => return Ok(None),
     };
     let memory = StoreMemory { archivist: archivist.clone(), runtime: tokio::runtime::Handle::current() };
-    let memory: Arc<dyn Memory> = Arc::new(memory);
+    let memory: Arc<dyn ReplyCache> = Arc::new(memory);
     Ok(Some(JudgeReward::new(judge, template, settings.mode, Some(memory), settings.budget)))
 }
 
@@ -136,7 +137,7 @@ async fn people(
     archivist: &ArchivistHandle,
     stop: &CancellationToken,
 ) -> Result<(PeopleReward, (Served, String))> {
-    let memory: Arc<dyn Memory> =
+    let memory: Arc<dyn ReplyCache> =
         Arc::new(StoreMemory { archivist: archivist.clone(), runtime: tokio::runtime::Handle::current() });
     let desk = Arc::new(Desk::new(Board::new(settings.labels), Box::new(MemoryBook(memory.clone()))));
     let access = Access::from_env(settings.listen, settings.token_env.as_deref())?;
@@ -151,7 +152,7 @@ struct StoreMemory {
     runtime: tokio::runtime::Handle,
 }
 
-impl Memory for StoreMemory {
+impl ReplyCache for StoreMemory {
     fn recall(&self, keys: &[String]) -> std::result::Result<Vec<Option<KeptReply>>, RewardError> {
         self.runtime.block_on(self.archivist.recall(keys.to_vec())).map_err(lost)
     }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::DType;
-use rehearsal_actors::{Marked, Reward as _};
+use rehearsal_actors::Marked;
 use rehearsal_lm::{Checkpoint, HeadKind};
 
 use crate::config::judges::JudgeSource;
@@ -12,10 +12,10 @@ use crate::config::methods::{Advantages, Algorithm};
 use crate::config::{Config, ModelSource};
 use crate::data::{self, Data, Dropped, Prompts};
 use crate::embedded;
-use crate::encoder::Encoder;
 use crate::error::{Error, Result};
 use crate::job::blocking;
-use crate::judge::{Foreign, JudgeModel};
+use crate::judge::JudgeModel;
+use crate::transformers::{BertEncoder, CausalModel};
 
 /// What a job reads before it begins.
 pub(crate) struct Inputs {
@@ -27,7 +27,7 @@ pub(crate) struct Inputs {
     pub critic: Option<Arc<Checkpoint>>,
     pub reward_models: Vec<Arc<Checkpoint>>,
     pub judge: Option<JudgeModel>,
-    pub encoder: Option<Arc<Encoder>>,
+    pub encoder: Option<Arc<BertEncoder>>,
     pub prompts: Prompts,
     pub data: Option<Data>,
     pub pretraining: Vec<Marked>,
@@ -92,17 +92,21 @@ impl Inputs {
             fingerprint.push((format!("{name}, its weights"), model.fingerprint()?));
         }
         let judge = match config.judge.as_ref().map(|j| &j.source) {
-            Some(JudgeSource::Local(ModelSource::Path(path))) if !algorithm.is_offline() && Foreign::is_one(path) => {
-                Some(JudgeModel::Foreign(Arc::new(Foreign::open(path).map_err(Error::Usage)?)))
+            Some(JudgeSource::Local(ModelSource::Path(path)))
+                if !algorithm.is_offline() && CausalModel::supports(path) =>
+            {
+                Some(JudgeModel::Transformers(Arc::new(CausalModel::open(path).map_err(Error::Usage)?)))
             }
-            Some(JudgeSource::Local(source)) if !algorithm.is_offline() => Some(JudgeModel::Ours(models.load(source)?)),
+            Some(JudgeSource::Local(source)) if !algorithm.is_offline() => {
+                Some(JudgeModel::Native(models.load(source)?))
+            }
             _ => None,
         };
         if let Some(judge) = &judge {
             fingerprint.push(("judge, its weights".into(), judge.fingerprint().map_err(Error::Usage)?));
         }
         let encoder = match config.encoder.as_ref().filter(|_| !algorithm.is_offline()) {
-            Some(settings) => Some(Arc::new(Encoder::open(&settings.model)?)),
+            Some(settings) => Some(Arc::new(BertEncoder::open(&settings.model).map_err(Error::Usage)?)),
             None => None,
         };
         if let Some(encoder) = &encoder {

@@ -39,6 +39,7 @@ mod rollouts;
 pub mod rules;
 mod run;
 mod state;
+pub mod transformers;
 
 pub use chain::Chain;
 pub use config::Config;

@@ -81,6 +81,11 @@ impl Devices {
         open.insert(placement, seat.clone());
         Ok(seat)
     }
+
+    /// Runs `f` on the job's thread pool while it holds the device, which roles use in turn.
+    pub fn run<T: Send>(&self, placement: Placement, f: impl FnOnce() -> T + Send) -> Result<T> {
+        Ok(self.seat(placement)?.run(f))
+    }
 }
 
 impl Seat {

@@ -16,9 +16,10 @@ use super::saved;
 use crate::error::{At, Error, Result};
 use crate::evaluate::{self, Contest};
 use crate::judge::{
-    ApiJudge, ApiSettings, Budget, Endpoint, Foreign, Form, Judge, JudgeModel, JudgeReward, LocalJudge, Mode, Orders,
-    Prices, Template,
+    ApiJudge, ApiSettings, Budget, Endpoint, Judge, JudgeModel, JudgeReward, LocalJudge, Mode, Orders, Prices,
+    ReplyFormat, Template,
 };
+use crate::transformers::CausalModel;
 
 #[derive(Subcommand)]
 pub enum Evaluate {
@@ -153,13 +154,13 @@ impl WhichJudge {
         let template = |form| Template::new(&self.template, None, form).map_err(Error::Rules);
         if let Some(name) = &self.judge_model {
             let path = Path::new(name);
-            let model = if Foreign::is_one(path) {
-                JudgeModel::Foreign(Arc::new(Foreign::open(path).map_err(Error::Usage)?))
+            let model = if CausalModel::supports(path) {
+                JudgeModel::Transformers(Arc::new(CausalModel::open(path).map_err(Error::Usage)?))
             } else {
-                JudgeModel::Ours(Arc::new(saved::model(name)?))
+                JudgeModel::Native(Arc::new(saved::model(name)?))
             };
             let judge = LocalJudge::new(model, Placement::Cpu, precision, devices).map_err(Error::Rules)?;
-            return Ok((Box::new(judge), template(Form::Token)?));
+            return Ok((Box::new(judge), template(ReplyFormat::Token)?));
         }
         let Some(url) = &self.judge_url else {
             return Err(Error::Usage("say who judges: --judge-model or --judge-url".into()));
@@ -186,7 +187,7 @@ impl WhichJudge {
                 )
                 .map_err(Error::Usage)?,
             ),
-            template(Form::Words)?,
+            template(ReplyFormat::Text)?,
         ))
     }
 }

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::{objects, text, wrong};
 use crate::error::{Error, Result};
-use crate::judge::{Judge, Reply, Template, Verdict};
+use crate::judge::{Judge, JudgeVerdict, Reply, Template};
 
 /// A judge against labels.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
@@ -60,7 +60,7 @@ pub fn judge_agreement(judge: &dyn Judge, template: &Template, file: &Path, limi
         .0
         .iter()
         .map(|[a, b]| {
-            let first = |r: &Reply| r.verdict.as_ref().and_then(Verdict::first).unwrap_or(0.5);
+            let first = |r: &Reply| r.verdict.as_ref().and_then(JudgeVerdict::first).unwrap_or(0.5);
             BothOrders { shown_first: first(a), shown_second: 1.0 - first(b) }
         })
         .collect();

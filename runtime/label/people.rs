@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::board::{Item, Label, Word};
 use super::book::{Book, person, preference};
 use super::desk::Desk;
-use crate::judge::{FOREVER, Memory, same_prompt};
+use crate::judge::{NO_TIMEOUT, ReplyCache, same_prompt};
 
 /// How often a waiting job looks whether it is to stop.
 const LOOK: Duration = Duration::from_millis(200);
@@ -18,13 +18,13 @@ const LOOK: Duration = Duration::from_millis(200);
 /// Whoever looks at the page.
 pub struct PeopleReward {
     desk: Arc<Desk>,
-    memory: Arc<dyn Memory>,
+    memory: Arc<dyn ReplyCache>,
     stop: CancellationToken,
 }
 
 impl PeopleReward {
     /// Items go up on the desk; what is said of them comes back through memory after a resume.
-    pub fn new(desk: Arc<Desk>, memory: Arc<dyn Memory>, stop: CancellationToken) -> Self {
+    pub fn new(desk: Arc<Desk>, memory: Arc<dyn ReplyCache>, stop: CancellationToken) -> Self {
         Self { desk, memory, stop }
     }
 
@@ -52,7 +52,7 @@ impl Reward for PeopleReward {
     }
 
     fn patience(&self) -> Option<Duration> {
-        Some(FOREVER)
+        Some(NO_TIMEOUT)
     }
 
     fn score(&self, samples: &[Sample]) -> Result<Vec<Judged>, RewardError> {
@@ -115,7 +115,7 @@ fn scores(item: &Item, labels: &[Label]) -> Vec<Judged> {
 }
 
 /// Labels of a job under way, in its store.
-pub struct MemoryBook(pub Arc<dyn Memory>);
+pub struct MemoryBook(pub Arc<dyn ReplyCache>);
 
 impl Book for MemoryBook {
     fn keep(&mut self, item: &Item, labels: &[Label]) -> Result<(), String> {

@@ -293,7 +293,7 @@ print(json.dumps(out))
 
 #[test]
 fn encoders_score_as_transformers_does() {
-    use rehearsal::{Reward, Sample, encoder::Encoder};
+    use rehearsal::{Reward, Sample, encoder::EncoderReward, judge::Devices, transformers::BertEncoder};
     let Some(python) = python() else { return };
     let folder = tempfile::tempdir().unwrap();
     let samples: Vec<Sample> = [
@@ -319,7 +319,8 @@ fn encoders_score_as_transformers_does() {
     assert!(output.status.success(), "{}", stderr(&output));
     let wanted: Value = serde_json::from_slice(&output.stdout).unwrap();
     for name in ["similarity", "one", "two"] {
-        let encoder = Encoder::open(&folder.path().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let encoder = BertEncoder::open(&folder.path().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let encoder = EncoderReward::new(encoder.into(), Devices::new(1).unwrap());
         let scores = encoder.score(&samples).unwrap();
         for (got, want) in scores.iter().zip(wanted[name].as_array().unwrap()) {
             let want = want.as_f64().unwrap();
@@ -330,7 +331,7 @@ fn encoders_score_as_transformers_does() {
     }
 }
 
-const FOREIGN: &str = "
+const CAUSAL_MODELS: &str = "
 import json, sys, torch
 from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, decoders
@@ -373,26 +374,28 @@ print(json.dumps(out))
 #[test]
 fn models_that_cannot_be_trained_judge_as_they_do_in_transformers() {
     use rehearsal::Sample;
-    use rehearsal::judge::{Foreign, Form, Judge, JudgeModel, LocalJudge, Template};
+    use rehearsal::judge::{Judge, JudgeModel, LocalJudge, ReplyFormat, Template};
+    use rehearsal::transformers::CausalModel;
     use std::sync::Arc;
     let Some(python) = python() else { return };
     let folder = tempfile::tempdir().unwrap();
     let sample =
         |completion: &str| Sample { prompt: "Who?".into(), completion: completion.into(), ..Sample::default() };
     let question =
-        Template::new("brief", None, Form::Token).unwrap().pair(&sample("The fox."), &sample("I do not know."));
+        Template::new("brief", None, ReplyFormat::Token).unwrap().pair(&sample("The fox."), &sample("I do not know."));
     let messages = serde_json::json!([
         {"role": "system", "content": question.system}, {"role": "user", "content": question.text}
     ]);
     let file = folder.path().join("messages.json");
     std::fs::write(&file, messages.to_string()).unwrap();
-    let output = Command::new(python).args(["-c", FOREIGN]).arg(folder.path()).arg(&file).output().unwrap();
+    let output = Command::new(python).args(["-c", CAUSAL_MODELS]).arg(folder.path()).arg(&file).output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     let wanted: Value = serde_json::from_slice(&output.stdout).unwrap();
     for (kind, want) in wanted.as_object().unwrap() {
         let directory = folder.path().join(kind);
-        assert!(Foreign::is_one(&directory));
-        let model = JudgeModel::Foreign(Arc::new(Foreign::open(&directory).unwrap_or_else(|e| panic!("{kind}: {e}"))));
+        assert!(CausalModel::supports(&directory));
+        let model =
+            JudgeModel::Transformers(Arc::new(CausalModel::open(&directory).unwrap_or_else(|e| panic!("{kind}: {e}"))));
         let devices = rehearsal::judge::Devices::new(1).unwrap();
         let judge = LocalJudge::new(model, Default::default(), Default::default(), &devices).unwrap();
         // Asked twice: nothing of the first question is left for the second.
