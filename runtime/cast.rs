@@ -15,8 +15,8 @@ use crate::encoder::EncoderReward;
 use crate::error::{At, Error, Result};
 use crate::inputs::Inputs;
 use crate::judge::{ApiJudge, HttpScorer, Judge, JudgeReward, LocalJudge, ReplyCache, ReplyFormat, Template};
-use crate::label::people::MemoryBook;
-use crate::label::{self, Access, Board, Desk, PeopleReward, Served};
+use crate::label::people::CachedLabels;
+use crate::label::{self, Access, LabelQueue, LabelServer, LabelService, PeopleReward};
 use crate::rules::WeightedReward;
 use crate::run::Roles;
 
@@ -136,14 +136,15 @@ async fn people(
     settings: &PeopleConfig,
     archivist: &ArchivistHandle,
     stop: &CancellationToken,
-) -> Result<(PeopleReward, (Served, String))> {
+) -> Result<(PeopleReward, (LabelServer, String))> {
     let memory: Arc<dyn ReplyCache> =
         Arc::new(StoreMemory { archivist: archivist.clone(), runtime: tokio::runtime::Handle::current() });
-    let desk = Arc::new(Desk::new(Board::new(settings.labels), Box::new(MemoryBook(memory.clone()))));
+    let service = LabelService::new(LabelQueue::new(settings.labels), Box::new(CachedLabels(memory.clone())));
+    let service = Arc::new(service);
     let access = Access::from_env(settings.listen, settings.token_env.as_deref())?;
-    let served = label::serve(desk.clone(), settings.listen, access.clone(), true).await?;
+    let served = label::serve(service.clone(), settings.listen, access.clone(), true).await?;
     let url = access.url(served.address);
-    Ok((PeopleReward::new(desk, memory, stop.clone()), (served, url)))
+    Ok((PeopleReward::new(service, memory, stop.clone()), (served, url)))
 }
 
 /// A judge's memory in the job's store. The reward's thread is not one of the host's, so it may wait for the archivist.

@@ -16,6 +16,7 @@
 //! # }
 //! ```
 
+mod blocking;
 mod cast;
 mod chain;
 pub mod cli;
@@ -39,6 +40,7 @@ mod rollouts;
 pub mod rules;
 mod run;
 mod state;
+mod time;
 pub mod transformers;
 
 pub use chain::Chain;

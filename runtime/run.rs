@@ -24,7 +24,7 @@ use crate::config::methods::Algorithm;
 use crate::data::{Data, Dropped, Prompts};
 use crate::error::{At, Error, Result};
 use crate::events::{Event, StepSummary};
-use crate::label::Served;
+use crate::label::LabelServer;
 use crate::memory::{self, MemoryBudget};
 use crate::metrics::Meters;
 use crate::state::{Evaluation, JobState};
@@ -39,7 +39,7 @@ pub(crate) struct Roles {
     pub critic: Option<CriticHandle>,
     pub buffer: Option<BufferHandle>,
     /// The page for labellers, and where it is.
-    pub page: Option<(Served, String)>,
+    pub page: Option<(LabelServer, String)>,
 }
 
 /// A role that the algorithm needs and was started with.

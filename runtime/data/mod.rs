@@ -1,87 +1,38 @@
-//! What a job learns from: rows of files in TRL's columns, checked, tokenised and counted, in an order that is a function
-//! of the seed.
+//! Training data: rows of files in TRL's columns, validated and tokenised, drawn in an order that is a function of the
+//! seed. Rows that are left out are counted by reason.
 
+pub mod columns;
 mod demonstrations;
-pub mod encode;
+mod dropped;
 pub mod ledger;
 pub mod preferences;
 mod prompts;
 pub mod rows;
+mod shuffle;
+mod tokenize;
 pub mod write;
 
-use std::collections::BTreeMap;
-
 use rehearsal_actors::{Marked, Ranking};
-use rehearsal_lm::random::Stream;
 use rehearsal_lm::{Architecture, Text};
-use serde::Serialize;
 
+pub use dropped::{Dropped, DroppedRows};
+pub use preferences::PairRow;
 pub use prompts::{PromptRow, Prompts};
+pub use shuffle::order;
 
 use crate::config::methods::{Algorithm, OnLong};
 use crate::config::{Config, OnBad};
 use crate::error::{Error, Result};
-use encode::Encoder;
+use columns::{TextOrMessages, text_or_messages};
+use dropped::Unusable;
 use ledger::Shape;
-pub use preferences::PairRow;
 use rows::Row;
+use tokenize::RowTokenizer;
 
-/// Streams of random numbers from here upward belong to the order of rows; rollouts count from below.
-const ORDER_STREAMS: u64 = 1 << 63;
-
-/// Every so many rows one is kept apart for evaluation, where no file is named for it.
+/// Interval of the rows that are held out for evaluation if no file is configured for it.
 const HELD_OUT_EVERY: usize = 10;
 
-/// Places `cursor .. cursor + n` of an endless sequence of permutations of `total` items.
-pub fn order(seed: u64, cursor: u64, n: usize, total: usize) -> Vec<usize> {
-    let mut permutation = (u64::MAX, Vec::new());
-    (cursor..cursor + n as u64)
-        .map(|at| {
-            let epoch = at / total as u64;
-            if permutation.0 != epoch {
-                permutation = (epoch, Stream::new(seed, ORDER_STREAMS + epoch).permutation(total));
-            }
-            permutation.1[(at % total as u64) as usize]
-        })
-        .collect()
-}
-
-/// What was left out, and why: each reason with its count and the first place it was found.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
-pub struct Dropped(pub BTreeMap<String, DroppedRows>);
-
-/// Rows left out for one reason.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
-pub struct DroppedRows {
-    pub rows: u64,
-    pub first: String,
-}
-
-impl Dropped {
-    fn add(&mut self, reason: String, place: &str) {
-        let entry = self.0.entry(reason).or_default();
-        entry.rows += 1;
-        if entry.first.is_empty() {
-            entry.first = place.to_string();
-        }
-    }
-
-    /// Adds the prompts that were left out.
-    pub fn absorb(&mut self, prompts: &Prompts) {
-        for (rows, reason) in [(prompts.bad_lines, "cannot be used"), (prompts.too_long, "is too long")] {
-            if rows > 0 {
-                self.0.insert(reason.into(), DroppedRows { rows, first: String::new() });
-            }
-        }
-    }
-
-    /// Rows left out.
-    pub fn total(&self) -> u64 {
-        self.0.values().map(|d| d.rows).sum()
-    }
-}
-
-/// Rows to train on and rows to evaluate with.
+/// Training rows and held-out rows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rows<T> {
     pub train: Vec<T>,
@@ -89,7 +40,7 @@ pub struct Rows<T> {
 }
 
 impl<T> Rows<T> {
-    /// The `n` training rows after the first `cursor` draws.
+    /// Training rows of draws `cursor .. cursor + n`, with their indices.
     pub fn draw(&self, seed: u64, cursor: u64, n: usize) -> Vec<(usize, &T)> {
         order(seed, cursor, n, self.train.len()).into_iter().map(|i| (i, &self.train[i])).collect()
     }
@@ -101,7 +52,7 @@ impl<T> Rows<T> {
     }
 }
 
-/// The rows of an offline job.
+/// Data of an offline algorithm.
 #[derive(Debug, Clone)]
 pub enum Data {
     Demonstrations(Rows<Marked>),
@@ -110,7 +61,7 @@ pub enum Data {
 }
 
 impl Data {
-    /// Reads what a configuration's algorithm learns from.
+    /// Reads the data of the configured algorithm; `None` for an online one.
     pub fn load(config: &Config, text: &Text, architecture: &Architecture) -> Result<(Option<Self>, Dropped)> {
         let mut loader = Loader::new(config, text, architecture);
         let data = match config.job.algorithm {
@@ -122,7 +73,7 @@ impl Data {
         Ok((Some(data), loader.dropped))
     }
 
-    /// Rows to train on.
+    /// Number of training rows.
     pub fn len(&self) -> usize {
         match self {
             Self::Demonstrations(rows) => rows.train.len(),
@@ -131,7 +82,7 @@ impl Data {
         }
     }
 
-    /// A hash of what is learned from: equal for equal rows, wherever their files lie.
+    /// Counts and a hash of all rows; independent of file names.
     pub fn fingerprint(&self) -> String {
         let tokens = |hasher: &mut blake3::Hasher, tokens: &[u32]| {
             for token in tokens {
@@ -164,7 +115,8 @@ impl Data {
     }
 }
 
-/// Demonstrations of a file beside a job's data: pretraining text, or what a reward model is normalised on.
+/// Reads demonstrations of a file beside the job's data: pretraining text, or demonstrations to normalise a reward
+/// model on.
 pub fn demonstrations(
     config: &Config,
     file: &std::path::Path,
@@ -174,62 +126,50 @@ pub fn demonstrations(
     Loader::new(config, text, architecture).read(file, &demonstrations::read, Shape::Demonstrations)
 }
 
-/// Pairs of a file for an evaluation.
+/// Reads labelled pairs for an evaluation. Unusable rows are counted; having no usable row is an error.
 pub fn labelled_pairs(file: &std::path::Path, text: &Text, architecture: &Architecture) -> Result<LabelledPairs> {
     let (eos, tokens_max) = (architecture.eos.as_slice(), architecture.context);
-    let encoder = Encoder { text, eos, chat: true, system: None, tokens_max, truncate: true };
+    let tokenizer = RowTokenizer { text, eos, chat: true, system: None, tokens_max, truncate: true };
     let (mut pairs, mut dropped) = (Vec::new(), 0);
     for row in rows::open(file, Shape::Pairs)? {
         let row = row?;
-        match preferences::pair(&row, &encoder) {
+        match preferences::pair(&row, &tokenizer) {
             Ok(pair) => pairs.push((row.columns["subset"].as_str().map(String::from), pair)),
             Err(_) => dropped += 1,
         }
     }
     if pairs.is_empty() {
-        let message = format!("no row can be used ({dropped} bad); `prompt`, `chosen` and `rejected` are needed");
+        let message = format!("no row can be used ({dropped} bad); rows need `prompt`, `chosen` and `rejected`");
         return Err(Error::Prompts { file: file.into(), message });
     }
     Ok(LabelledPairs { pairs, dropped })
 }
 
-/// Pairs with their subsets.
+/// Labelled pairs, each with the value of its column `subset`.
 pub struct LabelledPairs {
     pub pairs: Vec<(Option<String>, PairRow)>,
-    /// Rows that could not be used.
+    /// Number of unusable rows.
     pub dropped: u64,
 }
 
-/// The prompts of a file as conversations.
+/// Reads the prompts of a file as conversations; a plain text is one message of the user.
 pub fn prompts_of(file: &std::path::Path) -> Result<Vec<Vec<rehearsal_lm::Message>>> {
     rows::open(file, Shape::Verdicts)?
         .map(|row| {
             let row = row?;
-            match encode::said(&row.columns, "prompt") {
-                Ok(encode::Said::Text(text)) => Ok(vec![rehearsal_lm::Message::user(text)]),
-                Ok(encode::Said::Messages(messages)) => Ok(messages),
+            match text_or_messages(&row.columns, "prompt") {
+                Ok(TextOrMessages::Text(text)) => Ok(vec![rehearsal_lm::Message::user(text)]),
+                Ok(TextOrMessages::Messages(messages)) => Ok(messages),
                 Err(e) => Err(Error::Prompts { file: file.into(), message: format!("{}: {e}", row.place) }),
             }
         })
         .collect()
 }
 
-/// Why a row cannot be used.
-pub(crate) enum Unusable {
-    Bad(String),
-    Long { tokens: usize },
-}
-
-impl From<String> for Unusable {
-    fn from(reason: String) -> Self {
-        Self::Bad(reason)
-    }
-}
-
 /// Reads files into rows of one kind.
 struct Loader<'a> {
     config: &'a Config,
-    encoder: Encoder<'a>,
+    tokenizer: RowTokenizer<'a>,
     dropped: Dropped,
 }
 
@@ -239,7 +179,7 @@ impl<'a> Loader<'a> {
             0 => architecture.context,
             n => n.min(architecture.context),
         };
-        let encoder = Encoder {
+        let tokenizer = RowTokenizer {
             text,
             eos: &architecture.eos,
             chat: config.prompts.chat,
@@ -247,12 +187,12 @@ impl<'a> Loader<'a> {
             tokens_max: limit,
             truncate: config.data.on_long == OnLong::Truncate,
         };
-        Self { config, encoder, dropped: Dropped::default() }
+        Self { config, tokenizer, dropped: Dropped::default() }
     }
 
     fn rows<T>(
         &mut self,
-        parse: fn(&Row, &Encoder<'_>) -> std::result::Result<T, Unusable>,
+        parse: fn(&Row, &RowTokenizer<'_>) -> std::result::Result<T, Unusable>,
         shape: Shape,
     ) -> Result<Rows<T>> {
         let data = &self.config.data;
@@ -277,7 +217,7 @@ impl<'a> Loader<'a> {
     fn read<T>(
         &mut self,
         file: &std::path::Path,
-        parse: &dyn Fn(&Row, &Encoder<'_>) -> std::result::Result<T, Unusable>,
+        parse: &dyn Fn(&Row, &RowTokenizer<'_>) -> std::result::Result<T, Unusable>,
         shape: Shape,
     ) -> Result<Vec<T>> {
         let data = &self.config.data;
@@ -288,12 +228,12 @@ impl<'a> Loader<'a> {
                 file: file.into(),
                 message: format!("{}: {reason}; set `data.{key} = \"skip\"` to leave such rows out", row.place),
             };
-            match parse(&row, &self.encoder) {
+            match parse(&row, &self.tokenizer) {
                 Ok(row) => usable.push(row),
                 Err(Unusable::Bad(reason)) if data.on_bad_row == OnBad::Skip => self.dropped.add(reason, &row.place),
                 Err(Unusable::Bad(reason)) => return Err(error(reason, "on_bad_row")),
                 Err(Unusable::Long { tokens }) => {
-                    let limit = self.encoder.tokens_max;
+                    let limit = self.tokenizer.tokens_max;
                     if data.on_long == OnLong::Fail {
                         return Err(error(format!("has {tokens} tokens and may have {limit}"), "on_long"));
                     }
@@ -302,30 +242,10 @@ impl<'a> Loader<'a> {
             }
         }
         if usable.is_empty() {
-            let reasons: Vec<String> =
-                self.dropped.0.iter().map(|(reason, d)| format!("{} {reason} ({} first)", d.rows, d.first)).collect();
-            let message =
-                format!("no row can be used{}{}", if reasons.is_empty() { "" } else { ": " }, reasons.join(", "));
+            let reasons = self.dropped.summary();
+            let message = format!("no row can be used{}{reasons}", if reasons.is_empty() { "" } else { ": " });
             return Err(Error::Prompts { file: file.into(), message });
         }
         Ok(usable)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_epoch_is_a_permutation_wherever_it_is_cut() {
-        let at_once = order(1, 0, 30, 10);
-        let in_parts: Vec<usize> = (0..30).step_by(3).flat_map(|cursor| order(1, cursor, 3, 10)).collect();
-        assert_eq!(at_once, in_parts);
-        for epoch in at_once.chunks(10) {
-            let mut epoch = epoch.to_vec();
-            epoch.sort();
-            assert_eq!(epoch, (0..10).collect::<Vec<_>>());
-        }
-        assert_ne!(at_once[..10], at_once[10..20]);
     }
 }

@@ -1,4 +1,4 @@
-//! Prompts: rows with TRL's column `prompt`, a text or a conversation.
+//! Prompts: rows with TRL's column `prompt`, which is a text or a conversation.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -8,42 +8,45 @@ use rehearsal_store::{Prompt, Turn};
 use serde_json::Value;
 
 use super::ledger::Shape;
-use super::rows::Row;
-use super::{order, rows};
+use super::rows::{self, Row};
+use super::shuffle::order;
 use crate::config::{Config, OnBad};
 use crate::error::{Error, Result};
 
-/// A prompt ready to be answered.
+/// A tokenised prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PromptRow {
-    /// Line in its file, from 0.
+    /// Row in its file, from 0.
     pub row: u64,
     pub prompt: Prompt,
-    /// For scorers: the message, or what was said by turns where there are several.
+    /// Text for scorers: the only message, or `role: content` of each turn.
     pub text: String,
-    /// As the chat template was given it; empty where there is none.
+    /// Messages that the chat template rendered; empty for a plain text.
     pub messages: Arc<Vec<Message>>,
     pub tokens: Arc<Vec<u32>>,
+    /// Reference answer, if the row has one.
     pub answer: Option<String>,
 }
 
-/// The prompts of a job and how many were left out.
+/// Prompts of a job, and the numbers of those left out.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Prompts {
     pub train: Vec<PromptRow>,
     pub held_out: Vec<PromptRow>,
+    /// Malformed rows left out.
     pub bad_lines: u64,
+    /// Rows left out because they have too many tokens.
     pub too_long: u64,
 }
 
 impl Prompts {
-    /// Tokens of a training prompt, on average and rounded up.
+    /// Mean length of the training prompts in tokens, rounded up.
     pub fn mean_tokens(&self) -> u64 {
         let total: u64 = self.train.iter().map(|p| p.tokens.len() as u64).sum();
         total.div_ceil(self.train.len().max(1) as u64)
     }
 
-    /// Reads, checks and tokenises the prompts of a configuration; `room` is the context a prompt may take.
+    /// Reads, validates and tokenises prompts. `room` is the part of the context that a prompt may take, in tokens.
     pub fn load(config: &Config, text: &Text, room: usize) -> Result<Self> {
         let mut prompts = Self::default();
         let tokens_max = match config.prompts.tokens_max {
@@ -92,7 +95,7 @@ impl Prompts {
                 Err(message) => {
                     return Err(error(
                         &source.place,
-                        format!("{message}; set `prompts.on_bad_line = \"skip\"` to leave such lines out"),
+                        format!("{message}; correct it, or set `prompts.on_bad_line = \"skip\"`"),
                     ));
                 }
             };
@@ -107,7 +110,8 @@ impl Prompts {
                     return Err(error(
                         &source.place,
                         format!(
-                            "the prompt has {n} tokens and may have {tokens_max}; shorten it, or set `prompts.on_long = \"skip\"`"
+                            "the prompt has {n} tokens and may have {tokens_max}; \
+                             shorten it, or set `prompts.on_long = \"skip\"`"
                         ),
                     ));
                 }
@@ -130,7 +134,7 @@ impl Prompts {
         Ok(rows)
     }
 
-    /// A hash of what will be asked: equal for equal prompts, wherever their files lie.
+    /// Counts and a hash of tokens and reference answers; independent of file names.
     pub fn fingerprint(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         for row in self.train.iter().chain(&self.held_out) {
@@ -142,7 +146,7 @@ impl Prompts {
         format!("{} + {} held out, {}", self.train.len(), self.held_out.len(), &hasher.finalize().to_hex()[..16])
     }
 
-    /// The `n` training prompts after the first `cursor` draws: a permutation of all, then another, and so on.
+    /// Training prompts of draws `cursor .. cursor + n`; each epoch is a permutation of all.
     pub fn draw(&self, seed: u64, cursor: u64, n: usize) -> Vec<&PromptRow> {
         order(seed, cursor, n, self.train.len()).into_iter().map(|i| &self.train[i]).collect()
     }
@@ -182,7 +186,7 @@ fn parse(value: &Value, config: &Config) -> std::result::Result<Parsed, String> 
     Ok(Parsed { prompt, last, answer })
 }
 
-/// A prompt as scorers read it: its one message, or every turn behind its role. A system message is no turn.
+/// Text of a prompt for scorers: the only message, or `role: content` of each turn, without the system message.
 fn transcript(prompt: &Prompt) -> String {
     let turns: Vec<&Turn> = match prompt {
         Prompt::Text(text) => return text.clone(),
@@ -194,7 +198,7 @@ fn transcript(prompt: &Prompt) -> String {
     }
 }
 
-/// A prompt as the messages of a chat; none where it goes to the model as it stands.
+/// Messages for the chat template; none if prompts are not rendered by it.
 fn messages(row: &Parsed, config: &Config) -> Vec<Message> {
     if !config.prompts.chat {
         return Vec::new();

@@ -116,7 +116,7 @@ impl Person {
     /// The letter under which an answer is shown.
     async fn letter_of(&self, answer: &str) -> String {
         for row in self.0.find_all(Locator::Css("#answers li")).await.unwrap() {
-            if row.find(Locator::Css(".said")).await.unwrap().text().await.unwrap() == answer {
+            if row.find(Locator::Css(".text")).await.unwrap().text().await.unwrap() == answer {
                 return row.find(Locator::Css(".letter")).await.unwrap().text().await.unwrap().to_lowercase();
             }
         }
@@ -278,7 +278,7 @@ fn the_page_lets_in_whom_it_should() {
     assert_eq!(status(ureq::get(&next)), 200);
     assert_eq!(status(ureq::get(&next).header("Host", "evil.example")), 403);
     let said = json!({"labeller": "anna", "item": 0}).to_string();
-    let form = ureq::post(&format!("{}api/say", local.url)).header("Content-Type", "text/plain").send(said);
+    let form = ureq::post(&format!("{}api/label", local.url)).header("Content-Type", "text/plain").send(said);
     assert!(matches!(form, Err(ureq::Error::StatusCode(415))), "{form:?}");
     let page = ureq::get(&local.url).call().unwrap();
     let policy = page.headers()["content-security-policy"].to_str().unwrap();
@@ -286,11 +286,11 @@ fn the_page_lets_in_whom_it_should() {
     // What makes no sense is refused with its reason, and nothing is kept.
     for (body, wanted) in [
         (json!({"labeller": "", "item": 0}), "say who you are"),
-        (json!({"labeller": "anna", "item": 9}), "not on the board"),
+        (json!({"labeller": "anna", "item": 9}), "no longer in the queue"),
         (json!({"labeller": "anna", "item": 0, "ranks": [1, 2]}), "2 ranks for 4 completions"),
         (json!({"labeller": "anna", "item": 3, "text": " "}), "the text is empty"),
     ] {
-        let mut answer = ureq::post(&format!("{}api/say", local.url))
+        let mut answer = ureq::post(&format!("{}api/label", local.url))
             .config()
             .http_status_as_error(false)
             .build()
@@ -338,7 +338,7 @@ fn a_job_waits_for_people_and_asks_nothing_again_after_a_kill() {
             };
             assert_eq!(found["live"], true);
             if let Some(id) = found["item"]["id"].as_u64() {
-                let _ = post(&server.url, "api/say", json!({"labeller": "anna", "item": id, "ranks": [1, 2]}));
+                let _ = post(&server.url, "api/label", json!({"labeller": "anna", "item": id, "ranks": [1, 2]}));
                 return Some(found["item"]["completions"].clone());
             }
             std::thread::sleep(Duration::from_millis(20));
