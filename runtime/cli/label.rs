@@ -9,7 +9,7 @@ use clap::Args;
 use rehearsal_store::Store;
 use serde_json::json;
 
-use super::run::on_signal;
+use super::run::cancel_on_signal;
 use crate::data::write;
 use crate::error::{At, Error, Result};
 use crate::label::{Access, Item, LabelQueue, LabelService, LedgerLabels, items, serve};
@@ -61,7 +61,7 @@ pub fn label(settings: Label) -> Result<ExitCode> {
             "labelling at {}; every label is saved at once, and Ctrl-C ends the server",
             access.url(server.address)
         );
-        on_signal().cancelled().await;
+        cancel_on_signal().cancelled().await;
         Ok::<_, Error>(())
     })?;
     let progress = service.progress();

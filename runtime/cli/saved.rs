@@ -1,4 +1,4 @@
-//! Models as the command line names them: files, the embedded one, or a job's newest checkpoint.
+//! Models as the command line names them: model files, the embedded model, or the newest checkpoint of a job.
 
 use std::path::Path;
 
@@ -12,26 +12,28 @@ use crate::config::methods::Algorithm;
 use crate::error::{Error, Result};
 use crate::inputs::load_model;
 
-/// An error unless a job has worked in the directory: opening a store would make one.
-pub fn is_job(directory: &Path) -> Result<()> {
+/// Fails unless the directory has a store. Checked before opening one, which would create it.
+pub fn require_job(directory: &Path) -> Result<()> {
     if directory.join("store").is_dir() { Ok(()) } else { Err(Error::NothingToResume(directory.into())) }
 }
 
-/// A model by name; for a job's directory, its policy as of the newest whole checkpoint.
+/// Opens a model: `embedded`, a model directory or file, or the directory of a job, for the policy of its newest intact
+/// checkpoint.
 pub fn model(name: &str) -> Result<Checkpoint> {
     let path = Path::new(name);
-    if is_job(path).is_ok() {
+    if require_job(path).is_ok() {
         let (store, _) = Store::open(path)?;
         return policy(path, &store);
     }
     load_model(&if name == "embedded" { ModelSource::Embedded } else { ModelSource::Path(path.into()) })
 }
 
-/// A job's trained model (averaged, where its weights are): its start when there is no checkpoint yet.
+/// The model that a job trains: the averaged weights if it averages them, and the initial model before the first
+/// checkpoint.
 pub fn policy(directory: &Path, store: &Store) -> Result<Checkpoint> {
     let config = saved_config(directory)?;
     let mut checkpoint = load_model(&config.model.policy)?;
-    // A reward model's job trains a critic.
+    // The algorithm `reward_model` trains the role `critic`.
     let role = if config.job.algorithm == Algorithm::RewardModel { "critic" } else { "policy" };
     if role == "critic" {
         checkpoint = checkpoint.with_score_head(config.job.seed)?;
@@ -55,7 +57,7 @@ pub fn policy(directory: &Path, store: &Store) -> Result<Checkpoint> {
                 None => Lora::new(&checkpoint, settings.config.clone(), &Device::Cpu, config.job.seed)?,
             };
             for (name, var) in lora.variables() {
-                let missing = || Error::State(format!("the checkpoint has no `{name}`"));
+                let missing = || Error::State(format!("the checkpoint has no tensor `{name}`"));
                 var.set(tensors.get(name).ok_or_else(missing)?).map_err(rehearsal_lm::Error::from)?;
             }
             let merged = lora.merged(&checkpoint, &Device::Cpu)?;
@@ -67,10 +69,11 @@ pub fn policy(directory: &Path, store: &Store) -> Result<Checkpoint> {
     Ok(checkpoint)
 }
 
+/// An f32 tensor of a checkpoint.
 fn tensor(t: &OwnedTensor) -> Result<Tensor> {
     let dtype = match t.dtype.as_str() {
         "F32" => DType::F32,
-        other => return Err(Error::State(format!("`{}` has the type {other}", t.name))),
+        other => return Err(Error::State(format!("the tensor `{}` has type {other}, not F32", t.name))),
     };
     Ok(Tensor::from_raw_buffer(&t.data, dtype, &t.shape, &Device::Cpu).map_err(rehearsal_lm::Error::from)?)
 }

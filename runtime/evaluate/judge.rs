@@ -1,4 +1,4 @@
-//! How far a judge agrees with labels, and with itself when the order is turned round.
+//! Agreement of a judge with labelled pairs, and with itself in the other order.
 
 use std::path::Path;
 
@@ -7,35 +7,38 @@ use rehearsal_learn::evaluation::agreement::cohen;
 use rehearsal_learn::evaluation::judge::{BothOrders, first_position_rate};
 use serde::Serialize;
 
-use super::{objects, text, wrong};
+use super::rows::{objects, row_error, text};
 use crate::error::{Error, Result};
 use crate::judge::{Judge, JudgeVerdict, Reply, Template};
 
-/// A judge against labels.
+/// Agreement of a judge with labels.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct JudgeReport {
+    /// Number of pairs.
     pub pairs: usize,
-    /// Share of the pairs, those labelled ties apart, whose label is the judge's choice over both orders.
+    /// Share of pairs whose label is the judge's choice over both orders; without pairs labelled as ties.
     pub accuracy: f64,
-    /// The same in the order of the file alone.
+    /// The same in file order alone.
     pub accuracy_first_order: f64,
-    /// Cohen's κ with the labels over both orders, ties apart.
+    /// Cohen's κ of label and choice over both orders; without pairs labelled as ties.
     pub kappa: Option<f64>,
-    /// Share of pairs on which both orders name the same answer.
+    /// Share of pairs on which the judge chooses the same completion in both orders.
     pub position_consistency: f64,
-    /// Share of verdicts, over both orders, for the answer that is shown first: 0.5 without position bias.
+    /// Share of verdicts, over both orders, for the completion shown first; 0.5 without position bias.
     pub first_position_rate: f64,
-    /// Replies that could not be read.
+    /// Number of replies without a readable verdict, which count as ties.
     pub unreadable: usize,
 }
 
-/// Asks a judge about every pair of a file, in both orders. Columns: `prompt` (or `question`), `first` and `second` (or
-/// `answer_a`, `answer_b`), and `verdict`: `1`, `2` or `tie`.
+/// Asks a judge about the first `limit` pairs of a file, in both orders.
+///
+/// Columns: `prompt` (or `question`), `first` and `second` (or `answer_a`, `answer_b`), `verdict` (or `label`): `1`,
+/// `2` or `tie`.
 pub fn judge_agreement(judge: &dyn Judge, template: &Template, file: &Path, limit: usize) -> Result<JudgeReport> {
     let mut questions = Vec::new();
     let mut labels = Vec::new();
     for (place, row) in objects(file)?.into_iter().take(limit) {
-        let of = |columns: &[&str]| text(&row, columns).map_err(|e| wrong(file, &place, e));
+        let of = |columns: &[&str]| text(&row, columns).map_err(|e| row_error(file, &place, e));
         let prompt = of(&["prompt", "question"])?;
         let sample =
             |completion: &str| Sample { prompt: prompt.into(), completion: completion.into(), ..Sample::default() };
@@ -46,7 +49,11 @@ pub fn judge_agreement(judge: &dyn Judge, template: &Template, file: &Path, limi
             "2" | "b" | "B" | "second" => -1,
             "tie" | "c" | "C" => 0,
             other => {
-                return Err(wrong(file, &place, format!("has the verdict `{other}`; `1`, `2` and `tie` are verdicts")));
+                return Err(row_error(
+                    file,
+                    &place,
+                    format!("has the verdict `{other}`; it must be `1`, `2` or `tie`"),
+                ));
             }
         });
     }
@@ -70,12 +77,12 @@ pub fn judge_agreement(judge: &dyn Judge, template: &Template, file: &Path, limi
     let share = |of: &dyn Fn(&BothOrders) -> f64| {
         decided.iter().filter(|(label, v)| sign(of(v)) == *label).count() as f64 / decided.len().max(1) as f64
     };
-    let (said, wanted): (Vec<i8>, Vec<i8>) = decided.iter().map(|(l, v)| (sign(v.probability()), *l)).unzip();
+    let (chosen, labelled): (Vec<i8>, Vec<i8>) = decided.iter().map(|(l, v)| (sign(v.probability()), *l)).unzip();
     Ok(JudgeReport {
         pairs: labels.len(),
         accuracy: share(&BothOrders::probability),
         accuracy_first_order: share(&|v| v.shown_first),
-        kappa: cohen(&said, &wanted),
+        kappa: cohen(&chosen, &labelled),
         position_consistency: verdicts.iter().filter(|v| v.consistent()).count() as f64 / verdicts.len() as f64,
         first_position_rate: first_position_rate(&verdicts),
         unreadable,

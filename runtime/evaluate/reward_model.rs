@@ -1,4 +1,4 @@
-//! How often a reward model orders labelled pairs as they are labelled, by subset and, for RewardBench's, by section.
+//! Accuracy of a reward model on labelled pairs, by subset and by section of RewardBench.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,25 +15,31 @@ use crate::error::Result;
 /// Accuracy of a reward model.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct PairReport {
+    /// Number of pairs.
     pub pairs: usize,
-    /// Share of pairs whose chosen completion scores strictly higher.
+    /// Share of pairs whose chosen completion has the strictly higher score.
     pub accuracy: f64,
+    /// Number of pairs with equal scores.
     pub ties: usize,
-    /// Accuracy where the longer answer is chosen, and where the shorter one is.
+    /// Accuracy on pairs whose chosen completion is the longer one.
     pub accuracy_longer: f64,
+    /// Accuracy on the other pairs.
     pub accuracy_shorter: f64,
-    /// Share of pairs whose longer answer is chosen: what a ruler for length would reach.
+    /// Share of pairs whose longer completion is chosen: the accuracy of length as a score.
     pub longer_chosen: f64,
+    /// Accuracy by the value of the column `subset`.
     pub subsets: BTreeMap<String, f64>,
-    /// RewardBench's sections, where there are subsets of theirs.
+    /// Accuracy by section of RewardBench, for its subsets.
     pub sections: BTreeMap<String, f64>,
-    /// The mean of the sections.
+    /// Mean of the sections.
     pub score: Option<f64>,
-    /// Rows that could not be used.
+    /// Number of unusable rows.
     pub dropped: u64,
 }
 
-/// Scores every pair of a file with columns `prompt`, `chosen`, `rejected` and perhaps `subset`.
+/// Scores all pairs of a file with columns `prompt`, `chosen`, `rejected` and optionally `subset`.
+///
+/// Computes on the CPU with `threads` threads; 0 uses one for each core.
 pub fn reward_model(checkpoint: &Checkpoint, file: &Path, precision: Precision, threads: usize) -> Result<PairReport> {
     let LabelledPairs { pairs: rows, dropped } =
         data::labelled_pairs(file, &checkpoint.text, &checkpoint.architecture)?;
