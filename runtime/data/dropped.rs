@@ -4,8 +4,6 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::prompts::Prompts;
-
 /// Rows left out, by reason. A reason completes a sentence that begins with the row.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Dropped(pub BTreeMap<String, DroppedRows>);
@@ -26,15 +24,6 @@ impl Dropped {
         entry.rows += 1;
         if entry.first.is_empty() {
             entry.first = place.to_string();
-        }
-    }
-
-    /// Adds the prompts that were left out.
-    pub fn absorb(&mut self, prompts: &Prompts) {
-        for (rows, reason) in [(prompts.bad_lines, "cannot be used"), (prompts.too_long, "is too long")] {
-            if rows > 0 {
-                self.0.insert(reason.into(), DroppedRows { rows, first: String::new() });
-            }
         }
     }
 

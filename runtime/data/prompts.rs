@@ -7,6 +7,7 @@ use rehearsal_lm::{Message, Text};
 use rehearsal_store::{Prompt, Turn};
 use serde_json::Value;
 
+use super::dropped::{Dropped, DroppedRows};
 use super::ledger::Shape;
 use super::rows::{self, Row};
 use super::shuffle::order;
@@ -149,6 +150,17 @@ impl Prompts {
     /// Training prompts of draws `cursor .. cursor + n`; each epoch is a permutation of all.
     pub fn draw(&self, seed: u64, cursor: u64, n: usize) -> Vec<&PromptRow> {
         order(seed, cursor, n, self.train.len()).into_iter().map(|i| &self.train[i]).collect()
+    }
+}
+
+impl Dropped {
+    /// Adds the prompts that were left out.
+    pub fn absorb(&mut self, prompts: &Prompts) {
+        for (rows, reason) in [(prompts.bad_lines, "cannot be used"), (prompts.too_long, "is too long")] {
+            if rows > 0 {
+                self.0.insert(reason.into(), DroppedRows { rows, first: String::new() });
+            }
+        }
     }
 }
 
