@@ -7,6 +7,7 @@ mod crash;
 mod docs;
 mod embed;
 mod evaluate;
+mod fixtures;
 mod gguf_judge;
 mod golden;
 mod gpu;
