@@ -8,7 +8,6 @@ pub mod ema;
 pub mod evaluation;
 pub mod group;
 pub mod kl;
-pub mod masked;
 pub mod pairs;
 pub mod ppo;
 pub mod preference;
@@ -21,7 +20,7 @@ mod wide;
 
 pub use adamw::{ADAMW_CUDA, AdamRule, AdamW, AdamWConfig, MomentType, clip_scale, global_norm};
 pub use kl::{AdaptiveKl, KlEstimator};
-pub use pairs::{Pair, TieRule, select_pairs};
+pub use pairs::{Pair, TieRule, select_pair};
 pub use preference::{PreferenceConfig, PreferenceKind, PreferenceLogprobs, PreferenceLoss, preference_loss};
 pub use schedule::{Schedule, ScheduleKind};
 pub use sft::NllReduction;

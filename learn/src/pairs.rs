@@ -32,14 +32,6 @@ pub fn select_pair(scores: &[f64], ties: TieRule) -> Option<Pair> {
     (margin > 0.0 || ties == TieRule::First).then_some(Pair { chosen, rejected, margin })
 }
 
-/// [`select_pair`] for consecutive groups of `group` scores; indices are into `scores`.
-pub fn select_pairs(scores: &[f64], group: usize, ties: TieRule) -> Vec<Option<Pair>> {
-    let offset = |(g, pair): (usize, Option<Pair>)| {
-        pair.map(|p| Pair { chosen: p.chosen + g * group, rejected: p.rejected + g * group, ..p })
-    };
-    scores.chunks(group.max(1)).map(|s| select_pair(s, ties)).enumerate().map(offset).collect()
-}
-
 /// A completion that did not end by itself loses this much before it is compared (TRL's `missing_eos_penalty`).
 pub fn penalise_missing_eos(score: f64, ended: bool, penalty: f64) -> f64 {
     if ended { score } else { score - penalty }
@@ -51,8 +43,9 @@ mod tests {
 
     #[test]
     fn best_meets_worst() {
-        let pairs = select_pairs(&[0.0, 3.0, -1.0, 2.0, 5.0, 5.0, 5.0, 5.0], 4, TieRule::Skip);
-        assert_eq!(pairs, [Some(Pair { chosen: 1, rejected: 2, margin: 4.0 }), None]);
+        let pair = select_pair(&[0.0, 3.0, -1.0, 2.0], TieRule::Skip);
+        assert_eq!(pair, Some(Pair { chosen: 1, rejected: 2, margin: 4.0 }));
+        assert_eq!(select_pair(&[5.0; 4], TieRule::Skip), None);
     }
 
     #[test]

@@ -1,32 +1,14 @@
-//! Log-probabilities of tokens, and their sums over sequences.
+//! Sums of token values over sequences, and `log σ`.
 
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 
 use crate::Result;
-
-/// `logp = log_softmax(logits / temperature)[label]`: `logits` `[.., vocab]`, `labels` `[..]` (u32), result `[..]`.
-///
-/// `log_softmax` subtracts the maximum first, which keeps 2e-4 that `z_y - logsumexp(z)` loses at large offsets.
-pub fn gather_logprobs(logits: &Tensor, labels: &Tensor, temperature: f64) -> Result<Tensor> {
-    let scaled = (logits / temperature)?;
-    let shifted = scaled.broadcast_sub(&scaled.max_keepdim(D::Minus1)?.detach())?;
-    let chosen = shifted.gather(&labels.unsqueeze(D::Minus1)?.contiguous()?, D::Minus1)?.squeeze(D::Minus1)?;
-    Ok((chosen - shifted.exp()?.sum(D::Minus1)?.log()?)?)
-}
 
 /// Sums of a flat `[tokens]` tensor over consecutive spans: sequence `s` is `spans[s]..spans[s + 1]`.
 pub fn span_sums(values: &Tensor, spans: &[usize]) -> Result<Tensor> {
     let sums: Vec<Tensor> =
         spans.windows(2).map(|w| values.narrow(0, w[0], w[1] - w[0])?.sum_all()).collect::<candle_core::Result<_>>()?;
     Ok(Tensor::stack(&sums, 0)?)
-}
-
-/// Entropy `-Σ p log p` of each row of logits `[.., vocab]`, in nats.
-pub fn entropy(logits: &Tensor) -> Result<Tensor> {
-    let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
-    let (exp, lse) = (shifted.exp()?, shifted.exp()?.sum(D::Minus1)?);
-    let mean = (&exp * &shifted)?.sum(D::Minus1)?.div(&lse)?;
-    Ok((lse.log()? - mean)?)
 }
 
 /// `log σ(x)` whose value and gradient are right everywhere, at 0 and far out.

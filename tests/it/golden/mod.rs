@@ -3,6 +3,7 @@
 //! `REHEARSAL_GOLDEN` names another folder with the same files and other numbers.
 
 mod evaluation;
+mod head;
 mod models;
 mod objectives;
 mod optimiser;
