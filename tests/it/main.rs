@@ -1,5 +1,6 @@
 //! The one integration binary: golden values, real models, loops, crashes, real Prometheus.
 
+mod architecture;
 mod bad_input;
 mod chat;
 mod cli;
