@@ -1,8 +1,8 @@
 //! The promises of a role and its handle, on a role that does next to nothing.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
@@ -11,7 +11,7 @@ use crate::{BufferHandle, Director, DirectorEvent, Error, Result, RoleStatus};
 
 enum CountMsg {
     Add { n: u64, _ticket: Ticket, reply: Reply<u64> },
-    Sleep { time: Duration, _ticket: Ticket, reply: Reply<()> },
+    Wait { open: Arc<AtomicBool>, _ticket: Ticket, reply: Reply<()> },
     Panic { _ticket: Ticket, reply: Reply<()> },
 }
 local_message!(CountMsg);
@@ -28,8 +28,11 @@ impl Machine for Count {
                 self.0 += n;
                 answer(reply, Ok(self.0));
             }
-            CountMsg::Sleep { time, reply, .. } => {
-                std::thread::sleep(time);
+            CountMsg::Wait { open, reply, .. } => {
+                let give_up = Instant::now() + LONG;
+                while !open.load(Ordering::SeqCst) && Instant::now() < give_up {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
                 answer(reply, Ok(()));
             }
             CountMsg::Panic { reply, .. } => {
@@ -68,8 +71,9 @@ impl Fixture {
         self.link.ask(|_ticket, reply| CountMsg::Add { n, _ticket, reply }).await
     }
 
-    async fn sleep(&self, time: Duration) -> Result<()> {
-        self.link.ask(|_ticket, reply| CountMsg::Sleep { time, _ticket, reply }).await
+    /// Keeps the role busy until `open` is set.
+    async fn wait(&self, open: Arc<AtomicBool>) -> Result<()> {
+        self.link.ask(|_ticket, reply| CountMsg::Wait { open, _ticket, reply }).await
     }
 
     async fn panic(&self) -> Result<()> {
@@ -112,38 +116,44 @@ async fn a_panic_is_told_and_the_role_is_built_again() {
 
 #[tokio::test]
 async fn a_mailbox_is_bounded_and_a_slow_role_is_a_timeout() {
-    let f = Arc::new(Fixture::new(2, Duration::from_millis(150), 0).await);
+    let f = Arc::new(Fixture::new(2, Duration::from_secs(2), 0).await);
+    let open = Arc::new(AtomicBool::new(false));
     let slow: Vec<_> = (0..4)
         .map(|_| {
-            let f = f.clone();
-            tokio::spawn(async move { f.sleep(Duration::from_millis(250)).await })
+            let (f, open) = (f.clone(), open.clone());
+            tokio::spawn(async move { f.wait(open).await })
         })
         .collect();
+    while f.link.depth() < 2 {
+        tokio::task::yield_now().await;
+    }
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert_eq!(f.link.depth(), 2, "the other two wait outside");
-    let mut timeouts = 0;
     for task in slow {
-        timeouts += usize::from(matches!(task.await.unwrap(), Err(Error::Timeout { role: "count", .. })));
+        assert!(matches!(task.await.unwrap(), Err(Error::Timeout { role: "count", .. })));
     }
-    assert!(timeouts > 0);
     // A timeout does not cancel the work; once it is done the role answers again.
-    tokio::time::sleep(Duration::from_millis(1500)).await;
+    open.store(true, Ordering::SeqCst);
+    while f.link.depth() > 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
     assert_eq!((f.add(1).await.unwrap(), f.link.depth()), (1, 0));
 }
 
 #[tokio::test]
 async fn a_busy_role_does_not_hold_up_the_async_threads() {
-    let f = Arc::new(Fixture::new(4, LONG, 0).await); // a runtime of one thread
+    let f = Arc::new(Fixture::new(4, 2 * LONG, 0).await); // a runtime of one thread
+    let open = Arc::new(AtomicBool::new(false));
     let busy = {
-        let f = f.clone();
-        tokio::spawn(async move { f.sleep(Duration::from_millis(300)).await })
+        let (f, open) = (f.clone(), open.clone());
+        tokio::spawn(async move { f.wait(open).await })
     };
-    let mut ticks = 0;
-    while !busy.is_finished() {
+    for _ in 0..30 {
         tokio::time::sleep(Duration::from_millis(2)).await;
-        ticks += 1;
     }
-    assert!(ticks > 30, "{ticks} ticks in 300 ms");
+    assert!(!busy.is_finished(), "nothing else ran until the role was done");
+    open.store(true, Ordering::SeqCst);
+    busy.await.unwrap().unwrap();
 }
 
 #[tokio::test]
