@@ -6,6 +6,7 @@ use std::process::Command;
 
 use rehearsal::{Config, Error, Job, RewardFn, Sample};
 
+use crate::support::watch::{Phase, Watched};
 use crate::support::{Remains, config, job_file, program, rehearsal, resume, run, run_with, stderr, toml};
 
 fn problems(source: &str) -> String {
@@ -167,20 +168,18 @@ fn a_job_whose_reward_failed_goes_on_once_it_works_and_loses_nothing() {
 fn a_second_process_on_the_same_directory_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (file, directory) = job_file(folder.path(), 2000, "");
-    let mut first =
-        program().args(["run", file.to_str().unwrap()]).stdout(std::process::Stdio::null()).spawn().unwrap();
-    while !directory.join("history.jsonl").exists() {
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
+    // It waits for its log to be read, and so does not end meanwhile.
+    let mut first = Watched::start(&["run", file.to_str().unwrap()]);
+    first.until(Phase::Stepped);
     let second = rehearsal(&["resume", directory.to_str().unwrap()]);
     let status = rehearsal(&["status", directory.to_str().unwrap()]);
-    first.kill().unwrap();
-    first.wait().unwrap();
+    let process = first.id();
+    first.kill();
     assert!(!second.status.success());
     let text = stderr(&second);
-    assert!(text.contains(&format!("in use by process {}", first.id())), "{text}");
+    assert!(text.contains(&format!("in use by process {process}")), "{text}");
     let text = crate::support::stdout(&status);
-    assert!(text.contains(&format!("running as process {}", first.id())), "{text}");
+    assert!(text.contains(&format!("running as process {process}")), "{text}");
 }
 
 #[test]

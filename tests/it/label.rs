@@ -10,7 +10,8 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use rehearsal::store::{Preference, Store};
 use serde_json::{Value, json};
 
-use crate::support::{job_file, program, rehearsal, runtime, skipped, stderr};
+use crate::support::skipped;
+use crate::support::{PATIENCE, job_file, program, rehearsal, rewarded_by, runtime, stderr};
 
 /// A process that serves something, killed at the end.
 struct Server {
@@ -91,7 +92,7 @@ impl Person {
 
     /// Waits until a part of the page says something.
     async fn sees(&self, css: &str, wanted: &str) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let text = self.text(css).await;
             if text.contains(wanted) {
@@ -321,8 +322,7 @@ fn a_job_waits_for_people_and_asks_nothing_again_after_a_kill() {
     let people = "[people]\nlisten = \"127.0.0.1:0\"\n[evaluation]\nevery_steps = 0\n";
     let (file, directory) = job_file(folder.path(), 2, people);
     let text = std::fs::read_to_string(&file).unwrap();
-    let rules = "[reward]\nrules = [\"distinct_words\", \"ends_properly\"]\nweights = [0.1, 1.0]\n";
-    std::fs::write(&file, text.replace(rules, "")).unwrap();
+    std::fs::write(&file, rewarded_by(&text, "")).unwrap();
     let start = |args: &[&str]| {
         let mut command = program();
         command.args(args);
@@ -330,7 +330,7 @@ fn a_job_waits_for_people_and_asks_nothing_again_after_a_kill() {
     };
     // Says that the first answer in the item's order is best; what was shown is returned.
     let say = |server: &Server| -> Option<Value> {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             let found = match ureq::get(&format!("{}api/next?labeller=anna", server.url)).call() {
                 Ok(mut found) => found.body_mut().read_json::<Value>().unwrap(),
@@ -343,7 +343,7 @@ fn a_job_waits_for_people_and_asks_nothing_again_after_a_kill() {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        panic!("nothing to judge for a minute");
+        panic!("there was nothing to judge");
     };
     let mut judged = Vec::new();
     let server = start(&["run", file.to_str().unwrap()]);
@@ -365,7 +365,7 @@ fn a_job_waits_for_people_and_asks_nothing_again_after_a_kill() {
     let other = tempfile::tempdir().unwrap();
     let (again, directory) = job_file(other.path(), 2, people);
     let text = std::fs::read_to_string(&again).unwrap();
-    std::fs::write(&again, text.replace(rules, "")).unwrap();
+    std::fs::write(&again, rewarded_by(&text, "")).unwrap();
     let mut server = start(&["run", again.to_str().unwrap()]);
     say(&server);
     let signal = Command::new("kill").args(["-TERM", &server.child.id().to_string()]).status().unwrap();

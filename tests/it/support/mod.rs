@@ -2,9 +2,13 @@
 
 pub mod edit;
 pub mod small;
+pub mod watch;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
 
 use rehearsal::store::{Preference, Store};
 use rehearsal::{CancellationToken, Config, Error, Job, Outcome, Reward};
@@ -29,6 +33,14 @@ pub fn python() -> Option<String> {
     found.then_some(python)
 }
 
+/// The rewards of [`toml`].
+pub const RULES: &str = "[reward]\nrules = [\"distinct_words\", \"ends_properly\"]\nweights = [0.1, 1.0]\n";
+
+/// A job's document with other sources of rewards in the place of its rules.
+pub fn rewarded_by(text: &str, sections: &str) -> String {
+    edit::replace_once(text, RULES, sections)
+}
+
 /// A job of a few seconds. `steps` and what `more` says (whole sections) can be chosen.
 pub fn toml(directory: &Path, steps: u64, more: &str) -> String {
     format!(
@@ -44,10 +56,7 @@ completions_per_prompt = 2
 max_new_tokens = 24
 temperature = 1.0
 
-[reward]
-rules = ["distinct_words", "ends_properly"]
-weights = [0.1, 1.0]
-
+{RULES}
 [optimizer]
 learning_rate = 1e-4
 warmup_steps = 2
@@ -76,6 +85,24 @@ pub fn resume(config: Config) -> Result<Outcome, Error> {
 
 pub fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Runtime::new().unwrap()
+}
+
+/// How long a test waits before it says what it waited for. No test passes because this is over.
+pub const PATIENCE: Duration = Duration::from_secs(600);
+
+/// A port that nobody listens on: not one of those that the system hands out, so that no other program gets it by chance
+/// before it is used.
+pub fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    const PORTS: std::ops::Range<u32> = 15_000..30_000;
+    let begin = std::process::id() * 64 % PORTS.len() as u32;
+    loop {
+        let n = u32::from(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = (PORTS.start + (begin + n) % PORTS.len() as u32) as u16;
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// The program itself.
