@@ -6,6 +6,7 @@ use std::process::Command;
 
 use rehearsal::{Config, Error, Job, RewardFn, Sample};
 
+use crate::support::parts::{Part, skip};
 use crate::support::watch::{Phase, Watched};
 use crate::support::{Remains, config, job_file, program, rehearsal, resume, run, run_with, stderr, toml};
 
@@ -233,7 +234,7 @@ impl SmallDisk {
             Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(&path).output();
         let ok = mounted.is_ok_and(|o| o.status.success());
         if !ok {
-            crate::support::skipped!("a small disk could not be mounted (that takes root)");
+            skip(Part::Mount, "a small disk could not be mounted (that takes root)");
         }
         ok.then_some(Self(path))
     }

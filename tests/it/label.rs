@@ -10,7 +10,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use rehearsal::store::{Preference, Store};
 use serde_json::{Value, json};
 
-use crate::support::skipped;
+use crate::support::parts::{Part, skip};
 use crate::support::{PATIENCE, job_file, program, rehearsal, rewarded_by, runtime, stderr};
 
 /// A process that serves something, killed at the end.
@@ -141,7 +141,7 @@ const BACKSPACE: &str = "\u{e003}";
 fn people_rank_tie_undo_reload_and_write_in_a_real_browser() {
     let driver = Command::new("chromedriver").arg("--version").output();
     if driver.is_err() {
-        skipped!("there is no chromedriver; `apt-get install chromium-driver` brings it");
+        skip(Part::Chromium, "there is no chromedriver; `apt-get install chromium-driver` brings it");
         return;
     }
     let folder = tempfile::tempdir().unwrap();

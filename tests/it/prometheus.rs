@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::support::edit::replace_once;
+use crate::support::parts::{Part, skip};
 use crate::support::{PATIENCE, free_port, job_file, program};
 
 /// Expressions that may be empty on a healthy job, each with its reason.
@@ -31,7 +32,7 @@ fn deploy(file: &str) -> std::path::PathBuf {
 fn installed(program: &str) -> bool {
     let found = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
     if !found {
-        crate::support::skipped!("{program} is not installed (Debian: apt-get install prometheus)");
+        skip(Part::Prometheus, format_args!("{program} is not installed (Debian: apt-get install prometheus)"));
     }
     found
 }

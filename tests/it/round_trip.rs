@@ -5,7 +5,8 @@ use std::process::Command;
 use rehearsal::lm::Checkpoint;
 use serde_json::Value;
 
-use crate::support::{job_file, python, rehearsal, stderr};
+use crate::support::parts::Part;
+use crate::support::{job_file, python, python_with, rehearsal, stderr};
 
 const LOGITS: &str = "
 import json, sys, torch
@@ -167,11 +168,7 @@ fn adapters_go_to_peft_and_back() {
     }
     lora.save(&base, &path("adapter")).unwrap();
     let merged = lora.merged(&base, &Device::Cpu).unwrap();
-    let Some(python) = python() else { return };
-    if !Command::new(&python).args(["-c", "import peft"]).output().is_ok_and(|o| o.status.success()) {
-        crate::support::skipped!("{python} has no peft");
-        return;
-    }
+    let Some(python) = python_with(Part::Peft, "transformers, torch, peft") else { return };
     let folders = [path("base"), path("adapter"), path("theirs")];
     let output = Command::new(python).args(["-c", PEFT]).args(&folders).output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
@@ -196,13 +193,10 @@ pandas.DataFrame([
 
 #[test]
 fn parquet_files_are_read_like_json_lines() {
-    let Some(python) = python() else { return };
+    let Some(python) = python_with(Part::Parquet, "pandas, pyarrow") else { return };
     let folder = tempfile::tempdir().unwrap();
     let output = Command::new(python).args(["-c", PARQUET]).arg(folder.path()).output().unwrap();
-    if !output.status.success() {
-        crate::support::skipped!("no Parquet file could be made: {}", stderr(&output));
-        return;
-    }
+    assert!(output.status.success(), "{}", stderr(&output));
     for (algorithm, file) in [("sft", "messages.parquet"), ("dpo", "pairs.parquet")] {
         let job = format!(
             "[job]\ndirectory = \"{algorithm}\"\nalgorithm = \"{algorithm}\"\nsteps = 2\n[data]\ntrain = [\"{file}\"]\n"
@@ -244,11 +238,7 @@ fn an_exported_ledger_is_a_preference_dataset() {
         }
         assert!(row["score_chosen"].as_f64() > row["score_rejected"].as_f64(), "{row}");
     }
-    let Some(python) = python() else { return };
-    if !Command::new(&python).args(["-c", "import datasets, trl"]).output().is_ok_and(|o| o.status.success()) {
-        crate::support::skipped!("{python} has no datasets and trl");
-        return;
-    }
+    let Some(python) = python_with(Part::Trl, "datasets, trl") else { return };
     let output = Command::new(python).args(["-c", DATASET]).arg(&out).output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), lines.len().to_string());

@@ -6,8 +6,9 @@ use std::process::{Child, Command};
 use rehearsal::Config;
 use rehearsal::store::Store;
 
+use crate::support::parts::Part;
 use crate::support::watch::{Phase, Watched};
-use crate::support::{free_port, job_file, python, rehearsal, resume, rewarded_by, skipped, stderr, toml};
+use crate::support::{free_port, job_file, python_with, rehearsal, resume, rewarded_by, stderr, toml};
 
 struct Served(Child);
 
@@ -37,11 +38,7 @@ impl Drop for Served {
 
 #[test]
 fn a_served_model_judges_dies_returns_and_is_paid_once() {
-    let Some(python) = python() else { return };
-    if !Command::new(&python).args(["-c", "import fastapi, uvicorn"]).output().is_ok_and(|o| o.status.success()) {
-        skipped!("{python} has no fastapi and uvicorn, which `transformers serve` needs");
-        return;
-    }
+    let Some(python) = python_with(Part::Serve, "transformers, torch, fastapi, uvicorn") else { return };
     let folder = tempfile::tempdir().unwrap();
     // A model for the server: the embedded one, as `transformers` reads it.
     let (file, directory) = job_file(folder.path(), 1, "");

@@ -25,7 +25,8 @@ impl Nvrtc {
         // SAFETY: as above.
         let library = named.into_iter().chain(names).find_map(|name| unsafe { Library::new(name) }.ok());
         if library.is_none() {
-            crate::support::skipped!("no NVRTC; REHEARSAL_NVRTC names the library (PyPI: nvidia-cuda-nvrtc)");
+            let what = "no NVRTC; REHEARSAL_NVRTC names the library (PyPI: nvidia-cuda-nvrtc)";
+            crate::support::parts::skip(crate::support::parts::Part::Nvrtc, what);
         }
         library.map(Self)
     }

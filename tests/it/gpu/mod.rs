@@ -9,7 +9,8 @@ pub use emulator::Emulator;
 /// The emulated board, or a loud skip.
 pub fn board() -> Option<std::sync::Arc<Emulator>> {
     if emulator::compiler().is_none() {
-        crate::support::skipped!("no C++ compiler to run the GPU's kernels with");
+        let what = "no C++ compiler to run the GPU's kernels with";
+        crate::support::parts::skip(crate::support::parts::Part::Cxx, what);
         return None;
     }
     Some(Emulator::shared())

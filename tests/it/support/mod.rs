@@ -1,34 +1,32 @@
 //! Small jobs on the embedded model, in the process and as the real program.
 
 pub mod edit;
+pub mod parts;
 pub mod small;
 pub mod watch;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use rehearsal::store::{Preference, Store};
 use rehearsal::{CancellationToken, Config, Error, Job, Outcome, Reward};
 
-/// Says that a test was skipped and why, past the test runner, which hides what passing tests print.
-macro_rules! skipped {
-    ($($reason:tt)*) => {{
-        use std::io::Write;
-        let _ = writeln!(std::io::stderr(), "SKIPPED: {}", format_args!($($reason)*));
-    }};
-}
-pub(crate) use skipped;
+use self::parts::{Part, skip};
 
 /// A Python that has `transformers` and `torch` (`REHEARSAL_PYTHON`, or `python3`).
 pub fn python() -> Option<String> {
+    python_with(Part::Python, "transformers, torch")
+}
+
+/// A Python with some modules, separated by commas.
+pub fn python_with(part: Part, modules: &str) -> Option<String> {
     let python = std::env::var("REHEARSAL_PYTHON").unwrap_or_else(|_| "python3".into());
-    let found =
-        Command::new(&python).args(["-c", "import transformers, torch"]).output().is_ok_and(|o| o.status.success());
+    let import = format!("import {modules}");
+    let found = Command::new(&python).args(["-c", &import]).output().is_ok_and(|o| o.status.success());
     if !found {
-        skipped!("{python} has no transformers and torch; set REHEARSAL_PYTHON to one that has");
+        skip(part, format_args!("{python} cannot import {modules}; set REHEARSAL_PYTHON to one that can"));
     }
     found.then_some(python)
 }
