@@ -118,7 +118,7 @@ async fn a_panic_is_told_and_the_role_is_built_again() {
 async fn a_mailbox_is_bounded_and_a_slow_role_is_a_timeout() {
     let f = Arc::new(Fixture::new(2, Duration::from_secs(2), 0).await);
     let open = Arc::new(AtomicBool::new(false));
-    let slow: Vec<_> = (0..4)
+    let mut inside: Vec<_> = (0..4)
         .map(|_| {
             let (f, open) = (f.clone(), open.clone());
             tokio::spawn(async move { f.wait(open).await })
@@ -129,11 +129,15 @@ async fn a_mailbox_is_bounded_and_a_slow_role_is_a_timeout() {
     }
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert_eq!(f.link.depth(), 2, "the other two wait outside");
-    for task in slow {
+    let outside = inside.split_off(2);
+    for task in inside {
         assert!(matches!(task.await.unwrap(), Err(Error::Timeout { role: "count", .. })));
     }
     // A timeout does not cancel the work; once it is done the role answers again.
     open.store(true, Ordering::SeqCst);
+    for task in outside {
+        task.await.unwrap().unwrap();
+    }
     while f.link.depth() > 0 {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
