@@ -29,6 +29,8 @@ pub enum Error {
     Io { path: PathBuf, source: std::io::Error },
     #[error("{what} cannot be served on {address}: {reason}")]
     Listen { what: &'static str, address: std::net::SocketAddr, reason: String },
+    #[error(transparent)]
+    Metric(#[from] crate::metrics::Undeclared),
     #[error("{0}")]
     Usage(String),
     #[error("the job's saved state cannot be read: {0}")]

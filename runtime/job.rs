@@ -16,9 +16,11 @@ use crate::config::methods::Algorithm;
 use crate::data::Data;
 use crate::error::{At, Error, Result};
 use crate::events::{Event, Outcome};
+use crate::exporter::Readiness;
 use crate::inputs::Inputs;
 use crate::memory::MemoryBudget;
 use crate::metrics::Meters;
+use crate::metrics::table::{counters, process};
 use crate::rules::Rules;
 use crate::run::Run;
 use crate::state::JobState;
@@ -171,8 +173,9 @@ impl Job {
             (None, Some((recorder, _))) => Meters::new(Some(recorder)),
             (None, None) => Meters::new(None),
         });
+        let readiness = Readiness::default();
         let _server = match &prometheus {
-            Some((recorder, address)) => Some(exporter::serve(recorder.handle(), *address).await?),
+            Some((recorder, address)) => Some(exporter::serve(recorder.handle(), *address, readiness.clone()).await?),
             None => None,
         };
 
@@ -183,7 +186,7 @@ impl Job {
             tokio::spawn(async move {
                 while let Some(event) = restarts.recv().await {
                     if let DirectorEvent::Restarted { role, reason, restarts } = event {
-                        meters.set("restarts_total", role, f64::from(restarts));
+                        meters.set_series(counters::RESTARTS, role, f64::from(restarts));
                         let _ = events.send(Event::RoleRestarted { role, reason });
                     }
                 }
@@ -192,7 +195,7 @@ impl Job {
         let full_disk = {
             let (events, meters) = (events.clone(), meters.clone());
             Arc::new(move |error: &rehearsal_store::Error| {
-                meters.set("disk_full", "", 1.0);
+                meters.set(process::DISK_FULL, 1.0);
                 let _ = events.send(Event::DiskFull { message: error.to_string() });
             })
         };
@@ -217,6 +220,7 @@ impl Job {
             dropped,
             model: policy,
             meters,
+            readiness,
             events,
             cancel,
             saved: None,
@@ -225,6 +229,7 @@ impl Job {
             budget,
         };
         let result = run.finish().await;
+        run.readiness.set(false);
         run.roles.director.stop().await;
         watcher.abort();
         if let Ok(outcome) = &result {
@@ -238,6 +243,7 @@ impl Run {
     /// Restores, then runs the loop until it ends, going back to the last checkpoint whenever a role dies.
     async fn finish(&mut self) -> Result<Outcome> {
         self.restore().await?;
+        self.readiness.set(true);
         self.tell(Event::Started {
             step: self.state.step,
             steps: self.config.job.steps,
@@ -298,6 +304,7 @@ impl Run {
 
     /// Waits until the dead are dealt with and goes back to the last checkpoint, however often a role dies meanwhile.
     async fn recover(&mut self, mut restarts: u32) -> Result<()> {
+        self.readiness.set(false);
         loop {
             self.roles.director.settled(restarts).await;
             if let Some(failure) = self.roles.director.failure() {
@@ -305,7 +312,10 @@ impl Run {
             }
             match self.restore().await {
                 Err(e) if e.is_death() => restarts += 1,
-                other => return other,
+                other => {
+                    self.readiness.set(other.is_ok());
+                    return other;
+                }
             }
         }
     }

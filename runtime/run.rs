@@ -24,9 +24,11 @@ use crate::config::methods::Algorithm;
 use crate::data::{Data, Dropped, Prompts};
 use crate::error::{At, Error, Result};
 use crate::events::{Event, StepSummary};
+use crate::exporter::Readiness;
 use crate::label::Served;
 use crate::memory::{self, MemoryBudget};
 use crate::metrics::Meters;
+use crate::metrics::table::process;
 use crate::state::{Evaluation, JobState};
 
 /// The roles of a job; an algorithm has those it needs.
@@ -87,6 +89,8 @@ pub(crate) struct Run {
     pub dropped: Dropped,
     pub model: Arc<Checkpoint>,
     pub meters: Arc<Meters>,
+    /// Set while the state is restored and steps run.
+    pub readiness: Readiness,
     pub events: broadcast::Sender<Event>,
     pub cancel: CancellationToken,
     /// Step of the newest durable checkpoint.
@@ -171,10 +175,10 @@ impl Run {
         let lost = |_| rehearsal_actors::Error::Died { role: "archivist", reason: None };
         let (saved, took) = written.await.map_err(lost)??;
         self.saved = Some(step);
-        self.meters.set("disk_full", "", 0.0);
-        self.meters.set("checkpoint_seconds", "", took.as_secs_f64());
-        self.meters.set("checkpoint_bytes", "", saved.written as f64);
-        self.meters.set("checkpoint_step", "", step as f64);
+        self.meters.set(process::DISK_FULL, 0.0);
+        self.meters.set(process::CHECKPOINT_SECONDS, took.as_secs_f64());
+        self.meters.set(process::CHECKPOINT_BYTES, saved.written as f64);
+        self.meters.set(process::CHECKPOINT_STEP, step as f64);
         self.tell(Event::Checkpoint { step, bytes: saved.written, took });
         self.write_status()
     }
@@ -243,7 +247,7 @@ impl Run {
     /// Ends a step: state, metrics, history, event, status.
     pub fn step_done(&mut self, summary: StepSummary) -> Result<()> {
         self.publish();
-        self.meters.step(&summary);
+        self.meters.step(&summary)?;
         self.last = serde_json::to_value(&summary).map_err(|e| Error::State(e.to_string()))?;
         let line = &self.last;
         let path = self.history_path();
@@ -256,7 +260,7 @@ impl Run {
 
     /// Ends an evaluation.
     pub fn evaluated(&mut self, evaluation: Evaluation) -> Result<()> {
-        self.meters.evaluation(&evaluation);
+        self.meters.evaluation(&evaluation)?;
         self.state.evaluations.push(evaluation.clone());
         self.tell(Event::Evaluated(Box::new(evaluation)));
         self.write_status()
@@ -265,7 +269,7 @@ impl Run {
     /// Exports counters and the state of the roles.
     fn publish(&self) {
         self.meters.counters(&self.state.counters);
-        self.meters.set("job_steps", "", self.config.job.steps as f64);
+        self.meters.set(process::JOB_STEPS, self.config.job.steps as f64);
         let r = &self.roles;
         let of = |stats: &RoleStats| stats.busy().as_secs_f64();
         let roles = [
@@ -276,15 +280,16 @@ impl Run {
             ("buffer", r.buffer.as_ref().map(|h| (of(h.stats()), h.depth()))),
             ("archivist", Some((of(r.archivist.stats()), r.archivist.depth()))),
         ];
-        self.meters.set("dropped_rows", "", self.dropped.total() as f64);
+        self.meters.set(process::DROPPED_ROWS, self.dropped.total() as f64);
         for (role, busy, depth) in
             roles.into_iter().filter_map(|(role, of)| of.map(|(busy, depth)| (role, busy, depth)))
         {
-            self.meters.set("role_busy_seconds", role, busy);
-            self.meters.set("mailbox_depth", role, depth as f64);
+            self.meters.set_series(process::ROLE_BUSY_SECONDS, role, busy);
+            self.meters.set_series(process::MAILBOX_DEPTH, role, depth as f64);
         }
         if let Some(evaluation) = self.state.evaluations.last() {
-            self.meters.evaluation(evaluation);
+            // Numbers that an earlier version kept and this one has no metric for are not exported.
+            let _ = self.meters.evaluation(evaluation);
         }
     }
 

@@ -172,9 +172,10 @@ fn a_real_prometheus_answers_every_expression_of_a_running_job() {
 
     // Every metric of the table is there, under its name and kind.
     let text = get(port, "/metrics").unwrap();
-    for metric in rehearsal::metrics::TABLE {
+    for metric in rehearsal::metrics::all() {
+        let name = metric.exported_name();
         let kind = format!("{:?}", metric.kind).to_lowercase();
-        assert!(text.contains(&format!("# TYPE {} {kind}", metric.name)), "{} is not exported", metric.name);
-        assert!(text.contains(&format!("# HELP {} ", metric.name)), "{} is not described", metric.name);
+        assert!(text.contains(&format!("# TYPE {name} {kind}")), "{name} is not exported");
+        assert!(text.contains(&format!("# HELP {name} ")), "{name} is not described");
     }
 }
