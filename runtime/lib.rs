@@ -28,6 +28,7 @@ mod error;
 pub mod evaluate;
 mod events;
 pub mod exporter;
+mod http;
 mod inputs;
 mod job;
 pub mod judge;

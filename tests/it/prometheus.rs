@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::support::{job_file, program};
+use crate::support::{job_file, program, rehearsal, stderr};
 
 /// Expressions that may be empty on a healthy job, each with its reason.
 const MAY_BE_EMPTY: [(&str, &str); 1] = [("ALERTS", "no alert fires on a healthy job")];
@@ -109,18 +109,51 @@ fn the_deployed_files_pass_promtool() {
     );
 }
 
+/// A job that steps until it is dropped, and the port of its metrics.
+fn running_job(folder: &Path) -> (Killed, u16) {
+    let port = free_port();
+    let more = format!(
+        "\n[checkpoint]\nevery_steps = 10\n\n[evaluation]\nevery_steps = 20\nprompts = 4\n\n[metrics]\nlisten = \"127.0.0.1:{port}\"\n"
+    );
+    let (file, _) = job_file(folder, 1_000_000, &more);
+    let job = program().args(["run", file.to_str().unwrap()]).stdout(Stdio::null()).spawn().unwrap();
+    (Killed(job), port)
+}
+
+#[test]
+fn a_running_job_is_healthy_and_becomes_ready() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_job, port) = running_job(folder.path());
+    let deadline = Instant::now() + Duration::from_secs(90);
+    while get(port, "/readyz").as_deref() != Some("ready\n") {
+        assert!(Instant::now() < deadline, "the job is not ready: {:?}", get(port, "/readyz"));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(get(port, "/healthz").as_deref(), Some("ok\n"));
+}
+
+#[test]
+fn a_job_whose_port_is_busy_says_what_to_do() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (file, _) = job_file(folder.path(), 1, &format!("\n[metrics]\nlisten = \"{address}\"\n"));
+    let output = rehearsal(&["run", file.to_str().unwrap()]);
+    let error = stderr(&output);
+    assert!(
+        !output.status.success() && error.contains(&address.to_string()) && error.contains("`metrics.listen`"),
+        "{error}"
+    );
+}
+
 #[test]
 fn a_real_prometheus_answers_every_expression_of_a_running_job() {
     if !installed("prometheus") {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let (port, own) = (free_port(), free_port());
-    let more = format!(
-        "\n[checkpoint]\nevery_steps = 10\n\n[evaluation]\nevery_steps = 20\nprompts = 4\n\n[metrics]\nlisten = \"127.0.0.1:{port}\"\n"
-    );
-    let (file, _) = job_file(folder.path(), 1_000_000, &more);
-    let _job = Killed(program().args(["run", file.to_str().unwrap()]).stdout(Stdio::null()).spawn().unwrap());
+    let own = free_port();
+    let (_job, port) = running_job(folder.path());
 
     // The deployed configuration, on this test's ports and scraping faster.
     let deployed = std::fs::read_to_string(deploy("prometheus.yml")).unwrap();
