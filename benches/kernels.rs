@@ -15,14 +15,14 @@ use candle_core::{Device, Tensor, Var};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
 use rehearsal::learn::{AdamW, AdamWConfig, MomentType};
 use rehearsal::lm::generate::{Sampling, Scratch};
-use rehearsal::lm::kernels::attention::{self, Family, Heads};
-use rehearsal::lm::kernels::gemm::{Packed, Precision, View, gemm};
-use rehearsal::lm::kernels::head::{self, Targets};
-use rehearsal::lm::kernels::rope::{Angles, rotate};
-use rehearsal::lm::kernels::{activation, norm};
-use rehearsal::lm::model::Activation;
 use rehearsal::lm::ops::{self, AttentionShape, Positions};
-use rehearsal::lm::random::Stream;
+use rehearsal_kernels::activation::{self, Activation};
+use rehearsal_kernels::attention::{self, Family, Heads};
+use rehearsal_kernels::gemm::{Packed, Precision, View, gemm};
+use rehearsal_kernels::head::{self, Targets};
+use rehearsal_kernels::norm;
+use rehearsal_kernels::random::Stream;
+use rehearsal_kernels::rope::{Angles, rotate};
 
 fn random(n: usize, id: u64) -> Vec<f32> {
     let stream = Stream::new(1, id);
@@ -220,7 +220,7 @@ criterion_group! {
 
 fn main() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    heap::keep();
+    heap::configure();
     // As in a job: kernels run inside the pool, so that no call waits for a worker to wake up.
     let pool = rayon::ThreadPoolBuilder::new().build().expect("a thread pool");
     pool.install(benches);

@@ -16,9 +16,8 @@ use std::time::{Duration, Instant};
 use candle_core::{Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
 use rehearsal::lm::generate::{Generator, Options, Request, Sampling};
-use rehearsal::lm::kernels::gemm::Precision;
 use rehearsal::lm::random::Stream;
-use rehearsal::lm::{Architecture, Batch, Decoder, Gradients, Parameters, Sequence};
+use rehearsal::lm::{Architecture, Batch, Decoder, Gradients, Parameters, Precision, Sequence};
 
 const PRECISIONS: [(&str, Precision); 2] = [("f32", Precision::F32), ("bf16", Precision::Bf16)];
 
@@ -189,7 +188,7 @@ criterion_group! {
 
 fn main() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    heap::keep();
+    heap::configure();
     // As in a job: the passes run inside the pool, so that no call waits for a worker to wake up.
     let pool = rayon::ThreadPoolBuilder::new().build().expect("a thread pool");
     pool.install(benches);

@@ -1,5 +1,5 @@
-//! A tokio application that aligns a model beside its own work: its own reward, its own metrics recorder, a polite
-//! stop in the middle, and a resume.
+//! A tokio application that runs a job beside its own work, with its own reward function and metrics recorder. It
+//! cancels the job halfway and resumes it.
 //!
 //!     cargo run --example embed_custom_reward
 
@@ -24,7 +24,8 @@ temperature = 1.0
 learning_rate = 2e-4
 "#;
 
-/// What this application wants: answers that name what they were asked about, early and once.
+/// Reward of this application: 1 if the completion begins with the subject of the question, less the later the subject
+/// comes, and 0 if it never comes.
 fn on_topic(sample: &Sample) -> Result<Judged, String> {
     let subject =
         sample.prompt.split_whitespace().last().ok_or("an empty prompt")?.trim_matches(|c: char| !c.is_alphabetic());
@@ -46,12 +47,12 @@ fn job(recorder: Arc<metrics_exporter_prometheus::PrometheusRecorder>) -> Result
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let _ = std::fs::remove_dir_all("runs/embed_custom_reward"); // from an earlier try
-    // The application's own recorder, which it serves or prints as it likes. Nothing global is installed.
+    let _ = std::fs::remove_dir_all("runs/embed_custom_reward"); // of an earlier run
+    // The application's own metrics recorder. Nothing global is installed.
     let recorder = Arc::new(exporter::recorder());
     let metrics = recorder.handle();
 
-    // The application's own work goes on all the while: the job computes on threads of its own.
+    // The application's own work continues meanwhile, because the job computes on its own threads.
     let ticks = Arc::new(AtomicU64::new(0));
     let own_work = tokio::spawn({
         let ticks = ticks.clone();
@@ -63,7 +64,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     });
 
-    // First half: watch the job, and stop it politely after ten steps.
+    // First half: follow the job's events and cancel it after ten steps.
     let stop = CancellationToken::new();
     let first = job(recorder.clone())?;
     let mut events = first.events();
@@ -83,12 +84,12 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let outcome = running.await??;
     println!(
-        "stopped after step {}; the application ticked {} times meanwhile",
+        "stopped after step {}; meanwhile the application ticked {} times",
         outcome.step,
         ticks.load(Ordering::Relaxed)
     );
 
-    // Second half: a new job object on the same directory goes on where the first one stopped.
+    // Second half: a new job on the same directory continues where the first one stopped.
     let outcome = job(recorder)?.resume(CancellationToken::new()).await?;
     own_work.abort();
     println!("done: {} of {} steps", outcome.step, outcome.steps);

@@ -1,4 +1,4 @@
-//! Draws the curves of an online job as an SVG: reward, KL, loss, margin, length, and where the time went.
+//! Plots the history of an online job as an SVG: reward, KL, loss, margin, completion length, and seconds by phase.
 //!
 //!     cargo run --example plot_history -- runs/quickstart docs/quickstart.svg "The quickstart"
 
@@ -13,7 +13,7 @@ fn line(name: &str, rows: &[Value], key: &str) -> Series {
     against(name, rows, "step", key)
 }
 
-/// Only steps that made an update have a loss and a margin.
+/// A curve over the steps that made an update; the others have neither loss nor margin.
 fn updates(name: &str, rows: &[Value], key: &str) -> Series {
     let rows: Vec<Value> = rows.iter().filter(|r| number(r, "pairs") > Some(0.0)).cloned().collect();
     line(name, &rows, key)

@@ -1,5 +1,5 @@
-//! Draws evaluations of several jobs against one another as an SVG: `X:Y` names a panel's axes, by the numbers of
-//! `status.json`'s evaluations.
+//! Plots the evaluations of several jobs together as an SVG. `X:Y` names the axes of a panel by keys of the evaluations
+//! in `status.json`.
 //!
 //!     cargo run --example plot_runs -- docs/frontier.svg "Reward against KL" kl:reward step:tokens \
 //!         PPO=runs/instructgpt/03-ppo "online DPO=runs/online_dpo_reward_model"
@@ -19,7 +19,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut runs: Vec<(&str, Vec<Value>)> = Vec::new();
     for (label, directory) in rest.iter().filter_map(|a| a.split_once('=')) {
         let status: Value = serde_json::from_slice(&std::fs::read(Path::new(directory).join("status.json"))?)?;
-        // A step's own line stands in where a job evaluates nothing.
+        // A job without evaluations is plotted by its steps.
         let evaluations = match status["evaluations"].as_array() {
             Some(all) if !all.is_empty() => all.clone(),
             _ => rows(Path::new(directory))?,
@@ -31,7 +31,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .map(|(x, y)| {
             let curves = runs.iter().flat_map(|(label, rows)| {
                 let line = against(label, rows, x, y);
-                // The points themselves, under the same colour: two series of the same name.
+                // Points on the curve, in its colour and without a legend entry.
                 let dots = Series { name: String::new(), points: line.points.clone(), dots: true };
                 [line, dots]
             });

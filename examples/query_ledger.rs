@@ -1,4 +1,4 @@
-//! Asks the preference ledger which answers won, by how much, and under which policy version.
+//! Queries the preference ledger of a job: which completions were preferred, by what margin, at which policy version.
 //!
 //!     cargo run -- run examples/quickstart.toml
 //!     cargo run --example query_ledger -- runs/quickstart
@@ -34,7 +34,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let (store, _) = Store::open(&directory)?;
 
-    // How much winners won by, as the policy learned.
+    // Mean margin by policy version.
     let mut by_version: BTreeMap<u64, (u32, u32, f64)> = BTreeMap::new();
     let mut largest: Option<Preference> = None;
     for preference in store.preferences()? {
@@ -56,9 +56,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         );
     }
 
-    // The clearest verdict, and everything else that was said to the same prompt.
+    // The preference with the largest margin, and all others on its prompt.
     if let Some(largest) = largest {
-        println!("\nThe clearest verdict, and all others on its prompt:");
+        println!("\nThe preference with the largest margin, and all others on its prompt:");
         for preference in store.preferences_of_prompt(&largest.prompt)? {
             show(&preference);
         }

@@ -29,10 +29,14 @@ pub enum Error {
     Io { path: PathBuf, source: std::io::Error },
     #[error("{what} cannot be served on {address}: {reason}")]
     Listen { what: &'static str, address: std::net::SocketAddr, reason: String },
+    #[error(transparent)]
+    Metric(#[from] crate::metrics::Undeclared),
     #[error("{0}")]
     Usage(String),
     #[error("the job's saved state cannot be read: {0}")]
     State(String),
+    #[error("{0}; this is a defect of the program")]
+    Internal(String),
     #[error(transparent)]
     Role(#[from] rehearsal_actors::Error),
     #[error(transparent)]

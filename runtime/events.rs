@@ -1,13 +1,10 @@
 //! What a job tells those who watch it.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde::Serialize;
-
 use crate::data::Dropped;
-use crate::state::Evaluation;
+use crate::summary::{Evaluation, StepSummary};
 
 /// Something happened.
 #[derive(Debug, Clone)]
@@ -45,43 +42,4 @@ pub struct Outcome {
     /// It was asked to stop before its last step; `resume` goes on.
     pub stopped: bool,
     pub evaluations: Vec<Evaluation>,
-}
-
-/// One step in numbers. What is measured on rollouts (reward, KL, entropy) is of the policy before the step's update.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
-pub struct StepSummary {
-    pub step: u64,
-    /// Updates the trained model has seen.
-    pub version: u64,
-    pub loss: f64,
-    /// Global norm of the gradients before clipping.
-    pub gradient_norm: f64,
-    pub learning_rate: f64,
-    pub generated_tokens: usize,
-    /// Tokens that went through forward and backward.
-    pub trained_tokens: usize,
-    /// What else the algorithm has to say, under the names of its metrics (`docs/metrics.md`).
-    #[serde(flatten)]
-    pub stats: BTreeMap<&'static str, f64>,
-    pub seconds: Seconds,
-}
-
-impl StepSummary {
-    /// A number by the name of its metric.
-    pub fn stat(&self, name: &str) -> Option<f64> {
-        self.stats.get(name).copied()
-    }
-}
-
-/// Where the time of a step went.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
-pub struct Seconds {
-    pub generate: f64,
-    pub reference: f64,
-    pub reward: f64,
-    pub critic: f64,
-    pub forward: f64,
-    pub backward: f64,
-    pub optimizer: f64,
-    pub total: f64,
 }

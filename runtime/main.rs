@@ -8,6 +8,6 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    heap::keep();
+    heap::configure();
     rehearsal::cli::main()
 }

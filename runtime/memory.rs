@@ -4,7 +4,8 @@ use rehearsal_actors::Placement;
 use rehearsal_lm::Architecture;
 use serde::Serialize;
 
-use crate::config::Config;
+use crate::driver::{RolloutSettings, recorded_tokens};
+use crate::settings::Common;
 
 /// Bytes by purpose, for a job whose roles are on the CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -27,17 +28,21 @@ pub struct MemoryBudget {
 
 impl MemoryBudget {
     /// The budget of a job whose prompts have `prompt_tokens` tokens on average; `None` if a role is not on the CPU.
-    pub fn predict(config: &Config, model: &Architecture, prompt_tokens: u64) -> Option<Self> {
-        if config.placement.policy != Placement::Cpu || config.placement.reference != Placement::Cpu {
+    pub fn predict(
+        config: &Common,
+        rollout: &RolloutSettings,
+        model: &Architecture,
+        prompt_tokens: u64,
+    ) -> Option<Self> {
+        if config.placement.policy() != Placement::Cpu || config.placement.reference() != Placement::Cpu {
             return None;
         }
         let precision = config.model.dtype;
         let parameters = model.parameter_count();
-        let rollout = &config.rollout;
         let (prompts, new) = (rollout.prompts_per_step as u64, rollout.max_new_tokens as u64);
-        let completions = config.completions_per_step() as u64;
+        let completions = rollout.completions_per_step() as u64;
         let all = prompts * prompt_tokens + completions * new;
-        let keeps = config.kept_tokens() as u64;
+        let keeps = recorded_tokens(config, true) as u64;
         // Else the best and the worst of each prompt's completions are computed again to be learned from.
         let tokens = if all <= keeps { all } else { prompts * (prompt_tokens + 2 * new) };
         let micro_batch = tokens.min(config.optimizer.micro_batch_tokens as u64);
@@ -64,13 +69,15 @@ pub fn measured_peak() -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Config;
 
     #[test]
     fn bf16_and_checkpointing_take_less() {
         let model = crate::embedded::model().unwrap().architecture;
         let predict = |toml: &str| {
             let source = format!("[job]\ndirectory = \"x\"\n{toml}");
-            MemoryBudget::predict(&Config::from_toml(&source, "/".as_ref()).unwrap(), &model, 50).unwrap()
+            let config = Config::from_toml(&source, "/".as_ref()).unwrap();
+            MemoryBudget::predict(&config.common, &RolloutSettings::default(), &model, 50).unwrap()
         };
         let full = predict("");
         assert_eq!(full.moments, 8 * model.parameter_count());

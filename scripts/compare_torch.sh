@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Generation at batch 16, decoding alone, and a forward and backward pass over 8 x 128 tokens, by PyTorch and by Rehearsal, in turn.
+# Compares PyTorch and Rehearsal in turn: generation at batch 16, decoding only, and a forward and backward pass over 8 x 128
+# tokens.
 #
 #   scripts/compare_torch.sh PYTHON PROBE HF_DIR [ROUNDS]
 #
@@ -11,7 +12,7 @@ python=$1 probe=$2 hf=$3 rounds=${4:-2}
 here=$(cd "$(dirname "$0")/.." && pwd)
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$here/target}
 criterion=$CARGO_TARGET_DIR/criterion
-ours() { # WHOLE names the benchmark's program where it is built already
+ours() { # WHOLE names the benchmark's program if it is already built
   if [ -n "${WHOLE:-}" ]; then "$WHOLE" --bench "$@"; else (cd "$here" && cargo bench --bench whole -- "$@"); fi
 }
 for round in $(seq "$rounds"); do

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The same online-DPO work by TRL and by Rehearsal, in turn, and the ratios: time of a step and peak memory.
-# REHEARSAL names a program that is built already.
+# Compares TRL and Rehearsal on the same online-DPO work, in turn, and prints the ratios of step time and peak memory.
+# REHEARSAL names a program that is already built.
 #
 #   [DTYPE=f32|bf16] [PROMPT_CHARS=120] scripts/compare_trl.sh PYTHON TRL_SCRIPT MODEL.gguf HF_DIR PROMPTS.jsonl [ROUNDS] [STEPS]
 #
@@ -16,7 +16,7 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 [ -n "${REHEARSAL:-}" ] || cargo build --release --manifest-path "$here/Cargo.toml" >&2
 
-# The same prompts for both: the first of at most so many characters, each once.
+# The same prompts for both: the first distinct ones of at most PROMPT_CHARS characters.
 "$python" - "$prompts" "$work/prompts.jsonl" "$steps" "$chars" <<'P'
 import json, sys
 rows = dict.fromkeys(p for p in (json.loads(l)["prompt"] for l in open(sys.argv[1])) if isinstance(p, str))
@@ -50,7 +50,7 @@ moments = "$dtype"
 [checkpoint]
 every_steps = 1000000
 T
-  # Peak memory as the system counts it, the final checkpoint included.
+  # Peak resident memory as the system counts it, with the final checkpoint.
   /usr/bin/time -f '%M' -o "$work/rss" "${REHEARSAL:-$here/target/release/rehearsal}" run "$work/job.toml" > "$work/log"
   "$python" - "$work/job/history.jsonl" "$(tail -1 "$work/rss")" <<'P'
 import json, statistics, sys

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The same PPO work by TRL and by Rehearsal, in turn, and the ratios: time of an update and peak memory.
+# Compares TRL and Rehearsal on the same PPO work, in turn, and prints the ratios of update time and peak memory.
 #
 #   [DTYPE=f32|bf16] scripts/compare_trl_ppo.sh PYTHON TRL_SCRIPT HF_DIR PROMPTS.jsonl [ROUNDS] [STEPS]
 #

@@ -1,6 +1,6 @@
-"""Decoding by transformers.generate, prompts left out: `torch_decode.py f32|bf16 MODEL_DIR` prints tokens per second at batch 16.
+"""Measures decoding by transformers.generate without prefill: `torch_decode.py f32|bf16 MODEL_DIR` prints tokens per second at batch 16.
 
-The time for 48 new tokens after prompts of 40, less the time for one, is that of 47 steps of 16 rows. The least of three."""
+The time of 47 steps of 16 rows is the time for 48 new tokens after prompts of 40, minus the time for one; each is the least of three."""
 import sys
 import time
 

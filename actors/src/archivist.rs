@@ -1,91 +1,84 @@
-//! The archivist: the store, on a thread of its own.
+//! The archivist: owns the store, and does its I/O on the role's own thread.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use candle_core::{CpuStorage, Device, Storage, Tensor};
 use rehearsal_store::{
-    Error as StoreError, KeptReply, OwnedTensor, Preference, Repair, Rollout, SavedCheckpoint, Store, TensorBytes,
-    Usage, Verdict,
+    CachedReply, Error as StoreError, Preference, Repair, RolloutRecord, SavedCheckpoint, ScoreRecord, Store,
+    TensorBytes, Usage,
 };
 
-use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message, role_status};
-use crate::{Error, ModelSnapshot, Result};
+use crate::role::{Build, Link, Permit, Reply, StateMachine, answer, local_message, role_status};
+use crate::snapshot::{stored_dtype, stored_name, unstored_type};
+use crate::{Error, ModelSnapshot, Restored, Result};
 
-/// How long to wait for room on a full disk before trying again.
+/// Time between attempts to write to a full disk.
 const FULL_DISK_RETRY: Duration = Duration::from_secs(2);
 
-/// All that a job needs to go on.
+/// A checkpoint to be saved: what a job needs to resume.
 #[derive(Clone)]
 pub struct JobCheckpoint {
-    /// Steps done.
+    /// Number of steps done.
     pub step: u64,
-    /// Trained models by role.
+    /// The trained models by role.
     pub models: BTreeMap<String, ModelSnapshot>,
-    /// The job's own state, as bytes.
+    /// The job's own state; the store does not interpret it.
     pub state: Vec<u8>,
-    /// Checkpoints to keep.
+    /// Number of checkpoints to keep, this one included; at least one is kept.
     pub keep: usize,
 }
 
-/// A checkpoint read back.
-pub struct Restored {
-    pub step: u64,
-    pub models: BTreeMap<String, ModelSnapshot>,
-    pub state: Vec<u8>,
-}
-
-/// What a step left in the log before it was cut off.
+/// The logged rollouts and scores of a step that was interrupted, in the order of their indices.
 #[derive(Debug, Default, Clone)]
 pub struct Replay {
-    pub rollouts: Vec<Rollout>,
-    pub verdicts: Vec<Verdict>,
+    pub rollouts: Vec<RolloutRecord>,
+    pub scores: Vec<ScoreRecord>,
 }
 
 pub(crate) enum ArchivistMsg {
     Checkpoint {
         checkpoint: Box<JobCheckpoint>,
-        _ticket: Ticket,
+        _permit: Permit,
         reply: Reply<SavedCheckpoint>,
     },
     Restore {
-        _ticket: Ticket,
+        _permit: Permit,
         reply: Reply<(Option<Restored>, Vec<Repair>)>,
     },
     Replay {
         step: u64,
-        _ticket: Ticket,
+        _permit: Permit,
         reply: Reply<Replay>,
     },
-    Recall {
+    CachedReplies {
         keys: Vec<String>,
-        _ticket: Ticket,
-        reply: Reply<Vec<Option<KeptReply>>>,
+        _permit: Permit,
+        reply: Reply<Vec<Option<CachedReply>>>,
     },
-    Remember {
-        entries: Vec<(String, KeptReply)>,
+    CacheReplies {
+        entries: Vec<(String, CachedReply)>,
         spent: Usage,
-        _ticket: Ticket,
+        _permit: Permit,
         reply: Reply<()>,
     },
     Spent {
-        _ticket: Ticket,
+        _permit: Permit,
         reply: Reply<Usage>,
     },
     Log {
-        rollouts: Vec<Rollout>,
-        verdicts: Vec<Verdict>,
+        rollouts: Vec<RolloutRecord>,
+        scores: Vec<ScoreRecord>,
         preferences: Vec<Preference>,
-        _ticket: Ticket,
+        _permit: Permit,
         reply: Reply<()>,
     },
 }
 local_message!(ArchivistMsg);
 
 pub(crate) struct Archivist {
-    /// Open while the role lives; the cell hands it to the next incarnation.
     store: Store,
 }
 
@@ -95,7 +88,7 @@ impl Archivist {
         let mut tensors = Vec::new();
         for (role, model) in &checkpoint.models {
             for (name, tensor) in &model.tensors {
-                names.push(format!("{role}.{name}"));
+                names.push(stored_name(role, name));
                 tensors.push(tensor.to_device(&Device::Cpu)?.contiguous()?);
             }
         }
@@ -103,55 +96,34 @@ impl Archivist {
         let mut views = Vec::with_capacity(names.len());
         for ((name, tensor), (storage, layout)) in names.into_iter().zip(&tensors).zip(&guards) {
             let Some((from, to)) = layout.contiguous_offsets() else {
-                return Err(Error::Unsaved(format!("`{name}` is not contiguous")));
+                return Err(Error::Checkpoint(format!("tensor `{name}` is not contiguous")));
             };
-            let (dtype, data): (_, &[u8]) = match &**storage {
-                Storage::Cpu(CpuStorage::F32(x)) => ("F32", bytemuck::cast_slice(&x[from..to])),
-                Storage::Cpu(CpuStorage::F64(x)) => ("F64", bytemuck::cast_slice(&x[from..to])),
-                Storage::Cpu(CpuStorage::BF16(x)) => ("BF16", bytemuck::cast_slice(&x[from..to])),
-                Storage::Cpu(CpuStorage::U8(x)) => ("U8", &x[from..to]),
-                _ => {
-                    return Err(Error::Unsaved(format!(
-                        "`{name}` has a type that checkpoints do not hold: {:?}",
-                        tensor.dtype()
-                    )));
-                }
+            let data: &[u8] = match &**storage {
+                Storage::Cpu(CpuStorage::F32(x)) => bytemuck::cast_slice(&x[from..to]),
+                Storage::Cpu(CpuStorage::F64(x)) => bytemuck::cast_slice(&x[from..to]),
+                Storage::Cpu(CpuStorage::BF16(x)) => bytemuck::cast_slice(&x[from..to]),
+                Storage::Cpu(CpuStorage::U8(x)) => &x[from..to],
+                _ => return Err(unstored_type(&name, tensor.dtype())),
             };
+            let dtype = stored_dtype(&name, tensor.dtype())?;
             views.push(TensorBytes { name, dtype, shape: tensor.dims().to_vec(), data });
         }
-        let state = header(&checkpoint.models, &checkpoint.state);
-        let saved = self.store.save_checkpoint(checkpoint.step, &views, &state, checkpoint.keep)?;
-        self.store.forget_rollouts_before(checkpoint.step)?;
+        let models = checkpoint.models.iter().map(|(role, model)| (role.clone(), model.counters())).collect();
+        let saved = self.store.save_checkpoint(checkpoint.step, &models, &views, &checkpoint.state, checkpoint.keep)?;
+        self.store.delete_rollouts_before(checkpoint.step)?;
         Ok(saved)
     }
 
-    fn restore(&self) -> Result<(Option<Restored>, Vec<Repair>)> {
-        let (latest, repairs) = self.store.latest_checkpoint()?;
-        let Some(latest) = latest else { return Ok((None, repairs)) };
-        let (mut models, state) = read_header(&latest.state).ok_or_else(|| StoreError::Corrupt {
-            what: format!("checkpoint of step {}", latest.step),
-            reason: "its state is too short".into(),
-        })?;
-        for t in latest.tensors {
-            let found = t.name.split_once('.').and_then(|(role, name)| Some((models.get_mut(role)?, name.to_string())));
-            let Some((model, name)) = found else {
-                return Err(Error::Unsaved(format!("`{}` belongs to no model of the checkpoint", t.name)));
-            };
-            model.tensors.insert(name, tensor(t)?);
-        }
-        Ok((Some(Restored { step: latest.step, models, state }), repairs))
-    }
-
     fn replay(&self, step: u64) -> Result<Replay> {
-        Ok(Replay { rollouts: self.store.rollouts(step)?, verdicts: self.store.verdicts(step)? })
+        Ok(Replay { rollouts: self.store.rollouts(step)?, scores: self.store.scores(step)? })
     }
 
-    fn log(&mut self, rollouts: &[Rollout], verdicts: &[Verdict], preferences: &[Preference]) -> Result<()> {
+    fn log(&mut self, rollouts: &[RolloutRecord], scores: &[ScoreRecord], preferences: &[Preference]) -> Result<()> {
         if !rollouts.is_empty() {
             self.store.log_rollouts(rollouts)?;
         }
-        if !verdicts.is_empty() {
-            self.store.log_verdicts(verdicts)?;
+        if !scores.is_empty() {
+            self.store.log_scores(scores)?;
         }
         if !preferences.is_empty() {
             self.store.log_preferences(preferences)?;
@@ -160,76 +132,34 @@ impl Archivist {
     }
 }
 
-/// What a checkpoint holds besides tensors: each model's name and counters, then the job's own state.
-fn header(models: &BTreeMap<String, ModelSnapshot>, state: &[u8]) -> Vec<u8> {
-    let mut bytes = vec![models.len() as u8];
-    for (role, model) in models {
-        bytes.push(role.len() as u8);
-        bytes.extend_from_slice(role.as_bytes());
-        bytes.extend_from_slice(&model.version.to_be_bytes());
-        bytes.extend_from_slice(&model.optimizer_steps.to_be_bytes());
-    }
-    bytes.extend_from_slice(state);
-    bytes
-}
-
-/// Models without their tensors, and the job's own state.
-fn read_header(bytes: &[u8]) -> Option<(BTreeMap<String, ModelSnapshot>, Vec<u8>)> {
-    let (&count, mut rest) = bytes.split_first()?;
-    let mut models = BTreeMap::new();
-    for _ in 0..count {
-        let (&length, after) = rest.split_first()?;
-        let (role, after) = after.split_at_checked(usize::from(length))?;
-        let (version, after) = after.split_first_chunk()?;
-        let (steps, after) = after.split_first_chunk()?;
-        let model = ModelSnapshot {
-            version: u64::from_be_bytes(*version),
-            optimizer_steps: u64::from_be_bytes(*steps),
-            tensors: BTreeMap::new(),
-        };
-        models.insert(String::from_utf8(role.to_vec()).ok()?, model);
-        rest = after;
-    }
-    Some((models, rest.to_vec()))
-}
-
-fn tensor(t: OwnedTensor) -> Result<Tensor> {
-    let dtype = match t.dtype.as_str() {
-        "F32" => DType::F32,
-        "F64" => DType::F64,
-        "BF16" => DType::BF16,
-        "U8" => DType::U8,
-        other => return Err(Error::Unsaved(format!("`{}` has the unknown type {other}", t.name))),
-    };
-    Ok(Tensor::from_raw_buffer(&t.data, dtype, &t.shape, &Device::Cpu)?)
-}
-
-impl Machine for Archivist {
+impl StateMachine for Archivist {
     type Message = ArchivistMsg;
 
     fn apply(&mut self, message: ArchivistMsg) {
         match message {
             ArchivistMsg::Checkpoint { checkpoint, reply, .. } => answer(reply, self.checkpoint(&checkpoint)),
-            ArchivistMsg::Restore { reply, .. } => answer(reply, self.restore()),
+            ArchivistMsg::Restore { reply, .. } => answer(reply, Restored::latest(&self.store)),
             ArchivistMsg::Replay { step, reply, .. } => answer(reply, self.replay(step)),
-            ArchivistMsg::Recall { keys, reply, .. } => {
-                answer(reply, keys.iter().map(|key| Ok(self.store.recall(key)?)).collect())
+            ArchivistMsg::CachedReplies { keys, reply, .. } => {
+                answer(reply, keys.iter().map(|key| Ok(self.store.cached_reply(key)?)).collect())
             }
-            ArchivistMsg::Remember { entries, spent, reply, .. } => {
-                answer(reply, self.store.remember(&entries, spent).map_err(Error::from))
+            ArchivistMsg::CacheReplies { entries, spent, reply, .. } => {
+                answer(reply, self.store.cache_replies(&entries, spent).map_err(Error::from))
             }
             ArchivistMsg::Spent { reply, .. } => answer(reply, self.store.spent().map_err(Error::from)),
-            ArchivistMsg::Log { rollouts, verdicts, preferences, reply, .. } => {
-                answer(reply, self.log(&rollouts, &verdicts, &preferences))
+            ArchivistMsg::Log { rollouts, scores, preferences, reply, .. } => {
+                answer(reply, self.log(&rollouts, &scores, &preferences))
             }
         }
     }
 }
 
-/// Called when the disk is full, each time before the archivist waits for room.
+/// Callback for a full disk; called before each wait for free space.
 pub type OnFullDisk = Arc<dyn Fn(&StoreError) + Send + Sync>;
 
-/// Speaks to the archivist. Writing waits while the disk is full: the job pauses and goes on when there is room.
+/// Handle to the archivist.
+///
+/// Requests that write wait while the disk is full, so the job pauses until there is space.
 #[derive(Clone)]
 pub struct ArchivistHandle {
     pub(crate) link: Link<ArchivistMsg>,
@@ -237,7 +167,7 @@ pub struct ArchivistHandle {
 }
 
 impl ArchivistHandle {
-    /// `store` is opened by the caller, whom its errors concern; a restarted archivist opens the directory again.
+    /// The first archivist owns `store`, which the caller has opened; a restarted one opens the directory again.
     pub(crate) fn build(store: Store) -> Build<Archivist> {
         let directory: PathBuf = store.directory().into();
         let first = Mutex::new(Some(store));
@@ -251,63 +181,68 @@ impl ArchivistHandle {
         })
     }
 
-    /// Saves a checkpoint durably and lets go of old ones and of the rollouts it makes superfluous.
+    /// Saves a checkpoint durably, then deletes older checkpoints and the logged rollouts of earlier steps.
     pub async fn checkpoint(&self, checkpoint: &JobCheckpoint) -> Result<SavedCheckpoint> {
         self.with_room(|| {
             let checkpoint = Box::new(checkpoint.clone());
-            self.link.ask(|_ticket, reply| ArchivistMsg::Checkpoint { checkpoint, _ticket, reply })
+            self.link.ask(|_permit, reply| ArchivistMsg::Checkpoint { checkpoint, _permit, reply })
         })
         .await
     }
 
-    /// The newest checkpoint that is whole, if any, and notes on those that are not.
+    /// Reads the newest undamaged checkpoint, if there is one, and a note for each newer one that is damaged.
     pub async fn restore(&self) -> Result<(Option<Restored>, Vec<Repair>)> {
-        self.link.ask(|_ticket, reply| ArchivistMsg::Restore { _ticket, reply }).await
+        self.link.ask(|_permit, reply| ArchivistMsg::Restore { _permit, reply }).await
     }
 
-    /// What is logged of a step.
+    /// Reads the logged rollouts and scores of a step.
     pub async fn replay(&self, step: u64) -> Result<Replay> {
-        self.link.ask(|_ticket, reply| ArchivistMsg::Replay { step, _ticket, reply }).await
+        self.link.ask(|_permit, reply| ArchivistMsg::Replay { step, _permit, reply }).await
     }
 
-    /// What a judge said when it was asked the same, by the hash of the question.
-    pub async fn recall(&self, keys: Vec<String>) -> Result<Vec<Option<KeptReply>>> {
-        self.link.ask(|_ticket, reply| ArchivistMsg::Recall { keys, _ticket, reply }).await
+    /// Looks up cached replies of judges by the hashes of their requests, in the order of `keys`.
+    pub async fn cached_replies(&self, keys: Vec<String>) -> Result<Vec<Option<CachedReply>>> {
+        self.link.ask(|_permit, reply| ArchivistMsg::CachedReplies { keys, _permit, reply }).await
     }
 
-    /// Keeps what a judge said, and adds up what it cost.
-    pub async fn remember(&self, entries: Vec<(String, KeptReply)>, spent: Usage) -> Result<()> {
+    /// Caches replies of judges by the hashes of their requests, and adds `spent` to the job's usage.
+    pub async fn cache_replies(&self, entries: Vec<(String, CachedReply)>, spent: Usage) -> Result<()> {
         self.with_room(|| {
             let entries = entries.clone();
-            self.link.ask(|_ticket, reply| ArchivistMsg::Remember { entries, spent, _ticket, reply })
+            self.link.ask(|_permit, reply| ArchivistMsg::CacheReplies { entries, spent, _permit, reply })
         })
         .await
     }
 
-    /// What all questions of the job have cost.
+    /// The usage of all requests that the job has made to judges.
     pub async fn spent(&self) -> Result<Usage> {
-        self.link.ask(|_ticket, reply| ArchivistMsg::Spent { _ticket, reply }).await
+        self.link.ask(|_permit, reply| ArchivistMsg::Spent { _permit, reply }).await
     }
 
     /// Logs finished rollouts.
-    pub async fn log_rollouts(&self, rollouts: Vec<Rollout>) -> Result<()> {
+    pub async fn log_rollouts(&self, rollouts: Vec<RolloutRecord>) -> Result<()> {
         self.log(rollouts, Vec::new(), Vec::new()).await
     }
 
-    /// Logs verdicts, before anything is done with them.
-    pub async fn log_verdicts(&self, verdicts: Vec<Verdict>) -> Result<()> {
-        self.log(Vec::new(), verdicts, Vec::new()).await
+    /// Logs scores of rollouts.
+    pub async fn log_scores(&self, scores: Vec<ScoreRecord>) -> Result<()> {
+        self.log(Vec::new(), scores, Vec::new()).await
     }
 
-    /// Writes comparisons into the ledger.
+    /// Writes comparisons to the preference ledger.
     pub async fn log_preferences(&self, preferences: Vec<Preference>) -> Result<()> {
         self.log(Vec::new(), Vec::new(), preferences).await
     }
 
-    async fn log(&self, rollouts: Vec<Rollout>, verdicts: Vec<Verdict>, preferences: Vec<Preference>) -> Result<()> {
+    async fn log(
+        &self,
+        rollouts: Vec<RolloutRecord>,
+        scores: Vec<ScoreRecord>,
+        preferences: Vec<Preference>,
+    ) -> Result<()> {
         self.with_room(|| {
-            let (rollouts, verdicts, preferences) = (rollouts.clone(), verdicts.clone(), preferences.clone());
-            self.link.ask(|_ticket, reply| ArchivistMsg::Log { rollouts, verdicts, preferences, _ticket, reply })
+            let (rollouts, scores, preferences) = (rollouts.clone(), scores.clone(), preferences.clone());
+            self.link.ask(|_permit, reply| ArchivistMsg::Log { rollouts, scores, preferences, _permit, reply })
         })
         .await
     }

@@ -1,39 +1,39 @@
-//! The buffer: rollouts that are scored and not yet learned from, bounded in number and age.
+//! The buffer: scored rollouts that no update has used yet, bounded in number and staleness.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use rehearsal_lm::generate::Completion;
 
-use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message, role_status};
+use crate::role::{Build, Link, Permit, Reply, StateMachine, answer, local_message, role_status};
 use crate::{Error, Judged, Result};
 
-/// A completion with all that was said of it.
+/// A completion with its scores and log-probabilities.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ScoredCompletion {
-    /// Place among the completions of its prompt.
-    pub place: usize,
-    /// Updates the policy had seen when it spoke.
+    /// Index among the completions of its prompt.
+    pub index: usize,
+    /// Version of the policy that sampled it: its number of updates.
     pub policy_version: u64,
     pub completion: Completion,
     pub text: String,
     pub judged: Judged,
-    /// Log-probabilities under the reference, token by token.
+    /// Log-probability of each completion token under the reference; empty where no reference is used.
     pub ref_logprobs: Vec<f32>,
 }
 
-/// The completions of one prompt, in order.
+/// The completions of one prompt, in the order of their indices.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Group {
-    /// Place of the prompt in its step.
+    /// Index of the prompt in its step.
     pub prompt: u32,
     pub completions: Vec<ScoredCompletion>,
 }
 
 pub(crate) enum BufferMsg {
-    Insert { prompt: u32, completion: Box<ScoredCompletion>, _ticket: Ticket, reply: Reply<()> },
-    Take { policy_version: u64, _ticket: Ticket, reply: Reply<(Vec<Group>, usize)> },
-    Clear { _ticket: Ticket, reply: Reply<()> },
+    Insert { prompt: u32, completion: Box<ScoredCompletion>, _permit: Permit, reply: Reply<()> },
+    Take { policy_version: u64, _permit: Permit, reply: Reply<(Vec<Group>, usize)> },
+    Clear { _permit: Permit, reply: Reply<()> },
 }
 local_message!(BufferMsg);
 
@@ -54,7 +54,7 @@ impl Buffer {
         Ok(())
     }
 
-    /// Complete groups that are young enough, and how many completions were dropped for their age.
+    /// Removes the complete groups. Returns those that are not stale, and the number of completions in stale ones.
     fn take(&mut self, policy_version: u64) -> (Vec<Group>, usize) {
         let complete: Vec<u32> =
             self.groups.iter().filter(|(_, g)| g.len() >= self.group_size).map(|(p, _)| *p).collect();
@@ -67,14 +67,14 @@ impl Buffer {
                 stale += completions.len();
                 continue;
             }
-            completions.sort_by_key(|c| c.place);
+            completions.sort_by_key(|c| c.index);
             groups.push(Group { prompt, completions });
         }
         (groups, stale)
     }
 }
 
-impl Machine for Buffer {
+impl StateMachine for Buffer {
     type Message = BufferMsg;
 
     fn apply(&mut self, message: BufferMsg) {
@@ -89,7 +89,7 @@ impl Machine for Buffer {
     }
 }
 
-/// Speaks to the buffer.
+/// Handle to the buffer.
 #[derive(Clone)]
 pub struct BufferHandle {
     pub(crate) link: Link<BufferMsg>,
@@ -100,21 +100,26 @@ impl BufferHandle {
         Arc::new(move || Ok(Buffer { groups: BTreeMap::new(), group_size, rollouts_max, staleness_max }))
     }
 
-    /// Puts a scored completion with the others of its prompt.
+    /// Inserts a scored completion of the prompt at index `prompt` of the step.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BufferFull`] if the buffer holds as many completions as it may.
     pub async fn insert(&self, prompt: u32, completion: ScoredCompletion) -> Result<()> {
         self.link
-            .ask(|_ticket, reply| BufferMsg::Insert { prompt, completion: Box::new(completion), _ticket, reply })
+            .ask(|_permit, reply| BufferMsg::Insert { prompt, completion: Box::new(completion), _permit, reply })
             .await
     }
 
-    /// Takes the complete groups, in the order of prompts; and says how many completions were too old.
+    /// Removes the complete groups in the order of prompts. Returns them, and the number of completions that were dropped
+    /// because their policy was too many updates older than `policy_version`.
     pub async fn take(&self, policy_version: u64) -> Result<(Vec<Group>, usize)> {
-        self.link.ask(|_ticket, reply| BufferMsg::Take { policy_version, _ticket, reply }).await
+        self.link.ask(|_permit, reply| BufferMsg::Take { policy_version, _permit, reply }).await
     }
 
-    /// Forgets everything, as after a restart from a checkpoint.
+    /// Removes everything, for a restart from a checkpoint.
     pub async fn clear(&self) -> Result<()> {
-        self.link.ask(|_ticket, reply| BufferMsg::Clear { _ticket, reply }).await
+        self.link.ask(|_permit, reply| BufferMsg::Clear { _permit, reply }).await
     }
 }
 role_status!(BufferHandle);
@@ -124,10 +129,10 @@ mod tests {
     use super::*;
     use rehearsal_lm::generate::Finish;
 
-    fn completion(place: usize, policy_version: u64) -> ScoredCompletion {
-        let completion = Completion { id: place as u64, tokens: vec![1], logprobs: vec![0.0], finish: Finish::Eos };
+    fn completion(index: usize, policy_version: u64) -> ScoredCompletion {
+        let completion = Completion { id: index as u64, tokens: vec![1], logprobs: vec![0.0], finish: Finish::Eos };
         ScoredCompletion {
-            place,
+            index,
             policy_version,
             completion,
             text: String::new(),
@@ -148,15 +153,15 @@ mod tests {
         buffer.insert(5, completion(0, 3)).unwrap();
         let (groups, stale) = buffer.take(3);
         assert_eq!((groups.len(), groups[0].prompt, stale), (1, 5, 0));
-        assert_eq!(groups[0].completions.iter().map(|c| c.place).collect::<Vec<_>>(), [0, 1]);
+        assert_eq!(groups[0].completions.iter().map(|c| c.index).collect::<Vec<_>>(), [0, 1]);
         assert_eq!(buffer.take(3).0, []);
     }
 
     #[test]
     fn old_and_surplus_rollouts_are_refused() {
         let mut buffer = buffer();
-        for (prompt, place) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
-            buffer.insert(prompt, completion(place, prompt as u64)).unwrap();
+        for (prompt, index) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            buffer.insert(prompt, completion(index, prompt as u64)).unwrap();
         }
         let error = buffer.insert(2, completion(0, 0)).unwrap_err().to_string();
         assert!(error.contains("holds 4"), "{error}");

@@ -1,4 +1,4 @@
-//! Where a role computes.
+//! Devices of a job, and which role computes where.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -24,10 +24,11 @@ impl FromStr for Placement {
         let wrong = |reason: &str| Error::Placement { given: s.into(), reason: reason.into() };
         match s.split_once(':') {
             None if s == "cpu" => Ok(Placement::Cpu),
-            Some(("cuda", n)) => {
-                n.parse().map(Placement::Cuda).map_err(|_| wrong("the number of the device is no number"))
-            }
-            _ => Err(wrong("say `cpu`, or `cuda:0` with the device's number")),
+            Some(("cuda", n)) => n
+                .parse()
+                .map(Placement::Cuda)
+                .map_err(|_| wrong("the device number must be an integer, as in `cuda:0`")),
+            _ => Err(wrong("the device must be `cpu` or `cuda:N`, such as `cuda:0`")),
         }
     }
 }
@@ -41,24 +42,26 @@ impl fmt::Display for Placement {
     }
 }
 
-/// The devices of a job: one of each, shared by the roles on it, which take turns.
+/// The devices of a job. Roles on the same device share it and compute one at a time.
 #[derive(Clone)]
 pub struct Devices {
-    open: Arc<Mutex<BTreeMap<Placement, Seat>>>,
+    open: Arc<Mutex<BTreeMap<Placement, SharedDevice>>>,
     pool: Arc<rayon::ThreadPool>,
 }
 
-/// A role's place on a device.
+/// A device that roles share. Clones share its lock and its thread pool.
 #[derive(Clone)]
-pub(crate) struct Seat {
+pub(crate) struct SharedDevice {
     pub device: Device,
     pub placement: Placement,
-    turn: Arc<Mutex<()>>,
+    /// Held by the role that computes.
+    lock: Arc<Mutex<()>>,
     pool: Arc<rayon::ThreadPool>,
 }
 
 impl Devices {
-    /// `threads` for the CPU; 0 takes one for each core. The results do not depend on it.
+    /// Creates the job's CPU thread pool of `threads` threads, or of one for each core if that is 0. Results do not depend
+    /// on the number. Devices are opened when a role first needs them.
     pub fn new(threads: usize) -> Result<Self> {
         let pool =
             rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("rehearsal-cpu-{i}")).build();
@@ -66,10 +69,11 @@ impl Devices {
         Ok(Self { open: Arc::default(), pool: Arc::new(pool) })
     }
 
-    pub(crate) fn seat(&self, placement: Placement) -> Result<Seat> {
+    /// The device of a placement.
+    pub(crate) fn get(&self, placement: Placement) -> Result<SharedDevice> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(seat) = open.get(&placement) {
-            return Ok(seat.clone());
+        if let Some(shared) = open.get(&placement) {
+            return Ok(shared.clone());
         }
         let device = match placement {
             Placement::Cpu => Device::Cpu,
@@ -77,22 +81,27 @@ impl Devices {
                 cuda(n).map_err(|e| Error::Placement { given: placement.to_string(), reason: e.to_string() })?
             }
         };
-        let seat = Seat { device, placement, turn: Arc::default(), pool: self.pool.clone() };
-        open.insert(placement, seat.clone());
-        Ok(seat)
+        let shared = SharedDevice { device, placement, lock: Arc::default(), pool: self.pool.clone() };
+        open.insert(placement, shared.clone());
+        Ok(shared)
+    }
+
+    /// Runs `f` on the job's thread pool while it holds the device, which roles use in turn.
+    pub fn run<T: Send>(&self, placement: Placement, f: impl FnOnce() -> T + Send) -> Result<T> {
+        Ok(self.get(placement)?.run(f))
     }
 }
 
-impl Seat {
-    /// Runs `f` with the device to itself, on the job's threads.
+impl SharedDevice {
+    /// Runs `f` on the job's thread pool while no other role computes on the device.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
-        let _turn: MutexGuard<'_, ()> = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let _guard: MutexGuard<'_, ()> = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
         self.pool.install(f)
     }
 }
 
-/// One stream for all threads: candle's default per-thread streams race when a tensor crosses threads. Freed memory stays with
-/// the device, since every step takes it again.
+/// Opens a CUDA device with one stream for all threads: with candle's default of a stream per thread, a tensor that
+/// crosses threads is a race. The memory pool keeps freed memory, since every step allocates it again.
 #[cfg(feature = "cuda")]
 fn cuda(n: usize) -> candle_core::Result<Device> {
     use candle_core::cuda_backend::WrapErr;

@@ -1,4 +1,4 @@
-//! The director: starts the roles, restarts those that die, and says how they are.
+//! The director: starts the roles of a job, supervises and restarts them, and publishes their status.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -13,33 +13,33 @@ use rehearsal_store::Store;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::archivist::OnFullDisk;
-use crate::role::{Build, Link, Machine, local_message};
+use crate::role::{Build, Link, StateMachine, local_message};
 use crate::trained::{Trained, check_head};
 use crate::{
     ArchivistHandle, BufferHandle, CriticHandle, Devices, Error, Placement, PolicyHandle, ReferenceHandle, Result,
     Reward, RewardHandle, TrainedConfig,
 };
 
-/// Messages a role may have waiting; a sender waits beyond that.
-const MAILBOX: usize = 64;
+/// Capacity of a role's mailbox in messages; senders wait when it is full.
+const MAILBOX_CAPACITY: usize = 64;
 
-/// Time a role has to finish what it is doing when the job ends.
-const STOP: Duration = Duration::from_secs(60);
+/// How long the end of a job waits for a role to finish its current request.
+const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How a role is.
+/// Status of a role.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RoleStatus {
     Running {
         restarts: u32,
     },
-    /// It died more often than it may.
+    /// It stopped more often than it may be restarted, or could not be restarted.
     GaveUp {
         restarts: u32,
         reason: String,
     },
 }
 
-/// Something the director did.
+/// What the director did about a role that stopped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DirectorEvent {
     Restarted { role: &'static str, reason: String, restarts: u32 },
@@ -54,7 +54,7 @@ enum DirectorMsg {
 }
 local_message!(DirectorMsg);
 
-/// Owns the roles of one job; when it is dropped or [stopped](Director::stop), they stop.
+/// Supervisor of the roles of one job. The roles stop when it is dropped or [stopped](Director::stop).
 pub struct Director {
     actor: ActorRef<DirectorMsg>,
     status: watch::Receiver<BTreeMap<&'static str, RoleStatus>>,
@@ -63,12 +63,16 @@ pub struct Director {
     deadline: Duration,
 }
 
-/// Distinguishes jobs in ractor's process-wide registry.
+/// Number of directors started so far: it keeps the names of jobs apart in ractor's process-wide registry.
 static JOBS: AtomicU32 = AtomicU32::new(0);
 
 impl Director {
-    /// A director for one job. A role that dies more than `restarts_max` times stays dead. `deadline` bounds every
-    /// request to a role.
+    /// Starts the director of one job. It restarts a role at most `restarts_max` times. `deadline` bounds every request to
+    /// a role. Restarts are sent to `events`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Start`] if the actor cannot be spawned.
     pub async fn start(
         restarts_max: u32,
         deadline: Duration,
@@ -82,7 +86,7 @@ impl Director {
         Ok(Self { actor, status, paused: watch::channel(false).0, job, deadline })
     }
 
-    /// Starts the policy.
+    /// Starts the policy: a trained model with a language-model head.
     pub async fn policy(
         &self,
         checkpoint: Arc<Checkpoint>,
@@ -90,12 +94,12 @@ impl Director {
         devices: Devices,
     ) -> Result<PolicyHandle> {
         check_head(&checkpoint, HeadKind::Language, "policy")?;
-        let link = Link::new("policy", MAILBOX, self.deadline);
+        let link = Link::new("policy", MAILBOX_CAPACITY, self.deadline);
         self.spawn(&link, Trained::build(checkpoint, config, devices), "policy").await?;
         Ok(PolicyHandle { link })
     }
 
-    /// Starts the critic, or a reward model in training.
+    /// Starts the critic or a reward model in training: a trained model with a score head.
     pub async fn critic(
         &self,
         checkpoint: Arc<Checkpoint>,
@@ -103,12 +107,12 @@ impl Director {
         devices: Devices,
     ) -> Result<CriticHandle> {
         check_head(&checkpoint, HeadKind::Score, "critic")?;
-        let link = Link::new("critic", MAILBOX, self.deadline);
+        let link = Link::new("critic", MAILBOX_CAPACITY, self.deadline);
         self.spawn(&link, Trained::build(checkpoint, config, devices), "critic").await?;
         Ok(CriticHandle { link })
     }
 
-    /// Starts the reference.
+    /// Starts the reference, a frozen model that is run in micro-batches of at most `micro_batch_tokens` tokens.
     pub async fn reference(
         &self,
         checkpoint: Arc<Checkpoint>,
@@ -117,7 +121,7 @@ impl Director {
         precision: rehearsal_lm::Precision,
         devices: Devices,
     ) -> Result<ReferenceHandle> {
-        let link = Link::new("reference", MAILBOX, self.deadline);
+        let link = Link::new("reference", MAILBOX_CAPACITY, self.deadline);
         self.spawn(
             &link,
             ReferenceHandle::build(checkpoint, placement, micro_batch_tokens, precision, devices),
@@ -127,29 +131,30 @@ impl Director {
         Ok(ReferenceHandle { link })
     }
 
-    /// Starts the reward.
+    /// Starts the reward, whose requests may take as long as its [timeout](Reward::timeout).
     pub async fn reward(&self, reward: Arc<dyn Reward>) -> Result<RewardHandle> {
-        let link = Link::new("reward", MAILBOX, reward.patience().unwrap_or(self.deadline));
-        let (name, compares, occupies) = (reward.name().into(), reward.compares(), reward.occupies().into());
+        let link = Link::new("reward", MAILBOX_CAPACITY, reward.timeout().unwrap_or(self.deadline));
+        let (name, is_relative, placements) = (reward.name().into(), reward.is_relative(), reward.placements().into());
         self.spawn(&link, RewardHandle::build(reward), "reward").await?;
-        Ok(RewardHandle { link, name, compares, occupies })
+        Ok(RewardHandle { link, name, is_relative, placements })
     }
 
-    /// Starts the buffer; a prompt has `group_size` completions.
+    /// Starts the buffer for prompts of `group_size` completions each. It holds at most `rollouts_max` completions, and drops
+    /// those whose policy is more than `staleness_max` updates old.
     pub async fn buffer(&self, group_size: usize, rollouts_max: usize, staleness_max: u64) -> Result<BufferHandle> {
-        let link = Link::new("buffer", MAILBOX, self.deadline);
+        let link = Link::new("buffer", MAILBOX_CAPACITY, self.deadline);
         self.spawn(&link, BufferHandle::build(group_size, rollouts_max, staleness_max), "buffer").await?;
         Ok(BufferHandle { link })
     }
 
-    /// Starts the archivist over an open store.
+    /// Starts the archivist, which takes over an open store. `on_full_disk` is called before each wait for free space.
     pub async fn archivist(&self, store: Store, on_full_disk: OnFullDisk) -> Result<ArchivistHandle> {
-        let link = Link::new("archivist", MAILBOX, self.deadline);
+        let link = Link::new("archivist", MAILBOX_CAPACITY, self.deadline);
         self.spawn(&link, ArchivistHandle::build(store), "archivist").await?;
         Ok(ArchivistHandle { link, on_full_disk })
     }
 
-    pub(crate) async fn spawn<M: Machine>(
+    pub(crate) async fn spawn<M: StateMachine>(
         &self,
         link: &Link<M::Message>,
         build: Build<M>,
@@ -166,12 +171,12 @@ impl Director {
         answer.await.map_err(|_| gone())?
     }
 
-    /// How every role is.
+    /// The status of every role.
     pub fn status(&self) -> BTreeMap<&'static str, RoleStatus> {
         self.status.borrow().clone()
     }
 
-    /// The error of a role that is not started again, if there is one.
+    /// The error of a role that is not restarted any more, if there is one.
     pub fn failure(&self) -> Option<Error> {
         self.status().into_iter().find_map(|(role, status)| match status {
             RoleStatus::GaveUp { restarts, reason } => Some(Error::GaveUp { role, restarts, reason }),
@@ -179,37 +184,37 @@ impl Director {
         })
     }
 
-    /// Holds the job at its next step boundary, or lets it go on.
+    /// Pauses the job at its next step boundary, or resumes it.
     pub fn pause(&self, paused: bool) {
         self.paused.send_replace(paused);
     }
 
     /// Waits while the job is paused.
-    pub async fn unpaused(&self) {
+    pub async fn wait_while_paused(&self) {
         let mut paused = self.paused.subscribe();
         let _ = paused.wait_for(|paused| !paused).await; // the sender lives as long as `self`
     }
 
-    /// Waits until `restarts` deaths of roles have been dealt with, or until one is given up.
-    pub async fn settled(&self, restarts: u32) {
+    /// Waits until roles have been restarted `restarts` times in all, or until one is not restarted any more.
+    pub async fn wait_for_restarts(&self, restarts: u32) {
         let mut status = self.status.clone();
-        let dealt = |all: &BTreeMap<&'static str, RoleStatus>| {
+        let done = |all: &BTreeMap<&'static str, RoleStatus>| {
             let given_up = all.values().any(|s| matches!(s, RoleStatus::GaveUp { .. }));
             given_up || restarts_of(all) >= restarts
         };
-        let _ = status.wait_for(dealt).await; // a director that is gone has settled
+        let _ = status.wait_for(done).await; // a director that has stopped restarts nothing
     }
 
-    /// Restarts of all roles so far.
+    /// Number of restarts of all roles so far.
     pub fn restarts(&self) -> u32 {
         restarts_of(&self.status.borrow())
     }
 
-    /// Stops every role and waits until they have let go of what they own: the store, the devices.
+    /// Stops every role and waits until each has released what it owns: the store, the devices.
     pub async fn stop(&self) {
         let (reply, done) = oneshot::channel();
         if self.actor.cast(DirectorMsg::Stop { reply }).is_ok() {
-            let _ = done.await; // a director that is gone has stopped
+            let _ = done.await; // an error means that it has stopped already
         }
         self.actor.stop(None);
     }
@@ -250,8 +255,8 @@ impl State {
         });
     }
 
-    /// A role died: start it again, unless it has died too often or cannot start.
-    async fn revive(&mut self, id: ActorId, reason: String, myself: ActorCell) {
+    /// Restarts a role that stopped, unless it has used up its restarts or cannot be started.
+    async fn restart(&mut self, id: ActorId, reason: String, myself: ActorCell) {
         let Some((&role, entry)) = self.roles.iter_mut().find(|(_, r)| r.cell.get_id() == id) else { return };
         entry.restarts += 1;
         let restarts = entry.restarts;
@@ -262,12 +267,12 @@ impl State {
         };
         match outcome {
             Ok(()) => {
-                tracing::warn!(role, reason, restarts, "a role died and was started again");
+                tracing::warn!(role, reason, restarts, "a role stopped and was restarted");
                 let _ = self.events.send(DirectorEvent::Restarted { role, reason, restarts });
                 self.set(role, RoleStatus::Running { restarts });
             }
             Err(reason) => {
-                tracing::error!(role, reason, restarts, "a role died and is not started again");
+                tracing::error!(role, reason, restarts, "a role stopped and is not restarted");
                 let _ = self.events.send(DirectorEvent::GaveUp { role, reason: reason.clone(), restarts });
                 self.set(role, RoleStatus::GaveUp { restarts, reason });
             }
@@ -300,12 +305,12 @@ impl Actor for DirectorActor {
                     state.roles.insert(role, Role { respawn, cell, restarts: 0 });
                     state.set(role, RoleStatus::Running { restarts: 0 });
                 });
-                let _ = reply.send(result); // a caller that has gone needs no answer
+                let _ = reply.send(result); // the caller may have been dropped
             }
             DirectorMsg::Stop { reply } => {
                 for role in std::mem::take(&mut state.roles).into_values() {
-                    // One that is gone already has stopped.
-                    let _ = role.cell.stop_and_wait(None, Some(STOP)).await;
+                    // An error means that it has stopped already.
+                    let _ = role.cell.stop_and_wait(None, Some(STOP_TIMEOUT)).await;
                 }
                 let _ = reply.send(());
             }
@@ -321,12 +326,12 @@ impl Actor for DirectorActor {
     ) -> std::result::Result<(), ActorProcessingErr> {
         match event {
             SupervisionEvent::ActorFailed(cell, error) => {
-                state.revive(cell.get_id(), error.to_string(), myself.get_cell()).await
+                state.restart(cell.get_id(), error.to_string(), myself.get_cell()).await
             }
             SupervisionEvent::ActorTerminated(cell, _, Some(reason)) => {
-                state.revive(cell.get_id(), reason, myself.get_cell()).await
+                state.restart(cell.get_id(), reason, myself.get_cell()).await
             }
-            // Started, or stopped without a reason, which only a stop of the whole job does.
+            // A start, or a stop without a reason, which only the end of the job causes.
             _ => {}
         }
         Ok(())

@@ -1,17 +1,17 @@
-//! One error for all handles.
+//! The error of all handles.
 
 use std::time::Duration;
 
 /// Why a request to a role failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("the {role} did not answer within {after:?}; raise its deadline if the work is that long")]
+    #[error("the {role} did not reply within {after:?}; if the request needs longer, raise the deadline")]
     Timeout { role: &'static str, after: Duration },
-    #[error("the {role} died{}", reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default())]
+    #[error("the {role} stopped{}", reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default())]
     Died { role: &'static str, reason: Option<String> },
     #[error("the {role} could not start: {reason}")]
     Start { role: &'static str, reason: String },
-    #[error("the {role} died {restarts} times, the last time of: {reason}; it is not started again")]
+    #[error("the {role} stopped {restarts} times, most recently because: {reason}; it is not restarted again")]
     GaveUp { role: &'static str, restarts: u32, reason: String },
     #[error("placement `{given}`: {reason}")]
     Placement { given: String, reason: String },
@@ -19,10 +19,12 @@ pub enum Error {
     Reward(#[from] crate::RewardError),
     #[error("the buffer holds {held} rollouts and may hold {max}; take some, or raise `buffer.rollouts_max`")]
     BufferFull { held: usize, max: usize },
-    #[error("the update's {what} is {value}; the batch and the last good checkpoint are kept, nothing was changed")]
+    #[error("the update's {what} is {value}; nothing was changed, and the batch and the last good checkpoint are kept")]
     NotFinite { what: &'static str, value: f64 },
+    #[error("the data of the training step is inconsistent: {0}")]
+    Data(String),
     #[error("checkpoint: {0}")]
-    Unsaved(String),
+    Checkpoint(String),
     #[error("cancelled")]
     Cancelled,
     #[error(transparent)]
@@ -36,7 +38,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether a role is gone and the job should go on from its last checkpoint once it is back.
+    /// Whether a role stopped, so that the job must resume from its last checkpoint once the role is restarted.
     pub fn is_death(&self) -> bool {
         matches!(self, Error::Died { .. })
     }

@@ -1,8 +1,10 @@
 //! The roles of a job as actors behind typed handles: policy, reference, reward, critic, buffer, archivist, director.
 //!
-//! This crate alone knows ractor. Behind every handle is a synchronous state machine on a thread of its own, which
-//! owns the device's state; the actor in front of it only carries messages. A refused request is a reply; only a
-//! panic or a lost device ends a role, and the director then starts it again.
+//! This is the only crate that depends on ractor. Each role is a synchronous state machine on its own OS thread, which
+//! owns the role's device state; an actor forwards messages to it. A refused request is an error in the reply. Only a
+//! panic ends a role, and the director then restarts it.
+//!
+//! A training step minimizes an [`Objective`], which may be one of this crate's or the caller's own.
 
 mod archivist;
 mod buffer;
@@ -10,6 +12,7 @@ mod device;
 mod director;
 mod error;
 mod frozen;
+mod micro_batch;
 mod models;
 mod objective;
 mod passes;
@@ -17,11 +20,12 @@ mod reference;
 mod reward;
 mod reward_model;
 mod role;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 mod trained;
 
-pub use archivist::{ArchivistHandle, JobCheckpoint, Replay, Restored};
+pub use archivist::{ArchivistHandle, JobCheckpoint, Replay};
 pub use buffer::{BufferHandle, Group, ScoredCompletion};
 pub use device::{Devices, Placement};
 pub use director::{Director, DirectorEvent, RoleStatus};
@@ -29,18 +33,19 @@ pub use error::{Error, Result};
 pub use frozen::FrozenModel;
 pub use models::{CriticHandle, PolicyHandle};
 pub use objective::{
-    Demonstrations, Marked, Objective, PairTokens, Pairs, Ranking, Rankings, RolloutTokens, Rollouts, Stats, StepTimes,
-    ValueTokens, Values,
+    Demonstrations, MaskedSequence, Objective, PairTokens, Pairs, Pass, Ranking, Rankings, RolloutTokens, Rollouts,
+    Stats, StepTimes, ValueTokens, Values,
 };
 pub use reference::ReferenceHandle;
 pub use reward::{Judged, Reward, RewardError, RewardFn, RewardHandle, Sample};
-pub use reward_model::{RewardModel, RewardModels, keep_normalisation};
+pub use reward_model::{RewardModel, RewardModels, save_normalisation};
 pub use role::RoleStats;
-pub use trained::{LoraStart, ModelSnapshot, StepReport, TrainedConfig, UpdateBatch};
+pub use snapshot::{ModelSnapshot, Restored};
+pub use trained::{LoraInit, StepReport, TrainedConfig, UpdateBatch};
 
 use std::sync::Arc;
 
-/// Tokens of a prompt and a completion; cloning shares them.
+/// Token ids of a prompt and a completion. Clones share them.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Tokens {
     pub prompt: Arc<Vec<u32>>,
@@ -48,7 +53,8 @@ pub struct Tokens {
 }
 
 impl Tokens {
-    fn sequence(&self) -> rehearsal_lm::Sequence<'_> {
+    /// The tokens as a sequence of a model's [`Batch`](rehearsal_lm::Batch).
+    pub fn sequence(&self) -> rehearsal_lm::Sequence<'_> {
         rehearsal_lm::Sequence { prompt: &self.prompt, completion: &self.completion }
     }
 }

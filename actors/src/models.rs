@@ -1,4 +1,4 @@
-//! Handles to trained models: the policy, which samples, and the critic, which gives scores.
+//! Handles to trained models: the policy, which has a language-model head, and the critic, which has a score head.
 
 use std::path::PathBuf;
 
@@ -9,21 +9,24 @@ use tokio_util::sync::CancellationToken;
 
 use crate::role::{Link, role_status};
 use crate::trained::TrainedMsg;
-use crate::{Marked, ModelSnapshot, Result, StepReport, Tokens, UpdateBatch};
+use crate::{MaskedSequence, ModelSnapshot, Result, StepReport, Tokens, UpdateBatch};
 
-/// Speaks to the policy.
+/// Handle to the policy.
 #[derive(Clone)]
 pub struct PolicyHandle {
     pub(crate) link: Link<TrainedMsg>,
 }
 
 impl PolicyHandle {
-    /// Generates; each completion is sent to `finished` as it ends. Ends early, with [`crate::Error::Cancelled`], when
-    /// `cancel` is.
+    /// Samples completions and sends each to `finished` when it ends.
     ///
-    /// What is computed of `keep_tokens` tokens at most is kept for an update on these completions with the weights that
-    /// said them: neither it nor [`PolicyHandle::logprobs`] computes it again. That changes no result, since a row is the
-    /// same bits wherever it goes through the model. Where there are more tokens, and on a GPU, nothing is kept.
+    /// The activations of up to `keep_tokens` tokens are kept for an update on these completions with the same weights:
+    /// neither the update nor [`PolicyHandle::logprobs`] then repeats the forward pass. Results do not change, because
+    /// a row's activations do not depend on the batch. Nothing is kept if there are more tokens, or on a GPU.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Cancelled`] once `cancel` is cancelled.
     pub async fn generate(
         &self,
         requests: Vec<Request>,
@@ -34,71 +37,79 @@ impl PolicyHandle {
     ) -> Result<()> {
         let options = Box::new(options);
         self.link
-            .ask(|_ticket, reply| TrainedMsg::Generate {
+            .ask(|_permit, reply| TrainedMsg::Generate {
                 requests,
                 options,
                 keep_tokens,
                 finished,
                 cancel,
-                _ticket,
+                _permit,
                 reply,
             })
             .await
     }
 
-    /// Log-probabilities of completions, token by token, under the current weights.
+    /// Log-probabilities of each completion's tokens under the current weights at a temperature: one list per completion,
+    /// in order.
     pub async fn logprobs(&self, tokens: Vec<Tokens>, temperature: f64) -> Result<Vec<Vec<f32>>> {
-        self.link.ask(|_ticket, reply| TrainedMsg::Logprobs { tokens, temperature, _ticket, reply }).await
+        self.link.ask(|_permit, reply| TrainedMsg::Logprobs { tokens, temperature, _permit, reply }).await
     }
 
-    /// Summed log-probabilities of the marked tokens of each sequence.
-    pub async fn likelihoods(&self, sequences: Vec<Marked>) -> Result<Vec<f64>> {
-        self.link.ask(|_ticket, reply| TrainedMsg::Likelihoods { sequences, _ticket, reply }).await
+    /// For each sequence, the sum of the log-probabilities of the tokens in its loss mask, at temperature 1.
+    pub async fn likelihoods(&self, sequences: Vec<MaskedSequence>) -> Result<Vec<f64>> {
+        self.link.ask(|_permit, reply| TrainedMsg::Likelihoods { sequences, _permit, reply }).await
     }
 }
 
-/// Speaks to the critic or the reward model in training: a model that gives scores.
+/// Handle to a trained model with a score head: the critic, or a reward model in training.
 #[derive(Clone)]
 pub struct CriticHandle {
     pub(crate) link: Link<TrainedMsg>,
 }
 
 impl CriticHandle {
-    /// Values of completions, token by token: that of a token is read before it.
+    /// Values of each completion's tokens: one list per completion, in order. A token's value is the estimate for the state
+    /// before it.
     pub async fn values(&self, tokens: Vec<Tokens>) -> Result<Vec<Vec<f32>>> {
-        self.link.ask(|_ticket, reply| TrainedMsg::Values { tokens, _ticket, reply }).await
+        self.link.ask(|_permit, reply| TrainedMsg::Values { tokens, _permit, reply }).await
     }
 
-    /// Scores of whole sequences.
+    /// Scores of whole sequences, in order, read at the last token that is not padding.
     pub async fn scores(&self, tokens: Vec<Tokens>) -> Result<Vec<f32>> {
-        self.link.ask(|_ticket, reply| TrainedMsg::Scores { tokens, _ticket, reply }).await
+        self.link.ask(|_permit, reply| TrainedMsg::Scores { tokens, _permit, reply }).await
     }
 }
 
-/// What every trained model answers.
+/// Methods of the handles of all trained models.
 macro_rules! trained {
     ($handle:ty) => {
         impl $handle {
-            /// One optimiser step. When it fails, the weights are as before.
+            /// Makes one optimizer step. If it fails, weights and optimizer state are unchanged.
+            ///
+            /// # Errors
+            ///
+            /// [`crate::Error::Cancelled`] once `cancel` is cancelled, [`crate::Error::NotFinite`] if the loss or the
+            /// gradient norm is not finite, and the errors of the objective.
             pub async fn step(&self, batch: UpdateBatch, cancel: CancellationToken) -> Result<StepReport> {
                 let batch = Box::new(batch);
-                self.link.ask(|_ticket, reply| TrainedMsg::Step { batch, cancel, _ticket, reply }).await
+                self.link.ask(|_permit, reply| TrainedMsg::Step { batch, cancel, _permit, reply }).await
             }
 
-            /// Weights and optimiser as they are; they share storage with the model.
+            /// The current weights and optimizer state. They share storage with the model.
             pub async fn snapshot(&self) -> Result<ModelSnapshot> {
-                self.link.ask(|_ticket, reply| TrainedMsg::Snapshot { _ticket, reply }).await
+                self.link.ask(|_permit, reply| TrainedMsg::Snapshot { _permit, reply }).await
             }
 
-            /// Goes back to a snapshot.
+            /// Restores weights and optimizer state from a snapshot.
             pub async fn restore(&self, snapshot: ModelSnapshot) -> Result<()> {
                 let snapshot = Box::new(snapshot);
-                self.link.ask(|_ticket, reply| TrainedMsg::Restore { snapshot, _ticket, reply }).await
+                self.link.ask(|_permit, reply| TrainedMsg::Restore { snapshot, _permit, reply }).await
             }
 
-            /// Writes the weights, or their average where there is one, as a Hugging Face directory.
+            /// Writes the weights, or their moving average if there is one, as a Hugging Face directory in the given type.
+            /// Adapters are merged into the weights, and also written to `adapter/` in PEFT's format.
             pub async fn export(&self, directory: PathBuf, dtype: DType) -> Result<()> {
-                self.link.ask(|_ticket, reply| TrainedMsg::Export { directory, dtype, _ticket, reply }).await
+                self.link.ask(|_permit, reply| TrainedMsg::Export { directory, dtype, _permit, reply }).await
             }
         }
         role_status!($handle);

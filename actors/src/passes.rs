@@ -1,56 +1,53 @@
-//! Passes over many sequences without gradients, in micro-batches of bounded size.
+//! Forward passes over many sequences without gradients, in micro-batches of at most `budget` tokens.
 
 use candle_core::{DType, Tensor};
 use rehearsal_lm::{Batch, Decoder, Sequence};
 
-use crate::{Marked, Result, Tokens};
+use crate::micro_batch::micro_batches;
+use crate::{MaskedSequence, Result, Tokens};
 
-/// Log-probabilities of completions, token by token.
+/// Log-probabilities of each completion's tokens: one list per completion.
 pub(crate) fn logprobs(decoder: &Decoder, tokens: &[Tokens], temperature: f64, budget: usize) -> Result<Vec<Vec<f32>>> {
     by_token(tokens, budget, |batch| decoder.logprobs(batch, temperature))
 }
 
-/// Summed log-probabilities of the marked tokens of each sequence.
-pub(crate) fn likelihoods(decoder: &Decoder, sequences: &[Marked], budget: usize) -> Result<Vec<f64>> {
-    let (mut all, mut rest) = (Vec::with_capacity(sequences.len()), sequences);
-    while !rest.is_empty() {
-        let mut sum = 0;
-        let fitting = rest.iter().take_while(|s| {
-            sum += s.tokens.len();
-            sum <= budget
-        });
-        let (now, later) = rest.split_at(fitting.count().max(1));
-        let batch = Batch::marked(now.iter().map(|s| (s.tokens.as_slice(), s.marks.as_slice())));
+/// For each sequence, the sum of the log-probabilities of the tokens in its loss mask.
+pub(crate) fn likelihoods(decoder: &Decoder, sequences: &[MaskedSequence], budget: usize) -> Result<Vec<f64>> {
+    let mut all = Vec::with_capacity(sequences.len());
+    for part in micro_batches(sequences, budget, |_, s| s.tokens.len()) {
+        let batch = Batch::marked(part.iter().map(|s| (s.tokens.as_slice(), s.loss_mask.as_slice())));
         let flat = floats(&decoder.logprobs(&batch, 1.0)?)?;
         let sums = batch.spans().windows(2).map(|w| flat[w[0]..w[1]].iter().map(|&x| f64::from(x)).sum::<f64>());
         all.extend(sums);
-        rest = later;
     }
     Ok(all)
 }
 
-/// Values of completions: that of each token is read before it.
+/// Values of each completion's tokens: one list per completion. A token's value is read at the token before it.
 pub(crate) fn values(decoder: &Decoder, tokens: &[Tokens], budget: usize) -> Result<Vec<Vec<f32>>> {
     by_token(tokens, budget, |batch| decoder.values(batch))
 }
 
-/// Scores of whole sequences, read where the model's padding says.
+/// Scores of whole sequences, read at the last token that is not padding.
 pub(crate) fn scores(decoder: &Decoder, tokens: &[Tokens], budget: usize) -> Result<Vec<f32>> {
     let mut all = Vec::with_capacity(tokens.len());
-    for part in parts(tokens, budget) {
-        let kept = part.iter().map(|t| scored(decoder, t));
-        let batch = Batch::ends(kept);
+    for part in micro_batches(tokens, budget, added_tokens) {
+        let batch = Batch::ends(part.iter().map(|t| scored(decoder, t)));
         all.extend(floats(&decoder.values(&batch)?)?);
     }
     Ok(all)
 }
 
-/// What of a sequence a score is read from: up to the last token that is no padding (transformers' rule; where padding
-/// is the end-of-sequence token, the score is read before it).
+/// The sequence that a score is read at the last token of: without trailing padding (transformers' rule; where the
+/// end-of-sequence token is also the padding token, the score is read before it).
 pub(crate) fn scored<'a>(decoder: &Decoder, tokens: &'a Tokens) -> Sequence<'a> {
-    let pad = decoder.architecture().pad;
-    let end = tokens.completion.iter().rposition(|&t| Some(t) != pad).map_or(0, |last| last + 1);
-    Sequence { prompt: &tokens.prompt, completion: &tokens.completion[..end] }
+    let architecture = decoder.architecture();
+    let completion = if tokens.prompt.is_empty() {
+        architecture.scored_prefix(&tokens.completion)
+    } else {
+        architecture.without_padding(&tokens.completion)
+    };
+    Sequence { prompt: &tokens.prompt, completion }
 }
 
 fn by_token(
@@ -59,7 +56,7 @@ fn by_token(
     pass: impl Fn(&Batch) -> rehearsal_lm::Result<Tensor>,
 ) -> Result<Vec<Vec<f32>>> {
     let mut all = Vec::with_capacity(tokens.len());
-    for part in parts(tokens, budget) {
+    for part in micro_batches(tokens, budget, added_tokens) {
         let batch = Batch::new(part.iter().map(Tokens::sequence));
         let flat = floats(&pass(&batch)?)?;
         all.extend(batch.spans().windows(2).map(|w| flat[w[0]..w[1]].to_vec()));
@@ -67,23 +64,10 @@ fn by_token(
     Ok(all)
 }
 
-/// Consecutive sequences of at most `budget` tokens together, and at least one.
-fn parts(tokens: &[Tokens], budget: usize) -> impl Iterator<Item = &[Tokens]> {
-    let mut rest = tokens;
-    std::iter::from_fn(move || {
-        let (mut sum, mut before): (usize, Option<&Tokens>) = (0, None);
-        let fitting = rest.iter().take_while(|t| {
-            // Neighbours share their prompt.
-            let shared = before.is_some_and(|b| b.prompt == t.prompt);
-            sum += t.completion.len() + if shared { 0 } else { t.prompt.len() };
-            before = Some(t);
-            sum <= budget
-        });
-        let n = fitting.count().max(1).min(rest.len());
-        let (now, later) = rest.split_at(n);
-        rest = later;
-        (!now.is_empty()).then_some(now)
-    })
+/// Tokens that a sequence adds to a micro-batch, in which neighbours share their prompt.
+fn added_tokens(previous: Option<&Tokens>, tokens: &Tokens) -> usize {
+    let shared = previous.is_some_and(|p| p.prompt == tokens.prompt);
+    tokens.completion.len() + if shared { 0 } else { tokens.prompt.len() }
 }
 
 fn floats(t: &Tensor) -> Result<Vec<f32>> {

@@ -1,34 +1,37 @@
-//! The reference: frozen weights that say how likely a completion was before training.
+//! The reference: the frozen model that the policy's divergence is measured from.
 
 use std::sync::Arc;
 
 use rehearsal_lm::{Checkpoint, Decoder, Precision};
 
-use crate::device::Seat;
-use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message, role_status};
+use crate::device::SharedDevice;
+use crate::role::{Build, Link, Permit, Reply, StateMachine, answer, local_message, role_status};
 use crate::{Devices, Placement, Result, Tokens, passes};
 
 pub(crate) enum ReferenceMsg {
-    Logprobs { tokens: Vec<Tokens>, temperature: f64, _ticket: Ticket, reply: Reply<Vec<Vec<f32>>> },
+    Logprobs { tokens: Vec<Tokens>, temperature: f64, _permit: Permit, reply: Reply<Vec<Vec<f32>>> },
 }
 local_message!(ReferenceMsg);
 
 pub(crate) struct Reference {
     decoder: Decoder,
-    seat: Seat,
+    compute: SharedDevice,
     micro_batch_tokens: usize,
 }
 
-impl Machine for Reference {
+impl StateMachine for Reference {
     type Message = ReferenceMsg;
 
     fn apply(&mut self, message: ReferenceMsg) {
         let ReferenceMsg::Logprobs { tokens, temperature, reply, .. } = message;
-        answer(reply, self.seat.run(|| passes::logprobs(&self.decoder, &tokens, temperature, self.micro_batch_tokens)));
+        answer(
+            reply,
+            self.compute.run(|| passes::logprobs(&self.decoder, &tokens, temperature, self.micro_batch_tokens)),
+        );
     }
 }
 
-/// Speaks to the reference.
+/// Handle to the reference.
 #[derive(Clone)]
 pub struct ReferenceHandle {
     pub(crate) link: Link<ReferenceMsg>,
@@ -43,15 +46,15 @@ impl ReferenceHandle {
         devices: Devices,
     ) -> Build<Reference> {
         Arc::new(move || {
-            let seat = devices.seat(placement)?;
-            let decoder = checkpoint.frozen(&seat.device, precision.dtype())?;
-            Ok(Reference { decoder, seat, micro_batch_tokens })
+            let compute = devices.get(placement)?;
+            let decoder = checkpoint.frozen(&compute.device, precision.dtype())?;
+            Ok(Reference { decoder, compute, micro_batch_tokens })
         })
     }
 
-    /// Log-probabilities of completions, token by token.
+    /// Log-probabilities of each completion's tokens at a temperature: one list per completion, in order.
     pub async fn logprobs(&self, tokens: Vec<Tokens>, temperature: f64) -> Result<Vec<Vec<f32>>> {
-        self.link.ask(|_ticket, reply| ReferenceMsg::Logprobs { tokens, temperature, _ticket, reply }).await
+        self.link.ask(|_permit, reply| ReferenceMsg::Logprobs { tokens, temperature, _permit, reply }).await
     }
 }
 role_status!(ReferenceHandle);

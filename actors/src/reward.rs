@@ -1,4 +1,4 @@
-//! The reward: whatever knows better than the model, behind one trait.
+//! The reward: any source of scores for completions, behind one trait.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,43 +7,44 @@ use rehearsal_lm::Message;
 use rehearsal_lm::generate::Finish;
 use rehearsal_store::Exchange;
 
-use crate::role::{Build, Link, Machine, Reply, Ticket, answer, local_message, role_status};
+use crate::role::{Build, Link, Permit, Reply, StateMachine, answer, local_message, role_status};
 use crate::{Placement, Result, Tokens};
 
-/// A completion to be judged.
+/// A completion to be scored.
 #[derive(Debug, Clone, Default)]
 pub struct Sample {
     /// The prompt as text; a conversation of several turns as `role: content`, turn by turn.
     pub prompt: String,
     /// The prompt as messages; empty for a bare text.
     pub messages: Arc<Vec<Message>>,
-    /// What the policy said, without special tokens and stop texts.
+    /// The completion as text, without special tokens and stop strings.
     pub completion: String,
-    /// Length in tokens.
+    /// Length of the completion in tokens.
     pub tokens: usize,
-    /// Prompt and completion as the policy's tokens.
+    /// Prompt and completion as token ids of the policy's tokenizer.
     pub ids: Tokens,
     /// Why the completion ended.
     pub finish: Finish,
-    /// A text column of the prompt's row, such as a reference answer.
+    /// The answer column of the prompt's row, such as a reference solution.
     pub answer: Option<String>,
-    /// Row of the prompt in its file.
+    /// Row of the prompt in its file, for error messages.
     pub row: u64,
 }
 
-/// A score and why.
+/// The score of a completion, with the reason for it.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Judged {
     /// Higher is better; finite.
     pub score: f64,
-    /// In the scorer's words; may be empty.
+    /// Explanation given by the scorer; may be empty.
     pub reason: String,
-    /// What was asked in words, and what was said; for a comparison, with the first of the compared completions.
+    /// The requests to judges that led to the score, and their replies. Those of a comparison are kept with the first of
+    /// the compared completions.
     pub exchanges: Vec<Exchange>,
 }
 
 impl Judged {
-    /// A score with its reason.
+    /// A score with a reason.
     pub fn new(score: f64, reason: impl Into<String>) -> Self {
         Self { score, reason: reason.into(), exchanges: Vec::new() }
     }
@@ -55,45 +56,49 @@ impl From<f64> for Judged {
     }
 }
 
-/// Why a reward gave no score.
+/// Why a reward returned no scores.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum RewardError {
     #[error("`{name}` failed on row {row}: {reason}")]
     Failed { name: String, row: u64, reason: String },
-    #[error("`{name}` gave {score} for row {row}; a score must be a finite number")]
+    #[error("`{name}` returned {score} for row {row}; a score must be a finite number")]
     NotFinite { name: String, row: u64, score: f64 },
-    #[error("`{name}` has used up its budget ({spent}); raise `{key}`, and resume")]
+    #[error("`{name}` has used up its budget ({spent}); raise `{key}` and resume the job")]
     Budget { name: String, spent: String, key: &'static str },
-    #[error("the job was asked to stop while `{name}` was at work")]
+    #[error("the job was stopped while `{name}` was computing scores")]
     Stopped { name: String },
-    #[error("`{name}` gave {found} scores for {wanted} completions; one each is needed")]
+    #[error("`{name}` returned {found} scores for {wanted} completions; it must return one for each")]
     Count { name: String, found: usize, wanted: usize },
 }
 
-/// Something that knows better than the model.
+/// A source of scores for completions: rules, trained reward models, judges, people, a closure.
 ///
-/// Runs on a thread of its own, so it may block. A panic restarts the role; an error stops the job.
+/// It is called on the role's own thread, so it may block. A panic restarts the role; an error stops the job.
 pub trait Reward: Send + Sync + 'static {
-    /// Name for logs and errors.
+    /// Name of the reward in logs and errors.
     fn name(&self) -> &str;
 
-    /// Whether a score says how a completion compares with the others of its prompt, and nothing by itself.
-    fn compares(&self) -> bool {
+    /// Whether a score only ranks a completion among the completions of its prompt, and has no meaning across prompts.
+    fn is_relative(&self) -> bool {
         false
     }
 
-    /// How long scores may take; `None` leaves it to the job's limits.
-    fn patience(&self) -> Option<Duration> {
+    /// How long a call of [`Reward::score`] may take; `None` for the job's limit.
+    fn timeout(&self) -> Option<Duration> {
         None
     }
 
-    /// Devices on which it takes its turn with other roles. Elsewhere (servers, people, a closure that is quick) it may be asked
-    /// while the policy generates.
-    fn occupies(&self) -> Vec<Placement> {
+    /// The devices that the reward computes on and shares with other roles. A reward that shares none with the policy (a
+    /// server, people, a cheap closure) may be called while the policy generates.
+    fn placements(&self) -> Vec<Placement> {
         Vec::new()
     }
 
-    /// A score for each sample, in order; the completions of a prompt stand side by side.
+    /// Scores completions: one finite score for each sample, in order. The completions of a prompt are adjacent.
+    ///
+    /// # Errors
+    ///
+    /// A [`RewardError`] that stops the job, such as [`RewardError::Failed`] with the row that could not be scored.
     fn score(&self, samples: &[Sample]) -> std::result::Result<Vec<Judged>, RewardError>;
 }
 
@@ -109,7 +114,7 @@ where
     J: Into<Judged>,
     E: std::fmt::Display,
 {
-    /// Names a closure.
+    /// A reward from a closure and a name. The closure returns a score, or a [`Judged`] with a reason.
     pub fn new(name: impl Into<String>, f: F) -> Self {
         Self { name: name.into(), f }
     }
@@ -133,7 +138,7 @@ where
 }
 
 pub(crate) enum RewardMsg {
-    Score { samples: Vec<Sample>, _ticket: Ticket, reply: Reply<Vec<Judged>> },
+    Score { samples: Vec<Sample>, _permit: Permit, reply: Reply<Vec<Judged>> },
 }
 local_message!(RewardMsg);
 
@@ -153,7 +158,7 @@ impl Scorer {
     }
 }
 
-impl Machine for Scorer {
+impl StateMachine for Scorer {
     type Message = RewardMsg;
 
     fn apply(&mut self, message: RewardMsg) {
@@ -162,13 +167,13 @@ impl Machine for Scorer {
     }
 }
 
-/// Speaks to the reward.
+/// Handle to the reward.
 #[derive(Clone)]
 pub struct RewardHandle {
     pub(crate) link: Link<RewardMsg>,
     pub(crate) name: Arc<str>,
-    pub(crate) compares: bool,
-    pub(crate) occupies: Arc<[Placement]>,
+    pub(crate) is_relative: bool,
+    pub(crate) placements: Arc<[Placement]>,
 }
 
 impl RewardHandle {
@@ -176,24 +181,24 @@ impl RewardHandle {
         Arc::new(move || Ok(Scorer(reward.clone())))
     }
 
-    /// Name of the reward.
+    /// [`Reward::name`].
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// [`Reward::compares`].
-    pub fn compares(&self) -> bool {
-        self.compares
+    /// [`Reward::is_relative`].
+    pub fn is_relative(&self) -> bool {
+        self.is_relative
     }
 
-    /// [`Reward::occupies`].
-    pub fn occupies(&self) -> &[Placement] {
-        &self.occupies
+    /// [`Reward::placements`].
+    pub fn placements(&self) -> &[Placement] {
+        &self.placements
     }
 
-    /// Scores completions, in order; every score is finite.
+    /// Scores completions: one finite score for each sample, in order.
     pub async fn score(&self, samples: Vec<Sample>) -> Result<Vec<Judged>> {
-        self.link.ask(|_ticket, reply| RewardMsg::Score { samples, _ticket, reply }).await
+        self.link.ask(|_permit, reply| RewardMsg::Score { samples, _permit, reply }).await
     }
 }
 role_status!(RewardHandle);

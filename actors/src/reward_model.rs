@@ -1,4 +1,4 @@
-//! Trained reward models as a reward: one, or an ensemble.
+//! Trained reward models as a reward: a single model or an ensemble.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -7,26 +7,34 @@ use rehearsal_learn::reward::{Ensemble, Normalisation};
 use rehearsal_lm::{Checkpoint, Decoder, HeadKind, Message, Precision, Text};
 use serde_json::Value;
 
-use crate::device::Seat;
+use crate::device::SharedDevice;
 use crate::{Devices, Error, Judged, Placement, Result, Reward, RewardError, Sample, Tokens, passes};
 
-/// Key of `config.json` under which a reward model's normalisation is kept.
+/// Key of a reward model's normalisation in its `config.json`.
 pub const NORMALISATION_KEY: &str = "reward_normalisation";
 
-/// A frozen model with a score head. It reads prompt and completion as the policy's tokens where both have one tokenizer, else
-/// as text in its own words: through its chat template as an answered conversation, or, without one, end to end.
+/// A frozen model with a score head.
+///
+/// If its tokenizer is the policy's, it reads the policy's token ids. Otherwise it encodes the text with its own
+/// tokenizer: the conversation through its chat template if it has one, else prompt and completion concatenated.
 pub struct RewardModel {
     name: String,
     decoder: Decoder,
-    seat: Seat,
+    compute: SharedDevice,
     micro_batch_tokens: usize,
     normalisation: Normalisation,
-    /// Its own tokenizer, where that is not the policy's.
+    /// The model's tokenizer, if it is not the policy's.
     text: Option<Text>,
 }
 
 impl RewardModel {
-    /// A checkpoint as a reward. `tokenizer` is the policy's `tokenizer.json`.
+    /// Loads a reward model onto a device. `tokenizer` is the content of the policy's `tokenizer.json`; at most
+    /// `micro_batch_tokens` tokens go through the model at once.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Start`] if the checkpoint has no score head or its normalisation is malformed, [`Error::Placement`] if the
+    /// device cannot be opened.
     pub fn new(
         name: impl Into<String>,
         checkpoint: &Checkpoint,
@@ -41,16 +49,15 @@ impl RewardModel {
             return Err(wrong("the reward model has no `score` head; train one with `algorithm = \"reward_model\"`"));
         }
         let text = (checkpoint.text.tokenizer_json() != tokenizer).then(|| checkpoint.text.clone());
-        let seat = devices.seat(placement)?;
-        let decoder = checkpoint.frozen(&seat.device, precision.dtype())?;
-        let number = |key: &str| checkpoint.config[NORMALISATION_KEY][key].as_f64();
-        let normalisation = Normalisation { mean: number("mean").unwrap_or(0.0), std: number("std").unwrap_or(1.0) };
-        Ok(Self { name: name.into(), decoder, seat, micro_batch_tokens, normalisation, text })
+        let compute = devices.get(placement)?;
+        let decoder = checkpoint.frozen(&compute.device, precision.dtype())?;
+        let normalisation = normalisation(&checkpoint.config).map_err(|reason| wrong(&reason))?;
+        Ok(Self { name: name.into(), decoder, compute, micro_batch_tokens, normalisation, text })
     }
 
     fn scores(&self, samples: &[Sample]) -> Result<Vec<f64>> {
         let tokens = samples.iter().map(|s| self.tokens(s)).collect::<Result<Vec<_>>>()?;
-        let raw = self.seat.run(|| passes::scores(&self.decoder, &tokens, self.micro_batch_tokens))?;
+        let raw = self.compute.run(|| passes::scores(&self.decoder, &tokens, self.micro_batch_tokens))?;
         Ok(raw.into_iter().map(|s| self.normalisation.apply(f64::from(s))).collect())
     }
 }
@@ -69,7 +76,7 @@ impl RewardModel {
         let context = self.decoder.architecture().context;
         if whole.len() > context {
             let reason = format!(
-                "an answer of row {} has {} tokens with its prompt in the reward model's words, and its context is {context}; \
+                "prompt and completion of row {} have {} tokens in the reward model's tokenizer, and its context is {context}; \
                  lower `prompts.tokens_max` or `rollout.max_new_tokens`",
                 sample.row,
                 whole.len()
@@ -80,11 +87,11 @@ impl RewardModel {
     }
 }
 
-/// Several reward models as one reward, clipped.
+/// An ensemble of reward models as one reward.
 pub struct RewardModels {
     pub members: Vec<RewardModel>,
     pub ensemble: Ensemble,
-    /// Scores are clipped to plus or minus this.
+    /// Scores are clipped to `[-clip, clip]`.
     pub clip: Option<f64>,
 }
 
@@ -93,8 +100,8 @@ impl Reward for RewardModels {
         self.members.first().map_or("reward model", |m| &m.name)
     }
 
-    fn occupies(&self) -> Vec<Placement> {
-        self.members.iter().map(|m| m.seat.placement).collect()
+    fn placements(&self) -> Vec<Placement> {
+        self.members.iter().map(|m| m.compute.placement).collect()
     }
 
     fn score(&self, samples: &[Sample]) -> std::result::Result<Vec<Judged>, RewardError> {
@@ -113,10 +120,40 @@ impl Reward for RewardModels {
     }
 }
 
-/// Writes a normalisation into the `config.json` of an exported reward model.
-pub fn keep_normalisation(directory: &Path, normalisation: &Normalisation) -> std::io::Result<()> {
+/// The normalisation in a model's `config.json`: the identity where there is none.
+fn normalisation(config: &Value) -> std::result::Result<Normalisation, String> {
+    let Some(entry) = config.get(NORMALISATION_KEY) else { return Ok(Normalisation { mean: 0.0, std: 1.0 }) };
+    let number = |key: &str| {
+        let missing = || format!("`{NORMALISATION_KEY}` of its config.json has no number `{key}`: {entry}");
+        entry.get(key).and_then(Value::as_f64).ok_or_else(missing)
+    };
+    Ok(Normalisation { mean: number("mean")?, std: number("std")? })
+}
+
+/// Writes a normalisation into the `config.json` of an exported reward model, in `directory`.
+pub fn save_normalisation(directory: &Path, normalisation: &Normalisation) -> std::io::Result<()> {
     let path = directory.join("config.json");
     let mut config: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
     config[NORMALISATION_KEY] = serde_json::json!({"mean": normalisation.mean, "std": normalisation.std});
     std::fs::write(&path, serde_json::to_vec_pretty(&config)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_normalisation_reads_back_and_a_malformed_one_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.json");
+        std::fs::write(&path, "{\"model_type\": \"llama\"}").unwrap();
+        let read = || normalisation(&serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap());
+        let identity = read().unwrap();
+        assert_eq!((identity.mean, identity.std), (0.0, 1.0));
+        save_normalisation(folder.path(), &Normalisation { mean: 0.5, std: 2.0 }).unwrap();
+        let saved = read().unwrap();
+        assert_eq!((saved.mean, saved.std), (0.5, 2.0));
+        let error = normalisation(&serde_json::json!({NORMALISATION_KEY: {"mean": 0.5}})).err().unwrap();
+        assert!(error.contains("`std`"), "{error}");
+    }
 }

@@ -1,5 +1,5 @@
-//! What all roles share: a state machine on its own thread, an actor that carries messages to it, and the link
-//! from a handle to whichever incarnation of the actor is alive.
+//! What all roles share: a state machine on its own thread, the actor that forwards messages to it, and the link from a
+//! handle to the actor that currently runs.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,28 +13,28 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::{Error, Result};
 
-/// Where a machine sends its answer.
+/// Port that the reply to a request is sent to.
 pub(crate) type Reply<T> = RpcReplyPort<Result<T>>;
 
-/// Answers a request; a caller that has gone needs no answer.
+/// Replies to a request.
 pub(crate) fn answer<T>(reply: Reply<T>, result: Result<T>) {
-    let _ = reply.send(result);
+    let _ = reply.send(result); // the caller may have been dropped
 }
 
-/// A place in a role's bounded mailbox; it is freed when the message has been handled.
-pub(crate) struct Ticket(#[expect(dead_code, reason = "held for its drop")] OwnedSemaphorePermit);
+/// Permit for a message in a role's bounded mailbox; released when the message has been handled.
+pub(crate) struct Permit(#[expect(dead_code, reason = "held for its drop")] OwnedSemaphorePermit);
 
-/// A role without actors: messages in, replies out. Unit tests drive it directly.
-pub(crate) trait Machine: 'static {
+/// The synchronous state of a role: takes messages and sends replies, without actors.
+pub(crate) trait StateMachine: 'static {
     type Message: Message;
 
     fn apply(&mut self, message: Self::Message);
 }
 
-/// Builds a machine on the thread that will own it; called again when the role is restarted.
+/// Builds a state machine on the thread that will own it; called again when the role is restarted.
 pub(crate) type Build<M> = Arc<dyn Fn() -> Result<M> + Send + Sync>;
 
-/// What a role has done so far.
+/// Counters of a role, over all its restarts.
 #[derive(Debug, Default)]
 pub struct RoleStats {
     busy_ns: AtomicU64,
@@ -42,18 +42,18 @@ pub struct RoleStats {
 }
 
 impl RoleStats {
-    /// Time spent on messages.
+    /// Time spent handling messages.
     pub fn busy(&self) -> Duration {
         Duration::from_nanos(self.busy_ns.load(Ordering::Relaxed))
     }
 
-    /// Messages taken up.
+    /// Number of messages handled, including the current one.
     pub fn messages(&self) -> u64 {
         self.messages.load(Ordering::Relaxed)
     }
 }
 
-/// The living incarnation of a role, and why the last one died.
+/// The actor that currently runs a role, and why the last one stopped.
 pub(crate) struct Slot<Msg> {
     actor: RwLock<Option<ActorRef<Msg>>>,
     last_failure: Mutex<Option<String>>,
@@ -66,7 +66,7 @@ impl<Msg> Slot<Msg> {
     }
 }
 
-/// The handle's end: finds the living actor, bounds its mailbox, keeps its deadline.
+/// Connection of a handle to its role: finds the current actor, bounds its mailbox and applies the deadline.
 pub(crate) struct Link<Msg> {
     role: &'static str,
     slot: Arc<Slot<Msg>>,
@@ -87,7 +87,7 @@ impl<Msg: Message> Link<Msg> {
         Self { role, slot: Arc::new(slot), permits: Arc::new(Semaphore::new(capacity)), capacity, deadline }
     }
 
-    /// Messages sent and not yet handled.
+    /// Number of messages sent and not yet handled.
     pub fn depth(&self) -> usize {
         self.capacity.saturating_sub(self.permits.available_permits())
     }
@@ -96,20 +96,20 @@ impl<Msg: Message> Link<Msg> {
         &self.slot.stats
     }
 
-    /// Sends a message and waits for its answer. The one place where ractor's failures become ours.
-    pub async fn ask<T: Send + 'static>(&self, message: impl FnOnce(Ticket, Reply<T>) -> Msg) -> Result<T> {
+    /// Sends a message and waits for the reply. All failures of ractor become this crate's errors here.
+    pub async fn ask<T: Send + 'static>(&self, message: impl FnOnce(Permit, Reply<T>) -> Msg) -> Result<T> {
         let died = || Error::Died { role: self.role, reason: self.slot.failure() };
         let permit = self.permits.clone().acquire_owned().await.map_err(|_| died())?;
         let actor = self.slot.actor.read().unwrap_or_else(PoisonError::into_inner).clone().ok_or_else(died)?;
-        match actor.call(|reply| message(Ticket(permit), reply), Some(self.deadline)).await {
+        match actor.call(|reply| message(Permit(permit), reply), Some(self.deadline)).await {
             Ok(CallResult::Success(answer)) => answer,
             Ok(CallResult::Timeout) => Err(Error::Timeout { role: self.role, after: self.deadline }),
             Ok(CallResult::SenderError) | Err(_) => Err(died()),
         }
     }
 
-    /// Starts an incarnation of the role under a supervisor and points the link at it.
-    pub async fn start<M: Machine<Message = Msg>>(
+    /// Starts the role's actor under a supervisor and connects the link to it.
+    pub async fn start<M: StateMachine<Message = Msg>>(
         &self,
         build: Build<M>,
         name: String,
@@ -131,16 +131,16 @@ impl<Msg: Message> Link<Msg> {
     }
 }
 
-/// The thin actor: it forwards messages to the machine's thread and dies with it.
+/// The actor of a role: forwards messages to the state machine's thread and stops when the thread ends.
 struct RoleActor<M>(std::marker::PhantomData<fn() -> M>);
 
-struct Arguments<M: Machine> {
+struct Arguments<M: StateMachine> {
     build: Build<M>,
     slot: Arc<Slot<M::Message>>,
     role: &'static str,
 }
 
-impl<M: Machine> Actor for RoleActor<M> {
+impl<M: StateMachine> Actor for RoleActor<M> {
     type Msg = M::Message;
     type State = Thread<M::Message>;
     type Arguments = Arguments<M>;
@@ -156,19 +156,19 @@ impl<M: Machine> Actor for RoleActor<M> {
         let (ended, has_ended) = oneshot::channel::<Option<String>>();
         let thread_slot = slot.clone();
         std::thread::Builder::new().name(format!("rehearsal-{role}")).spawn(move || {
-            let machine = match catch_unwind(AssertUnwindSafe(|| build())) {
-                Ok(Ok(machine)) => machine,
+            let state = match catch_unwind(AssertUnwindSafe(|| build())) {
+                Ok(Ok(state)) => state,
                 Ok(Err(e)) => return drop(ready.send(Err(e.to_string()))),
                 Err(panic) => return drop(ready.send(Err(panic_text(&*panic)))),
             };
             if ready.send(Ok(())).is_ok() {
-                let _ = ended.send(run(machine, receiver, &thread_slot.stats)); // nobody listens after a stop
+                let _ = ended.send(run(state, receiver, &thread_slot.stats)); // the actor may have stopped
             }
         })?;
         let remember = |slot: &Slot<M::Message>, reason: String| {
             *slot.last_failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
         };
-        if let Err(reason) = is_ready.await.unwrap_or_else(|_| Err("its thread ended".into())) {
+        if let Err(reason) = is_ready.await.unwrap_or_else(|_| Err("its thread ended before it was ready".into())) {
             remember(&slot, reason.clone());
             return Err(reason.into());
         }
@@ -188,38 +188,38 @@ impl<M: Machine> Actor for RoleActor<M> {
         thread: &mut Self::State,
     ) -> std::result::Result<(), ActorProcessingErr> {
         if thread.messages.as_ref().is_none_or(|m| m.send(message).is_err()) {
-            // The thread is gone; its caller sees the dropped reply.
+            // The thread has ended; the caller sees that the reply was dropped.
             myself.stop(None);
         }
         Ok(())
     }
 
-    /// An actor that has stopped has let go of all it owned: the machine is dropped by then.
+    /// Waits until the state machine is dropped, so that a stopped actor owns nothing.
     async fn post_stop(
         &self,
         _: ActorRef<M::Message>,
         thread: &mut Self::State,
     ) -> std::result::Result<(), ActorProcessingErr> {
         thread.messages = None;
-        let _ = (&mut thread.ended).await; // a watcher that failed has nothing left to wait for
+        let _ = (&mut thread.ended).await; // an error means that there is nothing to wait for
         Ok(())
     }
 }
 
-/// The actor's end of the machine's thread.
+/// Connection of the actor to the state machine's thread.
 pub(crate) struct Thread<Msg> {
     messages: Option<mpsc::Sender<Msg>>,
-    /// Ends when the machine is dropped.
+    /// Finishes when the state machine is dropped.
     ended: tokio::task::JoinHandle<()>,
 }
 
-/// Handles messages until the actor is gone, or returns why the machine panicked.
-fn run<M: Machine>(mut machine: M, messages: mpsc::Receiver<M::Message>, stats: &RoleStats) -> Option<String> {
+/// Handles messages until the actor stops. Returns the reason if the state machine panicked.
+fn run<M: StateMachine>(mut state: M, messages: mpsc::Receiver<M::Message>, stats: &RoleStats) -> Option<String> {
     while let Ok(message) = messages.recv() {
-        // Counted before the answer goes out, so that whoever has the answer sees the count.
+        // Counted before the reply is sent, so that the caller sees the count.
         stats.messages.fetch_add(1, Ordering::Relaxed);
         let start = Instant::now();
-        let result = catch_unwind(AssertUnwindSafe(|| machine.apply(message)));
+        let result = catch_unwind(AssertUnwindSafe(|| state.apply(message)));
         stats.busy_ns.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
         if let Err(panic) = result {
             return Some(panic_text(&*panic));
@@ -233,7 +233,7 @@ pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
     format!("panicked: {}", text.unwrap_or("no message"))
 }
 
-/// Marks an enum as a message that stays in this process, with and without ractor's `cluster` feature.
+/// Implements ractor's `Message` for an enum that stays in this process, which the `cluster` feature requires.
 macro_rules! local_message {
     ($name:ty) => {
         #[cfg(feature = "cluster")]
@@ -242,11 +242,11 @@ macro_rules! local_message {
 }
 pub(crate) use local_message;
 
-/// What every handle says of its role.
+/// Implements the methods that all handles have.
 macro_rules! role_status {
     ($handle:ty) => {
         impl $handle {
-            /// Messages sent and not yet handled.
+            /// Number of messages sent and not yet handled.
             pub fn depth(&self) -> usize {
                 self.link.depth()
             }

@@ -1,82 +1,86 @@
-//! A model that is trained: its weights, their optimiser, the average of its weights, and the sampler. The policy and
-//! the critic are both one.
+//! A trained model: weights or adapters, optimizer, moving average of the weights, and sampler. The roles of policy and
+//! critic are both trained models.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Var};
 use rehearsal_learn::{AdamW, AdamWConfig, clip_scale, ema, global_norm};
 use rehearsal_lm::generate::{Completion, Generator, Options, Request};
 use rehearsal_lm::{Checkpoint, Decoder, HeadKind, Lora, LoraConfig, Parameters, Precision, Recording};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio_util::sync::CancellationToken;
 
-use crate::device::Seat;
+use crate::device::SharedDevice;
 use crate::objective::Pass;
 use crate::passes;
-use crate::role::{Build, Machine, Reply, Ticket, answer, local_message};
-use crate::{Devices, Error, Marked, Objective, Placement, Result, Stats, StepTimes, Tokens};
+use crate::role::{Build, Permit, Reply, StateMachine, answer, local_message};
+use crate::{Devices, Error, MaskedSequence, ModelSnapshot, Objective, Placement, Result, Stats, StepTimes, Tokens};
 
-/// Settings of a trained model that do not change during a job.
+/// Settings of a trained model, constant during a job.
 #[derive(Debug, Clone)]
 pub struct TrainedConfig {
     pub placement: Placement,
     pub optimizer: AdamWConfig,
-    /// Gradients are scaled down to this global norm.
+    /// Gradients are scaled down to this global norm if theirs is larger; `None` never scales.
     pub max_grad_norm: Option<f64>,
-    /// Tokens of a micro-batch at most; what belongs together is never split.
+    /// Largest number of tokens of a micro-batch. An item, such as a pair or a ranking, is never split.
     pub micro_batch_tokens: usize,
-    /// What the factors of matrix products are rounded to; the weights stay f32.
+    /// Type that the operands of matrix products are rounded to; the weights stay f32.
     pub precision: Precision,
-    /// Activations are computed again on the way back instead of kept.
+    /// Whether the backward pass recomputes activations instead of keeping them.
     pub gradient_checkpointing: bool,
-    /// Decay of an exponential moving average of the weights, kept beside them.
+    /// Decay of an exponential moving average of the weights, in `[0, 1)`; `None` keeps no average.
     pub ema_decay: Option<f64>,
-    /// Train adapters in the place of the weights.
-    pub lora: Option<LoraStart>,
+    /// Adapters to train instead of the weights.
+    pub lora: Option<LoraInit>,
 }
 
-/// Where adapters begin.
+/// What adapters are initialized from.
 #[derive(Debug, Clone)]
-pub struct LoraStart {
+pub struct LoraInit {
     pub config: LoraConfig,
-    /// Adapters in PEFT's format to begin with, in the place of new ones.
+    /// Directory of adapters in PEFT's format; `None` for new adapters by `config`.
     pub adapter: Option<PathBuf>,
-    /// Of new ones.
+    /// Seed of new adapters.
     pub seed: u64,
 }
 
-/// One optimiser step.
+impl LoraInit {
+    /// Loads or draws the adapters of a model at the start of training.
+    pub(crate) fn load(&self, base: &Checkpoint, device: &Device) -> Result<Lora> {
+        Ok(match &self.adapter {
+            Some(directory) => Lora::open(base, directory, device)?,
+            None => Lora::new(base, self.config.clone(), device, self.seed)?,
+        })
+    }
+}
+
+/// The input of one optimizer step.
 #[derive(Debug, Clone)]
 pub struct UpdateBatch {
-    pub objective: Objective,
+    /// The loss and its data.
+    pub objective: Arc<dyn Objective>,
     pub learning_rate: f64,
-    /// Temperature of all log-probabilities, as completions were sampled.
+    /// Temperature of log-probabilities, above 0: the one that completions were sampled at, or 1.
     pub temperature: f64,
 }
 
-/// What an optimiser step did.
+/// The result of one optimizer step.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StepReport {
+    /// Version of the weights after the step.
     pub version: u64,
-    /// Tokens that went through forward and backward.
+    /// Tokens that went through forward and backward passes.
     pub tokens: usize,
     pub loss: f64,
-    /// Global norm before clipping.
+    /// Global norm of the gradients before clipping.
     pub grad_norm: f64,
+    /// Means of the objective's statistics.
     pub stats: Stats,
     pub times: StepTimes,
-}
-
-/// Weights and optimiser, sharing storage with the model: save it before the next step.
-#[derive(Clone, Default)]
-pub struct ModelSnapshot {
-    pub version: u64,
-    pub optimizer_steps: u64,
-    /// `weights.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, and `average.NAME` where weights are averaged.
-    pub tensors: BTreeMap<String, Tensor>,
 }
 
 pub(crate) enum TrainedMsg {
@@ -86,82 +90,78 @@ pub(crate) enum TrainedMsg {
         keep_tokens: usize,
         finished: UnboundedSender<Completion>,
         cancel: CancellationToken,
-        _ticket: Ticket,
+        _permit: Permit,
         reply: Reply<()>,
     },
     Logprobs {
         tokens: Vec<Tokens>,
         temperature: f64,
-        _ticket: Ticket,
+        _permit: Permit,
         reply: Reply<Vec<Vec<f32>>>,
     },
     Likelihoods {
-        sequences: Vec<Marked>,
-        _ticket: Ticket,
+        sequences: Vec<MaskedSequence>,
+        _permit: Permit,
         reply: Reply<Vec<f64>>,
     },
     Values {
         tokens: Vec<Tokens>,
-        _ticket: Ticket,
+        _permit: Permit,
         reply: Reply<Vec<Vec<f32>>>,
     },
     Scores {
         tokens: Vec<Tokens>,
-        _ticket: Ticket,
+        _permit: Permit,
         reply: Reply<Vec<f32>>,
     },
     Step {
         batch: Box<UpdateBatch>,
         cancel: CancellationToken,
-        _ticket: Ticket,
+        _permit: Permit,
         reply: Reply<StepReport>,
     },
     Snapshot {
-        _ticket: Ticket,
+        _permit: Permit,
         reply: Reply<ModelSnapshot>,
     },
     Restore {
         snapshot: Box<ModelSnapshot>,
-        _ticket: Ticket,
+        _permit: Permit,
         reply: Reply<()>,
     },
     Export {
         directory: PathBuf,
         dtype: DType,
-        _ticket: Ticket,
+        _permit: Permit,
         reply: Reply<()>,
     },
 }
 local_message!(TrainedMsg);
 
-/// The machine of the policy and of the critic.
+/// State of the policy and of the critic.
 pub(crate) struct Trained {
     checkpoint: Arc<Checkpoint>,
-    seat: Seat,
+    compute: SharedDevice,
     config: TrainedConfig,
     decoder: Decoder,
     lora: Option<Lora>,
     optimizer: AdamW,
     average: Option<Parameters>,
     version: u64,
-    /// Packed weights of the current version, made when needed and dropped before an update.
+    /// Sampler with packed weights of the current version; built when needed and dropped before an update.
     generator: Option<Generator>,
-    /// What the current version computed of its last completions.
+    /// Activations of the completions that the current version sampled last.
     recording: Option<Recording>,
 }
 
 impl Trained {
     fn new(checkpoint: Arc<Checkpoint>, config: TrainedConfig, devices: &Devices) -> Result<Self> {
-        let seat = devices.seat(config.placement)?;
+        let compute = devices.get(config.placement)?;
         let decoder = checkpoint
-            .trainable(&seat.device, DType::F32)?
+            .trainable(&compute.device, DType::F32)?
             .with_precision(config.precision)
             .with_gradient_checkpointing(config.gradient_checkpointing);
-        let lora = match &config.lora {
-            None => None,
-            Some(LoraStart { adapter: Some(directory), .. }) => Some(Lora::open(&checkpoint, directory, &seat.device)?),
-            Some(start) => Some(Lora::new(&checkpoint, start.config.clone(), &seat.device, start.seed)?),
-        };
+        let lora = config.lora.as_ref().map(|start| start.load(&checkpoint, &compute.device)).transpose()?;
         if let Some(lora) = &lora {
             lora.apply(&checkpoint, &decoder)?;
         }
@@ -170,7 +170,7 @@ impl Trained {
         let average = config.ema_decay.map(|_| copies(trained)).transpose()?;
         Ok(Self {
             checkpoint,
-            seat,
+            compute,
             config,
             decoder,
             lora,
@@ -182,7 +182,7 @@ impl Trained {
         })
     }
 
-    /// What the optimiser changes, by name: the weights, or their adapters.
+    /// The variables that the optimizer updates, by name: the weights, or their adapters.
     fn variables(&self) -> &BTreeMap<String, Var> {
         self.lora.as_ref().map_or(self.decoder.variables(), Lora::variables)
     }
@@ -202,12 +202,12 @@ impl Trained {
         self.recording = None;
         let mut generator = match self.generator.take() {
             Some(generator) => generator,
-            None => self.seat.run(|| Generator::new(&self.decoder))?,
+            None => self.compute.run(|| Generator::new(&self.decoder))?,
         };
         let text = &self.checkpoint.text;
-        let result = self.seat.run(|| {
+        let result = self.compute.run(|| {
             let mut finished = |completion| {
-                let _ = finished.send(completion); // a caller that has gone needs no more
+                let _ = finished.send(completion); // the caller may have been dropped
             };
             let cancelled = || cancel.is_cancelled();
             generator.generate_recorded(requests, options, Some(text), &cancelled, &mut finished, keep_tokens)
@@ -218,28 +218,28 @@ impl Trained {
     }
 
     fn logprobs(&self, tokens: &[Tokens], temperature: f64) -> Result<Vec<Vec<f32>>> {
-        let said = |t: &Tokens| self.recording.as_ref()?.logprobs(&t.prompt, &t.completion, temperature);
-        match tokens.iter().map(|t| said(t).map(<[f32]>::to_vec)).collect() {
+        let recorded = |t: &Tokens| self.recording.as_ref()?.logprobs(&t.prompt, &t.completion, temperature);
+        match tokens.iter().map(|t| recorded(t).map(<[f32]>::to_vec)).collect() {
             Some(known) => Ok(known),
             None => {
                 let budget = self.config.micro_batch_tokens;
-                self.seat.run(|| passes::logprobs(&self.decoder, tokens, temperature, budget))
+                self.compute.run(|| passes::logprobs(&self.decoder, tokens, temperature, budget))
             }
         }
     }
 
     fn step(&mut self, batch: &UpdateBatch, cancel: &CancellationToken) -> Result<StepReport> {
         self.generator = None;
-        let seat = self.seat.clone();
-        seat.run(|| self.update(batch, cancel))
+        let compute = self.compute.clone();
+        compute.run(|| self.update(batch, cancel))
     }
 
     fn update(&mut self, batch: &UpdateBatch, cancel: &CancellationToken) -> Result<StepReport> {
         let decoder = self.decoder.clone();
-        let mut pass = Pass::new(&decoder, batch.temperature, self.config.micro_batch_tokens, cancel);
-        pass.recording = self.recording.take();
-        pass.run(&batch.objective)?;
-        let (stats, loss, tokens, mut times) = (pass.stats(), pass.loss, pass.tokens, pass.times);
+        let (budget, recording) = (self.config.micro_batch_tokens, self.recording.take());
+        let mut pass = Pass::new(&decoder, batch.temperature, budget, cancel, recording);
+        batch.objective.accumulate(&mut pass)?;
+        let (stats, loss, tokens, mut times) = (pass.stats(), pass.loss(), pass.tokens(), pass.times());
         let start = Instant::now();
         let gradients = pass.gradients.complete(&decoder)?;
         let gradients = match &self.lora {
@@ -271,35 +271,22 @@ impl Trained {
     }
 
     fn snapshot(&self) -> ModelSnapshot {
-        let named = |prefix: &'static str, tensors: Parameters| {
-            tensors.into_iter().map(move |(name, t)| (format!("{prefix}{name}"), t))
-        };
-        let trained = self.variables().iter().map(|(name, var)| (name.clone(), var.as_detached_tensor()));
-        let weights = named("weights.", trained.collect());
-        let average = named("average.", self.average.clone().unwrap_or_default());
-        ModelSnapshot {
-            version: self.version,
-            optimizer_steps: self.optimizer.steps(),
-            tensors: weights.chain(self.optimizer.state()).chain(average).collect(),
-        }
+        let (steps, optimizer) = (self.optimizer.steps(), self.optimizer.state());
+        ModelSnapshot::new(self.version, steps, self.variables(), self.average.as_ref(), optimizer)
     }
 
     fn restore(&mut self, snapshot: &ModelSnapshot) -> Result<()> {
         (self.generator, self.recording) = (None, None);
-        let get = |name: &str| {
-            let missing = || rehearsal_learn::Error::Moments(format!("the snapshot has no `{name}`"));
-            snapshot.tensors.get(name).ok_or_else(missing)
-        };
         for (name, var) in self.variables() {
-            let tensor = get(&format!("weights.{name}"))?;
-            var.set(&tensor.to_device(&self.seat.device)?.to_dtype(var.dtype())?)?;
+            let tensor = snapshot.weight(name)?;
+            var.set(&tensor.to_device(&self.compute.device)?.to_dtype(var.dtype())?)?;
         }
         if let Some(lora) = &self.lora {
             lora.apply(&self.checkpoint, &self.decoder)?;
         }
         if let Some(average) = &mut self.average {
             for (name, entry) in average.iter_mut() {
-                *entry = get(&format!("average.{name}"))?.to_device(&self.seat.device)?;
+                *entry = snapshot.average(name)?.to_device(&self.compute.device)?;
             }
         }
         self.optimizer.restore(snapshot.optimizer_steps, &snapshot.tensors)?;
@@ -307,20 +294,20 @@ impl Trained {
         Ok(())
     }
 
-    /// Writes the averaged weights where there are some, else the weights; adapters merged, and beside them.
+    /// Writes the averaged weights if there are any, else the weights, with adapters merged in and also beside them.
     fn export(&self, directory: &std::path::Path, dtype: DType) -> Result<()> {
         if let Some(average) = &self.average {
-            let now = copies(self.variables())?;
-            self.put(average)?;
+            let current = copies(self.variables())?;
+            self.set_variables(average)?;
             let result = self.write(directory, dtype);
-            self.put(&now)?;
+            self.set_variables(&current)?;
             return result;
         }
         self.write(directory, dtype)
     }
 
-    /// Sets what is trained.
-    fn put(&self, values: &Parameters) -> Result<()> {
+    /// Sets the trained variables.
+    fn set_variables(&self, values: &Parameters) -> Result<()> {
         for (name, value) in values {
             if let Some(var) = self.variables().get(name) {
                 var.set(value)?;
@@ -341,12 +328,12 @@ impl Trained {
     }
 }
 
-/// Variables as they are now.
+/// Copies of the variables' current values.
 fn copies(variables: &BTreeMap<String, Var>) -> Result<Parameters> {
     variables.iter().map(|(name, var)| Ok((name.clone(), var.as_detached_tensor().copy()?))).collect()
 }
 
-impl Machine for Trained {
+impl StateMachine for Trained {
     type Message = TrainedMsg;
 
     fn apply(&mut self, message: TrainedMsg) {
@@ -359,13 +346,13 @@ impl Machine for Trained {
                 answer(reply, self.logprobs(&tokens, temperature))
             }
             TrainedMsg::Likelihoods { sequences, reply, .. } => {
-                answer(reply, self.seat.run(|| passes::likelihoods(&self.decoder, &sequences, budget)))
+                answer(reply, self.compute.run(|| passes::likelihoods(&self.decoder, &sequences, budget)))
             }
             TrainedMsg::Values { tokens, reply, .. } => {
-                answer(reply, self.seat.run(|| passes::values(&self.decoder, &tokens, budget)))
+                answer(reply, self.compute.run(|| passes::values(&self.decoder, &tokens, budget)))
             }
             TrainedMsg::Scores { tokens, reply, .. } => {
-                answer(reply, self.seat.run(|| passes::scores(&self.decoder, &tokens, budget)))
+                answer(reply, self.compute.run(|| passes::scores(&self.decoder, &tokens, budget)))
             }
             TrainedMsg::Step { batch, cancel, reply, .. } => answer(reply, self.step(&batch, &cancel)),
             TrainedMsg::Snapshot { reply, .. } => answer(reply, Ok(self.snapshot())),
@@ -375,11 +362,16 @@ impl Machine for Trained {
     }
 }
 
-/// Which head a role's model must have.
+/// Checks that a role's model has the head that the role needs.
 pub(crate) fn check_head(checkpoint: &Checkpoint, head: HeadKind, role: &'static str) -> Result<()> {
     match (checkpoint.architecture.head == head, head) {
         (true, _) => Ok(()),
-        (false, HeadKind::Score) => Err(Error::Start { role, reason: "its model has no `score` head".into() }),
-        (false, HeadKind::Language) => Err(Error::Start { role, reason: "its model is no language model".into() }),
+        (false, HeadKind::Score) => Err(Error::Start {
+            role,
+            reason: "its model has no `score` head; train one with `algorithm = \"reward_model\"`".into(),
+        }),
+        (false, HeadKind::Language) => {
+            Err(Error::Start { role, reason: "its model has a `score` head; a language model is needed".into() })
+        }
     }
 }

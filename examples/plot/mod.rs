@@ -1,4 +1,4 @@
-//! Curves as SVG, for the examples that draw.
+//! Line plots as SVG, shared by the examples that plot.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -9,36 +9,39 @@ const WIDTH: f64 = 330.0;
 const HEIGHT: f64 = 200.0;
 const COLOURS: [&str; 4] = ["#2563eb", "#dc2626", "#059669", "#9333ea"];
 
-/// A line or, if `dots`, points.
+/// A line, or points if `dots`.
 pub struct Series {
+    /// Legend entry; a series without a name has the colour of the one before and no entry.
     pub name: String,
     pub points: Vec<(f64, f64)>,
     pub dots: bool,
 }
 
+/// One plot with its own axes.
 pub struct Panel {
     pub title: String,
     pub series: Vec<Series>,
 }
 
-/// The lines of a job's history.
+/// Rows of a job's `history.jsonl`, one for each step.
 pub fn rows(directory: &Path) -> Result<Vec<Value>, Box<dyn std::error::Error>> {
     let text = std::fs::read_to_string(directory.join("history.jsonl"))?;
     Ok(text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?)
 }
 
-/// A number of a row, by keys with dots between them.
+/// A number of a row by a dotted key, as `seconds.total`.
 pub fn number(row: &Value, key: &str) -> Option<f64> {
     key.split('.').try_fold(row, |value, part| value.get(part))?.as_f64()
 }
 
-/// One number against another, where a row has both.
+/// Series of `y` over `x`, of the rows that have both.
 pub fn against(name: &str, rows: &[Value], x: &str, y: &str) -> Series {
     let points = rows.iter().filter_map(|r| Some((number(r, x)?, number(r, y)?))).collect();
     Series { name: name.into(), points, dots: false }
 }
 
-fn nice(value: f64) -> String {
+/// A tick label in few digits.
+fn tick_label(value: f64) -> String {
     if value != 0.0 && value.abs() < 0.01 {
         format!("{value:.1e}")
     } else {
@@ -46,6 +49,7 @@ fn nice(value: f64) -> String {
     }
 }
 
+/// Appends a panel with its top left corner at `left`, `top`.
 fn draw(svg: &mut String, panel: &Panel, left: f64, top: f64) {
     let all = || panel.series.iter().flat_map(|s| s.points.iter().copied());
     let bound = |pick: fn((f64, f64)) -> f64, f: fn(f64, f64) -> f64| all().map(pick).reduce(f).unwrap_or(0.0);
@@ -66,7 +70,7 @@ fn draw(svg: &mut String, panel: &Panel, left: f64, top: f64) {
             "<text x='{:.1}' y='{:.1}' class='tick' text-anchor='end'>{}</text>",
             x(x0) - 5.0,
             at + 3.0,
-            nice(value)
+            tick_label(value)
         );
     }
     for share in [0.0, 0.5, 1.0] {
@@ -101,7 +105,7 @@ fn draw(svg: &mut String, panel: &Panel, left: f64, top: f64) {
     }
 }
 
-/// Every series with its colour; one without a name has that of the one before.
+/// Each series with its colour.
 fn coloured(panel: &Panel) -> impl Iterator<Item = (&Series, &'static str)> {
     let mut named = 0usize;
     panel.series.iter().map(move |series| {
@@ -110,14 +114,16 @@ fn coloured(panel: &Panel) -> impl Iterator<Item = (&Series, &'static str)> {
     })
 }
 
-/// Panels, three in a row, under a title.
+/// An SVG of panels, three in a row, under a title.
 pub fn page(title: &str, panels: &[Panel]) -> String {
     let (columns, lines) = (panels.len().min(3), panels.len().div_ceil(3));
     let (width, height) = (WIDTH * columns as f64 + 10.0, HEIGHT * lines as f64 + 40.0);
     let mut svg = format!(
-        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:.0} {height:.0}' font-family='sans-serif'>\n<style>.title{{font-size:12px;\
-         font-weight:bold}}.tick{{font-size:10px}}.grid{{stroke:#e5e7eb}}.line{{fill:none;stroke-width:1.5}}</style>\n\
-         <rect width='100%' height='100%' fill='white'/>\n<text x='16' y='24' font-size='15' font-weight='bold'>{title}</text>\n"
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:.0} {height:.0}' font-family='sans-serif'>\n\
+         <style>.title{{font-size:12px;font-weight:bold}}.tick{{font-size:10px}}.grid{{stroke:#e5e7eb}}\
+         .line{{fill:none;stroke-width:1.5}}</style>\n\
+         <rect width='100%' height='100%' fill='white'/>\n\
+         <text x='16' y='24' font-size='15' font-weight='bold'>{title}</text>\n"
     );
     for (i, panel) in panels.iter().enumerate() {
         draw(&mut svg, panel, WIDTH * (i % columns) as f64, 36.0 + HEIGHT * (i / columns) as f64);

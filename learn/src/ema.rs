@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use crate::{Error, Result};
 
-/// `average ← decay · average + (1 - decay) · weight`.
+/// Returns the updated average, `decay · average + (1 - decay) · weight`; `decay` is from 0 to 1.
 pub fn update(average: &Tensor, weight: &Tensor, decay: f64) -> Result<Tensor> {
     if !(0.0..=1.0).contains(&decay) {
         return Err(Error::OutOfRange { name: "ema_decay", value: decay, range: "from 0 to 1" });

@@ -1,7 +1,7 @@
-//! Advantages without a critic: each completion against the others of its prompt.
+//! Advantages without a critic: each completion is compared with the others of its prompt.
 
-/// Leave-one-out (RLOO; Kool et al. 2019, Ahmadian et al. 2024): `A_i = r_i - mean_{j≠i} r_j`, for consecutive groups.
-/// A group of one has nothing to be compared with: its advantage is 0.
+/// Leave-one-out advantages (RLOO; Kool et al. 2019, Ahmadian et al. 2024): `A_i = r_i - mean_{j≠i} r_j`, within
+/// consecutive groups of `group` rewards. The advantage of a group of one is 0.
 pub fn rloo(rewards: &[f64], group: usize) -> Vec<f64> {
     let of = |rewards: &[f64]| {
         let (sum, n) = (rewards.iter().sum::<f64>(), rewards.len() as f64);
@@ -10,19 +10,20 @@ pub fn rloo(rewards: &[f64], group: usize) -> Vec<f64> {
     rewards.chunks(group.max(1)).flat_map(of).collect()
 }
 
-/// What GRPO divides centred rewards by.
+/// Divisor of GRPO's centred rewards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum GroupScale {
     /// The unbiased standard deviation of the group (Shao et al. 2024).
     #[default]
     Group,
-    /// That of the whole batch.
+    /// The unbiased standard deviation of the batch.
     Batch,
-    /// Nothing (Dr. GRPO, Liu et al. 2025).
+    /// No division (Dr. GRPO, Liu et al. 2025).
     None,
 }
 
-/// Group-relative advantages (GRPO): `(r - mean of the group) / (std + eps)`, for consecutive groups.
+/// Group-relative advantages (GRPO, Shao et al. 2024): `(r - mean of the group) / (std + eps)`, within consecutive
+/// groups of `group` rewards.
 pub fn grpo(rewards: &[f64], group: usize, scale: GroupScale, eps: f64) -> Vec<f64> {
     let batch = deviation(rewards);
     let of = |rewards: &[f64]| {
@@ -37,7 +38,7 @@ pub fn grpo(rewards: &[f64], group: usize, scale: GroupScale, eps: f64) -> Vec<f
     rewards.chunks(group.max(1)).flat_map(of).collect()
 }
 
-/// Unbiased standard deviation; 0 for fewer than two.
+/// Unbiased standard deviation; 0 for fewer than two values.
 pub fn deviation(x: &[f64]) -> f64 {
     let n = x.len() as f64;
     let mean = x.iter().sum::<f64>() / n;
@@ -49,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_group_that_agrees_has_no_advantage() {
+    fn equal_rewards_have_no_advantage() {
         assert_eq!(grpo(&[2.0; 4], 2, GroupScale::Group, 1e-4), [0.0; 4]);
         assert_eq!(rloo(&[2.0, 2.0, 5.0], 2), [0.0, 0.0, 0.0]);
         assert_eq!(rloo(&[1.0, 3.0], 2), [-2.0, 2.0]);

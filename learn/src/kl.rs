@@ -4,8 +4,8 @@ use candle_core::{D, Tensor};
 
 use crate::Result;
 
-/// Estimator of `KL(π ‖ π_ref)` from samples of π, with `d = log π - log π_ref` (Schulman 2020, "Approximating KL
-/// divergence").
+/// Per-token estimator of `KL(π ‖ π_ref)` from samples of π, with `d = log π - log π_ref` (Schulman 2020,
+/// "Approximating KL divergence").
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KlEstimator {
     /// `d`: unbiased, signed. The choice for a reward; as a loss its expected gradient is zero.
@@ -20,7 +20,7 @@ pub enum KlEstimator {
 }
 
 impl KlEstimator {
-    /// The estimate of one token.
+    /// Estimate for one token, in nats.
     pub fn of(self, logprob: f64, ref_logprob: f64) -> f64 {
         let d = logprob - ref_logprob;
         match self {
@@ -31,7 +31,7 @@ impl KlEstimator {
         }
     }
 
-    /// The estimates of tensors of tokens, with a graph.
+    /// Estimates for tensors of log-probabilities of one shape, with gradients.
     pub fn tensor(self, logprobs: &Tensor, ref_logprobs: &Tensor) -> Result<Tensor> {
         let d = (logprobs - ref_logprobs)?;
         Ok(match self {
@@ -43,7 +43,7 @@ impl KlEstimator {
     }
 }
 
-/// `Σ_v π(v) [log π(v) - log π_ref(v)]` of each row of logits `[.., vocab]`.
+/// Exact KL `Σ_v π(v) [log π(v) - log π_ref(v)]` `[..]` of each row of logits `[.., vocab]`, in nats.
 pub fn full(logits: &Tensor, ref_logits: &Tensor) -> Result<Tensor> {
     let logs = |z: &Tensor| -> Result<Tensor> {
         let shifted = z.broadcast_sub(&z.max_keepdim(D::Minus1)?.detach())?;
@@ -57,16 +57,16 @@ pub fn full(logits: &Tensor, ref_logits: &Tensor) -> Result<Tensor> {
 /// `β ← β · (1 + clip(KL / target - 1, ±clip) · n / horizon)`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdaptiveKl {
-    /// KL of a sequence to hold, in nats, summed over its tokens.
+    /// Target KL per sequence, in nats, summed over its tokens.
     pub target: f64,
-    /// Sequences over which the coefficient may change by `clip`.
+    /// Sequences over which the coefficient changes by at most the factor `1 ± clip`.
     pub horizon: f64,
-    /// Largest relative error that counts.
+    /// Relative errors are clipped to plus or minus this.
     pub clip: f64,
 }
 
 impl AdaptiveKl {
-    /// The coefficient after `sequences` more with a mean KL of `kl`.
+    /// Updated coefficient after `sequences` sequences with a mean KL of `kl` nats.
     pub fn update(&self, coefficient: f64, kl: f64, sequences: usize) -> f64 {
         let error = (kl / self.target - 1.0).clamp(-self.clip, self.clip);
         coefficient * (1.0 + error * sequences as f64 / self.horizon)

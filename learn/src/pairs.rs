@@ -1,16 +1,16 @@
-//! From scores of the completions of one prompt to a pair: best against worst.
+//! Selects preference pairs, best against worst, from the scores of the completions of a prompt.
 
-/// What becomes of a prompt whose best and worst completion score the same.
+/// Treatment of a prompt whose best and worst completion have equal scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TieRule {
-    /// No pair; the tie is counted.
+    /// The prompt gives no pair.
     #[default]
     Skip,
-    /// The first completion is chosen over the last of the worst (TRL).
+    /// The first completion is chosen, the last one rejected, with margin 0 (TRL).
     First,
 }
 
-/// Indices into the completions of one prompt.
+/// A preference pair: indices into the completions of one prompt.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Pair {
     pub chosen: usize,
@@ -19,10 +19,10 @@ pub struct Pair {
     pub margin: f64,
 }
 
-/// The pair of one prompt, or none for a tie under [`TieRule::Skip`] or fewer than two completions.
+/// Selects the pair of one prompt: the first of the best completions against the last of the worst. `None` for fewer
+/// than two completions, or for a tie under [`TieRule::Skip`].
 ///
-/// The first of the best wins, the last of the worst loses. Scores that are not numbers have no place here; the
-/// reward role refuses them.
+/// `scores` must not contain NaN.
 pub fn select_pair(scores: &[f64], ties: TieRule) -> Option<Pair> {
     let chosen = (0..scores.len()).reduce(|best, i| if scores[i] > scores[best] { i } else { best })?;
     let rejected = (0..scores.len())
@@ -32,15 +32,8 @@ pub fn select_pair(scores: &[f64], ties: TieRule) -> Option<Pair> {
     (margin > 0.0 || ties == TieRule::First).then_some(Pair { chosen, rejected, margin })
 }
 
-/// [`select_pair`] for consecutive groups of `group` scores; indices are into `scores`.
-pub fn select_pairs(scores: &[f64], group: usize, ties: TieRule) -> Vec<Option<Pair>> {
-    let offset = |(g, pair): (usize, Option<Pair>)| {
-        pair.map(|p| Pair { chosen: p.chosen + g * group, rejected: p.rejected + g * group, ..p })
-    };
-    scores.chunks(group.max(1)).map(|s| select_pair(s, ties)).enumerate().map(offset).collect()
-}
-
-/// A completion that did not end by itself loses this much before it is compared (TRL's `missing_eos_penalty`).
+/// Score minus `penalty` if the completion was truncated: it has no end-of-sequence token (TRL's
+/// `missing_eos_penalty`).
 pub fn penalise_missing_eos(score: f64, ended: bool, penalty: f64) -> f64 {
     if ended { score } else { score - penalty }
 }
@@ -50,9 +43,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn best_meets_worst() {
-        let pairs = select_pairs(&[0.0, 3.0, -1.0, 2.0, 5.0, 5.0, 5.0, 5.0], 4, TieRule::Skip);
-        assert_eq!(pairs, [Some(Pair { chosen: 1, rejected: 2, margin: 4.0 }), None]);
+    fn the_best_is_paired_with_the_worst() {
+        let pair = select_pair(&[0.0, 3.0, -1.0, 2.0], TieRule::Skip);
+        assert_eq!(pair, Some(Pair { chosen: 1, rejected: 2, margin: 4.0 }));
+        assert_eq!(select_pair(&[5.0; 4], TieRule::Skip), None);
     }
 
     #[test]

@@ -1,29 +1,29 @@
 //! Proximal policy optimisation (Schulman et al. 2017) on language models (Ziegler et al. 2019; InstructGPT, Ouyang et
 //! al. 2022): token rewards, advantages, and the clipped losses.
 //!
-//! What is detached from the graph (rewards, advantages, returns) is plain `f64`; what is trained is a tensor of packed
-//! tokens `[tokens]`, sequence `s` at `spans[s]..spans[s + 1]`.
+//! Quantities without gradients (rewards, advantages, returns) are `f64`; those with gradients are tensors over packed
+//! tokens `[tokens]`, with sequence `s` at `spans[s]..spans[s + 1]`.
 
 use candle_core::{DType, Tensor};
 
 use crate::kl::KlEstimator;
 use crate::token::span_sums;
-use crate::{Error, Result, Whole};
+use crate::{BatchTotals, Error, Result};
 
-/// Where the score of a completion is paid.
+/// Position at which the score of a completion is added to its token rewards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ScorePlacement {
     /// On the last token (InstructGPT, OpenRLHF, NeMo).
     #[default]
     LastToken,
-    /// One past the last token, where there is room for it (N+ implementation details, TRL ≥ 0.12).
+    /// One position past the last token, if there is one (N+ implementation details, TRL ≥ 0.12).
     OnePast,
 }
 
 /// How scores and the KL penalty become token rewards.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TokenRewards {
-    /// Coefficient β of the penalty.
+    /// Coefficient β of the KL penalty.
     pub kl_coef: f64,
     pub estimator: KlEstimator,
     pub placement: ScorePlacement,
@@ -32,13 +32,14 @@ pub struct TokenRewards {
 }
 
 impl TokenRewards {
-    /// `R_t = -β kl_t`, plus the score at its place. `room` says whether a place past the last token exists; the
-    /// result then has one more element than there are tokens under [`ScorePlacement::OnePast`].
-    pub fn of(&self, score: f64, logprobs: &[f64], ref_logprobs: &[f64], room: bool) -> Vec<f64> {
+    /// Token rewards of one completion: `R_t = -β kl_t`, plus the score at its [placement](ScorePlacement). With
+    /// [`ScorePlacement::OnePast`], and if `past_last` says that a position past the last token exists, the result has
+    /// one element more than there are tokens.
+    pub fn of(&self, score: f64, logprobs: &[f64], ref_logprobs: &[f64], past_last: bool) -> Vec<f64> {
         let score = self.score_clip.map_or(score, |clip| score.clamp(-clip, clip));
         let penalty = |(&p, &r): (&f64, &f64)| -self.kl_coef * self.estimator.of(p, r);
         let mut rewards: Vec<f64> = logprobs.iter().zip(ref_logprobs).map(penalty).collect();
-        if self.placement == ScorePlacement::OnePast && room {
+        if self.placement == ScorePlacement::OnePast && past_last {
             rewards.push(0.0);
         }
         if let Some(last) = rewards.last_mut() {
@@ -48,8 +49,8 @@ impl TokenRewards {
     }
 }
 
-/// Generalised advantage estimation (Schulman et al. 2016, eq. 16) of one sequence, whose value after the end is 0:
-/// `δ_t = R_t + γ V_{t+1} - V_t`, `A_t = δ_t + γ λ A_{t+1}`. Returns are `A + V`.
+/// Generalised advantage estimation (Schulman et al. 2016, eq. 16) of one sequence: `δ_t = R_t + γ V_{t+1} - V_t`,
+/// `A_t = δ_t + γ λ A_{t+1}`, with value 0 after the end. Gives the advantages and the returns `A + V`.
 pub fn gae(values: &[f64], rewards: &[f64], gamma: f64, lambda: f64) -> (Vec<f64>, Vec<f64>) {
     let n = values.len().min(rewards.len());
     let mut advantages = vec![0.0; n];
@@ -63,28 +64,28 @@ pub fn gae(values: &[f64], rewards: &[f64], gamma: f64, lambda: f64) -> (Vec<f64
     (advantages, returns)
 }
 
-/// `(x - μ) / sqrt(var + 1e-8)`, plus μ again unless the mean is shifted away.
+/// Whitening transform: `(x - μ) / sqrt(var + 1e-8)`, plus μ unless the mean is shifted away.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Whitening {
     mean: f64,
     scale: f64,
-    back: f64,
+    offset: f64,
 }
 
 impl Whitening {
-    /// That of some values. The variance is unbiased (TRL) or not (N+, OpenRLHF, NeMo).
+    /// The transform for the mean and variance of `x`. The variance is unbiased (TRL) or not (N+, OpenRLHF, NeMo).
     pub fn of(x: &[f64], unbiased: bool, shift_mean: bool) -> Self {
         let n = x.len().max(1) as f64;
         let mean = x.iter().sum::<f64>() / n;
         let squares = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>();
-        // One value has no spread to divide by.
+        // The unbiased variance of one value is undefined.
         let variance = if unbiased && x.len() > 1 { squares / (n - 1.0) } else { squares / n };
-        Self { mean, scale: 1.0 / (variance + 1e-8).sqrt(), back: if shift_mean { 0.0 } else { mean } }
+        Self { mean, scale: 1.0 / (variance + 1e-8).sqrt(), offset: if shift_mean { 0.0 } else { mean } }
     }
 
-    /// A whitened value.
+    /// Whitens a value.
     pub fn apply(&self, x: f64) -> f64 {
-        (x - self.mean) * self.scale + self.back
+        (x - self.mean) * self.scale + self.offset
     }
 }
 
@@ -94,7 +95,7 @@ pub fn whiten(x: &mut [f64], unbiased: bool, shift_mean: bool) {
     x.iter_mut().for_each(|x| *x = whitening.apply(*x));
 }
 
-/// How token losses become one.
+/// Reduction of token losses to one loss.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum Aggregation {
     /// Mean over the batch's tokens (PPO; GRPO's `bnpo` and `dapo`).
@@ -102,11 +103,11 @@ pub enum Aggregation {
     TokenMean,
     /// Mean over sequences of the mean over their tokens (GRPO as published).
     SequenceMean,
-    /// Sum over tokens divided by the sequences and a constant length (Dr. GRPO, Liu et al. 2025).
+    /// Sum over tokens, divided by the number of sequences times a constant length (Dr. GRPO, Liu et al. 2025).
     Constant(f64),
 }
 
-/// What the probability ratio is taken over.
+/// Level at which the probability ratio is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum RatioLevel {
     /// Each token by itself (PPO, GRPO).
@@ -125,15 +126,15 @@ pub struct PolicyLossConfig {
     pub clip_low: f64,
     /// The ratio is clipped above at `1 + clip_high`.
     pub clip_high: f64,
-    /// For negative advantages the loss is at most this times `-A` (dual clip, Ye et al. 2020). Above 1.
+    /// Dual clip (Ye et al. 2020): for negative advantages the loss is at most this times `-A`. Above 1.
     pub dual_clip: Option<f64>,
     /// Log-ratios are clamped to plus or minus this before they are exponentiated.
     pub log_ratio_clamp: Option<f64>,
     pub aggregation: Aggregation,
     pub level: RatioLevel,
-    /// KL to the reference as a loss, with its coefficient.
+    /// KL to the reference as a term of the loss: estimator and coefficient.
     pub kl: Option<(KlEstimator, f64)>,
-    /// Coefficient of the entropy bonus (Schulman et al. 2017, eq. 9): this times the entropy is taken off the loss.
+    /// Coefficient of the entropy bonus (Schulman et al. 2017, eq. 9), which is subtracted from the loss. 0 or more.
     pub entropy: f64,
 }
 
@@ -153,7 +154,7 @@ impl Default for PolicyLossConfig {
 }
 
 impl PolicyLossConfig {
-    /// An error that names the setting that is out of its range.
+    /// Checks the ranges. The error names the setting and its value.
     pub fn validate(&self) -> Result<()> {
         let wrong = |name, value, range| Err(Error::OutOfRange { name, value, range });
         match self.dual_clip {
@@ -171,23 +172,24 @@ impl PolicyLossConfig {
     }
 }
 
-/// What [`policy_loss`] reads, each `[tokens]`.
+/// Inputs of [`policy_loss`], each `[tokens]`.
 pub struct PolicyTokens<'a> {
     pub logprobs: &'a Tensor,
-    /// Before the update, by the trainer, unfiltered.
+    /// Log-probabilities before the update, computed by the trainer, without top-k, top-p and min-p.
     pub old_logprobs: &'a Tensor,
     pub advantages: &'a Tensor,
-    /// Needed for a KL loss.
+    /// Needed for the KL term.
     pub ref_logprobs: Option<&'a Tensor>,
     /// Entropies of the predicted distributions; needed for an entropy bonus.
     pub entropies: Option<&'a Tensor>,
+    /// Offsets of the sequences, `[sequences + 1]`.
     pub spans: &'a [usize],
 }
 
-/// A micro-batch's share of the policy's loss, and sums over its tokens of what is worth watching.
+/// A micro-batch's share of the policy loss, and statistics summed over its tokens.
 pub struct PolicyLoss {
     pub loss: Tensor,
-    /// Tokens whose clipped loss is the larger one.
+    /// Number of tokens whose clipped loss is the larger one.
     pub clipped: f64,
     /// `Σ (log π - log π_old)² / 2`.
     pub approx_kl: f64,
@@ -199,10 +201,9 @@ pub struct PolicyLoss {
     pub ratios: Tensor,
 }
 
-/// `max(-Aρ, -A clip(ρ, 1 - ε_low, 1 + ε_high))`, `ρ = exp(log π - log π_old)`, aggregated (Schulman et al. 2017, eq. 7).
-///
-/// Shares of all micro-batches add up to the loss of the batch.
-pub fn policy_loss(x: &PolicyTokens<'_>, config: &PolicyLossConfig, whole: Whole) -> Result<PolicyLoss> {
+/// Clipped policy loss (Schulman et al. 2017, eq. 7): `max(-Aρ, -A clip(ρ, 1 - ε_low, 1 + ε_high))` with
+/// `ρ = exp(log π - log π_old)`, aggregated. The shares of all micro-batches add up to the loss of the batch.
+pub fn policy_loss(x: &PolicyTokens<'_>, config: &PolicyLossConfig, totals: BatchTotals) -> Result<PolicyLoss> {
     config.validate()?;
     let difference = (x.logprobs - x.old_logprobs)?;
     let log_ratio = match config.level {
@@ -221,14 +222,14 @@ pub fn policy_loss(x: &PolicyTokens<'_>, config: &PolicyLossConfig, whole: Whole
         None => log_ratio,
     };
     let ratio = log_ratio.exp()?;
-    let pull = x.advantages.neg()?;
-    let free = (&ratio * &pull)?;
-    let bound = (ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)? * &pull)?;
-    let mut losses = free.maximum(&bound)?;
+    let negated = x.advantages.neg()?;
+    let unclipped = (&ratio * &negated)?;
+    let clipped = (ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)? * &negated)?;
+    let mut losses = unclipped.maximum(&clipped)?;
     if let Some(limit) = config.dual_clip {
-        // Only a negative advantage can lead beyond the limit.
+        // The limit applies to negative advantages only.
         let negative = x.advantages.lt(0.0)?;
-        losses = negative.where_cond(&losses.minimum(&(&pull * limit)?)?, &losses)?;
+        losses = negative.where_cond(&losses.minimum(&(&negated * limit)?)?, &losses)?;
     }
     if let Some((estimator, coefficient)) = config.kl {
         let reference = x.ref_logprobs.ok_or(Error::Missing("reference log-probabilities for the KL loss"))?;
@@ -238,11 +239,11 @@ pub fn policy_loss(x: &PolicyTokens<'_>, config: &PolicyLossConfig, whole: Whole
         let entropies = x.entropies.ok_or(Error::Missing("entropies for the entropy bonus"))?;
         losses = (losses - (entropies * config.entropy)?)?;
     }
-    let loss = aggregate(&losses, x.spans, config.aggregation, whole)?;
+    let loss = aggregate(&losses, x.spans, config.aggregation, totals)?;
     let total = |t: Tensor| -> Result<f64> { Ok(t.to_dtype(DType::F64)?.sum_all()?.to_scalar()?) };
     Ok(PolicyLoss {
         loss,
-        clipped: total(bound.gt(&free)?)?,
+        clipped: total(clipped.gt(&unclipped)?)?,
         approx_kl: 0.5 * total(difference.detach().sqr()?)?,
         policy_kl: -total(difference.detach())?,
         ratio: total(ratio.detach())?,
@@ -250,11 +251,11 @@ pub fn policy_loss(x: &PolicyTokens<'_>, config: &PolicyLossConfig, whole: Whole
     })
 }
 
-/// A micro-batch's share of an aggregate of token losses.
-pub fn aggregate(losses: &Tensor, spans: &[usize], aggregation: Aggregation, whole: Whole) -> Result<Tensor> {
-    let sequences = whole.sequences.max(1) as f64;
+/// A micro-batch's share of the aggregated token losses `[tokens]`.
+pub fn aggregate(losses: &Tensor, spans: &[usize], aggregation: Aggregation, totals: BatchTotals) -> Result<Tensor> {
+    let sequences = totals.sequences.max(1) as f64;
     Ok(match aggregation {
-        Aggregation::TokenMean => (losses.sum_all()? / whole.tokens.max(1) as f64)?,
+        Aggregation::TokenMean => (losses.sum_all()? / totals.tokens.max(1) as f64)?,
         Aggregation::Constant(length) => (losses.sum_all()? / (sequences * length))?,
         Aggregation::SequenceMean => {
             let sums = span_sums(losses, spans)?;
@@ -268,51 +269,52 @@ fn lengths(spans: &[usize], like: &Tensor) -> Result<Tensor> {
     Ok(Tensor::new(lengths, like.device())?.to_dtype(like.dtype())?)
 }
 
-/// The sequence of each token.
+/// Index of the sequence of each token, `[tokens]`.
 fn owners(spans: &[usize], like: &Tensor) -> Result<Tensor> {
     let owners: Vec<u32> =
         spans.windows(2).enumerate().flat_map(|(s, w)| std::iter::repeat_n(s as u32, w[1] - w[0])).collect();
     Ok(Tensor::new(owners, like.device())?)
 }
 
-/// A micro-batch's share of the critic's loss.
+/// A micro-batch's share of the value loss.
 pub struct ValueLoss {
     pub loss: Tensor,
-    /// Tokens whose clipped error is the larger one.
+    /// Number of tokens whose clipped error is the larger one.
     pub clipped: f64,
 }
 
-/// `½ mean(max((V - G)², (clip(V, V_old ± ε) - G)²))`; without `clip`, `½ mean((V - G)²)`. All `[tokens]`.
+/// Value loss of the critic: `½ mean(max((V - G)², (clip(V, V_old ± ε) - G)²))`; without `clip`, `½ mean((V - G)²)`.
+/// Tensors are `[tokens]`.
 pub fn value_loss(
     values: &Tensor,
     old_values: &Tensor,
     returns: &Tensor,
     clip: Option<f64>,
-    whole: Whole,
+    totals: BatchTotals,
 ) -> Result<ValueLoss> {
-    let free = (values - returns)?.sqr()?;
+    let unclipped = (values - returns)?.sqr()?;
     let (losses, clipped) = match clip {
-        None => (free, 0.0),
+        None => (unclipped, 0.0),
         Some(clip) => {
-            let near = values.minimum(&(old_values + clip)?)?.maximum(&(old_values - clip)?)?;
-            let bound = (near - returns)?.sqr()?;
-            let clipped = bound.gt(&free)?.to_dtype(DType::F64)?.sum_all()?.to_scalar()?;
-            (free.maximum(&bound)?, clipped)
+            let clamped = values.minimum(&(old_values + clip)?)?.maximum(&(old_values - clip)?)?;
+            let errors = (clamped - returns)?.sqr()?;
+            let clipped = errors.gt(&unclipped)?.to_dtype(DType::F64)?.sum_all()?.to_scalar()?;
+            (unclipped.maximum(&errors)?, clipped)
         }
     };
-    Ok(ValueLoss { loss: ((losses.sum_all()? * 0.5)? / whole.tokens.max(1) as f64)?, clipped })
+    Ok(ValueLoss { loss: ((losses.sum_all()? * 0.5)? / totals.tokens.max(1) as f64)?, clipped })
 }
 
-/// InstructGPT's objective (eq. 2), to be maximised: `mean(score - β Σ_t log(π/π_SFT)) + γ mean log π(pretraining)`.
+/// InstructGPT's objective (eq. 2), which is maximised: `mean(score - β Σ_t log(π/π_SFT)) + γ mean log π(pretraining)`.
 ///
-/// PPO maximises it by other means; this is what to report. `log_ratios` are summed over each completion.
+/// A metric to report, not a loss. `log_ratios` are summed over each completion.
 pub fn instructgpt_objective(scores: &[f64], log_ratios: &[f64], beta: f64, pretraining: &[f64], gamma: f64) -> f64 {
     let mean = |x: f64, n: usize| x / n.max(1) as f64;
     let reward = scores.iter().zip(log_ratios).map(|(s, k)| s - beta * k).sum();
     mean(reward, scores.len()) + gamma * mean(pretraining.iter().sum(), pretraining.len())
 }
 
-/// Share of the variance of returns that values explain, at most 1: `1 - var(G - V) / var(G)`.
+/// Explained variance of the returns by the values: `1 - var(G - V) / var(G)`, at most 1; 0 if all returns are equal.
 pub fn explained_variance(values: &[f64], returns: &[f64]) -> f64 {
     let variance = |x: &[f64]| {
         let mean = x.iter().sum::<f64>() / x.len().max(1) as f64;

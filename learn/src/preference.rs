@@ -7,9 +7,9 @@ use candle_core::Tensor;
 
 use crate::sft::{NllReduction, nll};
 use crate::token::log_sigmoid;
-use crate::{Error, Result, Whole};
+use crate::{BatchTotals, Error, Result};
 
-/// Which loss a pair is given.
+/// Loss of a preference pair.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum PreferenceKind {
     /// DPO (Rafailov et al. 2023, eq. 7): `-log σ(h)`; with label smoothing ε (cDPO, Mitchell 2023)
@@ -31,9 +31,9 @@ pub enum PreferenceKind {
     Nca,
     /// SPPO with hard labels (Wu et al. 2024, eq. 4.8): `(a - 1/(2β))² + (b + 1/(2β))²`.
     SppoHard,
-    /// APO-zero (D'Oosterlinck et al. 2024): `1 - σ(βa) + σ(βb)`: up with the chosen, down with the rejected.
+    /// APO-zero (D'Oosterlinck et al. 2024): `1 - σ(βa) + σ(βb)`; raises the chosen, lowers the rejected.
     ApoZero,
-    /// APO-down (D'Oosterlinck et al. 2024): `σ(βa) + 1 - σ(h)`: down with both, less with the chosen.
+    /// APO-down (D'Oosterlinck et al. 2024): `σ(βa) + 1 - σ(h)`; lowers both, the chosen less.
     ApoDown,
     /// SimPO (Meng et al. 2024, eq. 6), without a reference: `-log σ(β(l_w/n_w - l_l/n_l) - γ)`.
     SimPo { gamma: f64 },
@@ -42,13 +42,13 @@ pub enum PreferenceKind {
     /// SLiC-HF's calibration (Zhao et al. 2023, eq. 3), without a reference: `relu(δ - l_w + l_l)`; its regulariser is
     /// an [`SftTerm`] with [`NllReduction::SequenceSum`]. β is not used.
     Slic { delta: f64 },
-    /// Reward-aware RPO (Nemotron-4, Adler et al. 2024, §3.3.3; Sun et al. 2025): how far `h` is from the reward gap
-    /// `Δ = η (r*_w - r*_l)` that a reward model sees.
+    /// Reward-aware RPO (Nemotron-4, Adler et al. 2024, §3.3.3; Sun et al. 2025): the distance of `h` from the reward
+    /// gap `Δ = η (r*_w - r*_l)` of a reward model.
     RewardAware {
         distance: RewardDistance,
         /// Scale η of the rewards.
         eta: f64,
-        /// `a` and `b` are divided by the lengths.
+        /// Whether `a` and `b` are divided by the lengths.
         average: bool,
     },
 }
@@ -64,7 +64,7 @@ pub enum RewardDistance {
     Squared,
 }
 
-/// A pull towards the chosen completions: `weight · NLL(y_w)`. With [`PreferenceKind::Sigmoid`] this is RPO: per-pair
+/// SFT term on the chosen completions: `weight · NLL(y_w)`. With [`PreferenceKind::Sigmoid`] this is RPO: per-pair
 /// mean as in Pang et al. 2024 (eq. 2) and Liu et al. 2024 (eq. 9), or mean over the batch's tokens as in TRL.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SftTerm {
@@ -77,12 +77,12 @@ pub struct SftTerm {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PreferenceConfig {
     pub kind: PreferenceKind,
-    /// Strength of the pull to the reference (β; τ for IPO). Above 0.
+    /// Strength of the regularisation to the reference (β; τ for IPO). Above 0.
     pub beta: f64,
     /// Probability that a label is wrong (ε), from 0 to below 0.5; for `Sigmoid`, `Robust` and `SimPo`, and above 0 for
     /// `Exo`.
     pub label_smoothing: f64,
-    /// What is added to the loss of pairs.
+    /// SFT term added to the loss of pairs.
     pub sft: Option<SftTerm>,
 }
 
@@ -93,7 +93,7 @@ impl Default for PreferenceConfig {
 }
 
 impl PreferenceConfig {
-    /// An error that names the setting that is out of its range.
+    /// Checks the ranges. The error names the setting and its value.
     pub fn validate(&self) -> Result<()> {
         let wrong = |name, value, range| Err(Error::OutOfRange { name, value, range });
         let finite = |x: f64| x >= 0.0 && x.is_finite();
@@ -130,7 +130,8 @@ impl PreferenceConfig {
     }
 }
 
-/// Log-probabilities of pairs, each `[pairs]`: sums over completion tokens, and lengths in tokens.
+/// Inputs of [`preference_loss`], each `[pairs]`: log-probabilities summed over completion tokens, and lengths in
+/// tokens.
 pub struct PreferenceLogprobs<'a> {
     pub policy_chosen: &'a Tensor,
     pub policy_rejected: &'a Tensor,
@@ -143,23 +144,23 @@ pub struct PreferenceLogprobs<'a> {
     pub score_gap: Option<&'a Tensor>,
 }
 
-/// The loss of each pair `[pairs]` and what is worth watching.
+/// Loss and implicit rewards of each pair, each `[pairs]`.
 pub struct PreferenceLoss {
     pub losses: Tensor,
-    /// `β a`, detached; `β l_w` without a reference.
+    /// Implicit rewards of the chosen completions, detached: `β a`, or `β l_w` without a reference.
     pub chosen_rewards: Tensor,
-    /// `β b`, detached; `β l_l` without a reference.
+    /// Implicit rewards of the rejected completions, detached: `β b`, or `β l_l` without a reference.
     pub rejected_rewards: Tensor,
 }
 
 impl PreferenceLoss {
-    /// `β (a - b)` of each pair.
+    /// Reward margin of each pair `[pairs]`: `β (a - b)`.
     pub fn margins(&self) -> Result<Tensor> {
         Ok((&self.chosen_rewards - &self.rejected_rewards)?)
     }
 }
 
-/// The loss of every pair; its mean is minimised. The [`SftTerm`] is apart: [`chosen_nll`].
+/// Computes the loss of every pair, whose mean is minimised. It does not include the [`SftTerm`]: see [`chosen_nll`].
 pub fn preference_loss(x: &PreferenceLogprobs<'_>, config: &PreferenceConfig) -> Result<PreferenceLoss> {
     use PreferenceKind::*;
     config.validate()?;
@@ -215,7 +216,8 @@ pub fn preference_loss(x: &PreferenceLogprobs<'_>, config: &PreferenceConfig) ->
             }
         }
     };
-    // Implicit rewards are of sums, whatever the loss compares; without a reference they are what it compares.
+    // Implicit rewards are sums over tokens, also where the loss averages; without a reference they are what it
+    // compares.
     let (a, b) = if config.needs_reference() { sums } else { (a, b) };
     Ok(PreferenceLoss { losses, chosen_rewards: (a.detach() * beta)?, rejected_rewards: (b.detach() * beta)? })
 }
@@ -230,7 +232,8 @@ fn bernoulli_kl(p: &Tensor, q: &Tensor) -> Result<Tensor> {
 }
 
 /// A micro-batch's share of the [`SftTerm`], unweighted: the negative log-likelihood of the chosen completions, whose
-/// token log-probabilities are `[tokens]`. `whole` counts the batch's pairs and the tokens of their chosen halves.
-pub fn chosen_nll(logprobs: &Tensor, spans: &[usize], term: &SftTerm, whole: Whole) -> Result<Tensor> {
-    nll(logprobs, spans, term.reduction, whole)
+/// token log-probabilities are `[tokens]`. `totals` counts the batch's pairs and the tokens of their chosen
+/// completions.
+pub fn chosen_nll(logprobs: &Tensor, spans: &[usize], term: &SftTerm, totals: BatchTotals) -> Result<Tensor> {
+    nll(logprobs, spans, term.reduction, totals)
 }

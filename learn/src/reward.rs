@@ -1,4 +1,4 @@
-//! Reward models: from human choices to a scalar (Christiano et al. 2017; Stiennon et al. 2020; InstructGPT).
+//! Reward models trained on preferences (Christiano et al. 2017; Stiennon et al. 2020; InstructGPT).
 
 use candle_core::Tensor;
 
@@ -12,11 +12,13 @@ pub struct PairwiseConfig {
     pub centering: f64,
 }
 
-/// What [`pairwise`] reads, each `[pairs]`.
+/// Inputs of [`pairwise`], each `[pairs]`.
 pub struct Pairwise<'a> {
+    /// Rewards of the chosen completions.
     pub chosen: &'a Tensor,
+    /// Rewards of the rejected completions.
     pub rejected: &'a Tensor,
-    /// How much better the chosen one is, in units of reward (Llama 2, eq. 2).
+    /// By how much the chosen reward should exceed the rejected one (Llama 2, eq. 2).
     pub margin: Option<&'a Tensor>,
     /// Probability `p` that the chosen one is better, for soft labels (RLAIF, Lee et al. 2023):
     /// `-[p log σ(Δ) + (1 - p) log σ(-Δ)]`.
@@ -46,19 +48,19 @@ pub fn pairwise(x: &Pairwise<'_>, config: &PairwiseConfig) -> Result<Tensor> {
     Ok(losses)
 }
 
-/// What a prompt's sum over pairs is divided by.
+/// Divisor of a prompt's sum over pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum PairCount {
     /// `K (K - 1) / 2`, tied pairs included (InstructGPT, eq. 1).
     #[default]
     All,
-    /// The pairs that are not tied.
+    /// Number of pairs that are not tied.
     Untied,
 }
 
 /// K-wise ranking loss of one prompt (InstructGPT, eq. 1): `-1/C(K,2) Σ_{w ≻ l} log σ(r_w - r_l)`.
 ///
-/// `rewards` is `[K]`; `ranks[k]` is 1 for the best, equal for ties, which make no pair. `None` when all tie.
+/// `rewards` is `[K]`; `ranks[k]` is 1 for the best, equal for ties, which give no pair. `None` if all tie.
 pub fn kwise(rewards: &Tensor, ranks: &[u32], count: PairCount) -> Result<Option<Tensor>> {
     let k = rewards.dim(0)?;
     if k != ranks.len() {
@@ -79,43 +81,43 @@ pub fn kwise(rewards: &Tensor, ranks: &[u32], count: PairCount) -> Result<Option
     Ok(Some((log_sigmoid(&gaps)?.neg()?.sum_all()? / divisor as f64)?))
 }
 
-/// Normalisation of a trained reward model: demonstrations score 0 on average (InstructGPT), and with `scale` have a
-/// standard deviation of 1 (OpenRLHF).
+/// Normalisation of the scores of a trained reward model, so that those of demonstrations have mean 0 (InstructGPT)
+/// and, with `scale`, standard deviation 1 (OpenRLHF).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Normalisation {
     pub mean: f64,
-    /// Unbiased; 1 leaves the scale as it is.
+    /// Unbiased standard deviation; 1 without scaling.
     pub std: f64,
 }
 
 impl Normalisation {
-    /// From the scores of demonstrations.
+    /// Estimates the normalisation from the scores of demonstrations.
     pub fn of(demonstrations: &[f64], scale: bool) -> Self {
         let mean = demonstrations.iter().sum::<f64>() / demonstrations.len().max(1) as f64;
         let std = if scale { crate::group::deviation(demonstrations) } else { 1.0 };
         Self { mean, std: if std > 0.0 { std } else { 1.0 } }
     }
 
-    /// A normalised score.
+    /// Normalises a score.
     pub fn apply(&self, score: f64) -> f64 {
         (score - self.mean) / self.std
     }
 }
 
-/// How an ensemble's scores become one.
+/// Reduction of the scores of an ensemble of reward models to one.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum Ensemble {
     /// The mean.
     #[default]
     Mean,
-    /// The most pessimistic one (worst-case optimisation, Coste et al. 2023).
+    /// The lowest (worst-case optimisation, Coste et al. 2023).
     Min,
     /// The mean minus this times the variance (uncertainty-weighted optimisation, Coste et al. 2023, eq. 4).
     Penalised(f64),
 }
 
 impl Ensemble {
-    /// The score of one completion from those of the members.
+    /// Score of a completion, given those of the ensemble's members.
     pub fn of(self, scores: &[f64]) -> f64 {
         let mean = scores.iter().sum::<f64>() / scores.len().max(1) as f64;
         match self {
@@ -135,7 +137,7 @@ mod tests {
     use candle_core::Device;
 
     #[test]
-    fn a_ranking_of_ties_is_no_loss() {
+    fn a_ranking_of_ties_has_no_loss() {
         let rewards = Tensor::new(&[1.0f64, 2.0, 3.0], &Device::Cpu).unwrap();
         assert!(kwise(&rewards, &[1, 1, 1], PairCount::All).unwrap().is_none());
         assert!(kwise(&rewards, &[1, 1], PairCount::All).is_err());
@@ -153,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn ensembles_are_mean_worst_or_cautious() {
+    fn ensembles_reduce_to_mean_minimum_or_penalised_mean() {
         let scores = [1.0, 2.0, 3.0];
         assert_eq!(Ensemble::Mean.of(&scores), 2.0);
         assert_eq!(Ensemble::Min.of(&scores), 1.0);

@@ -7,11 +7,11 @@ pub fn acceptance(rewards: &[f64], beta: f64) -> Vec<f64> {
     rewards.iter().map(|r| ((r - max) / beta).exp()).collect()
 }
 
-/// Indices of the accepted candidates, in the order of their acceptance, at most `keep` of them.
+/// Samples at most `keep` candidates and returns their indices in the order of acceptance.
 ///
-/// Passes over the candidates that are left repeat until enough are accepted; the largest reward among them is fixed
-/// for a pass, so that each pass accepts at least one. `uniform(n)` is the n-th random number in [0, 1). Candidates
-/// are told apart by their index, not by their text.
+/// Passes over the remaining candidates repeat until enough are accepted. The maximum reward is that of the candidates
+/// remaining at the start of a pass, so each pass accepts at least one. `uniform(n)` is the n-th random number in [0,
+/// 1). Candidates with equal texts count separately.
 pub fn rejection_sampling(rewards: &[f64], beta: f64, keep: usize, mut uniform: impl FnMut(u64) -> f64) -> Vec<usize> {
     let mut accepted = Vec::new();
     let mut left: Vec<usize> = (0..rewards.len()).collect();
@@ -36,7 +36,7 @@ pub fn rejection_sampling(rewards: &[f64], beta: f64, keep: usize, mut uniform: 
     accepted
 }
 
-/// Shares of the candidates under the optimal policy restricted to them: `softmax(r / β)`.
+/// Probabilities of the candidates under the optimal policy, restricted to them: `softmax(r / β)`.
 pub fn optimal_weights(rewards: &[f64], beta: f64) -> Vec<f64> {
     let raw = acceptance(rewards, beta);
     let total: f64 = raw.iter().sum();

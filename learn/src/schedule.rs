@@ -1,16 +1,16 @@
-//! Learning rates, step by step, as `transformers` has them: entry `t` is used by optimiser step `t`, and a
-//! warm-up starts at 0.
+//! Learning-rate schedules as in `transformers`: optimiser step `t`, counted from 0, has the rate of `t`, and warm-up
+//! starts at 0.
 
 /// Shape of a schedule after its warm-up.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum ScheduleKind {
-    /// The peak for ever.
+    /// Constant at the peak.
     Constant,
-    /// The peak for ever, after a warm-up from a tenth of it (InstructGPT, C.4).
+    /// Constant at the peak; warm-up starts at a tenth of it (InstructGPT, C.4).
     ConstantFromTenth,
-    /// A line to 0 at the last step.
+    /// Linear decay to 0 at the last step.
     Linear,
-    /// Half a cosine to `floor` times the peak at the last step.
+    /// Cosine decay to `floor` times the peak at the last step.
     Cosine { floor: f64 },
 }
 
@@ -20,8 +20,9 @@ pub struct Schedule {
     pub kind: ScheduleKind,
     /// Highest learning rate.
     pub peak: f64,
+    /// Steps of linear warm-up.
     pub warmup_steps: u64,
-    /// Steps of the whole job.
+    /// Steps of the job, warm-up included.
     pub total_steps: u64,
 }
 

@@ -1,38 +1,20 @@
-//! Log-probabilities of tokens, and their sums over sequences.
+//! Sums of token values over sequences, and a stable log-sigmoid.
 
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 
 use crate::Result;
 
-/// `logp = log_softmax(logits / temperature)[label]`: `logits` `[.., vocab]`, `labels` `[..]` (u32), result `[..]`.
-///
-/// `log_softmax` subtracts the maximum first, which keeps 2e-4 that `z_y - logsumexp(z)` loses at large offsets.
-pub fn gather_logprobs(logits: &Tensor, labels: &Tensor, temperature: f64) -> Result<Tensor> {
-    let scaled = (logits / temperature)?;
-    let shifted = scaled.broadcast_sub(&scaled.max_keepdim(D::Minus1)?.detach())?;
-    let chosen = shifted.gather(&labels.unsqueeze(D::Minus1)?.contiguous()?, D::Minus1)?.squeeze(D::Minus1)?;
-    Ok((chosen - shifted.exp()?.sum(D::Minus1)?.log()?)?)
-}
-
-/// Sums of a flat `[tokens]` tensor over consecutive spans: sequence `s` is `spans[s]..spans[s + 1]`.
+/// Sums `[sequences]` of a `[tokens]` tensor over sequences: sequence `s` is `spans[s]..spans[s + 1]`.
 pub fn span_sums(values: &Tensor, spans: &[usize]) -> Result<Tensor> {
     let sums: Vec<Tensor> =
         spans.windows(2).map(|w| values.narrow(0, w[0], w[1] - w[0])?.sum_all()).collect::<candle_core::Result<_>>()?;
     Ok(Tensor::stack(&sums, 0)?)
 }
 
-/// Entropy `-Σ p log p` of each row of logits `[.., vocab]`, in nats.
-pub fn entropy(logits: &Tensor) -> Result<Tensor> {
-    let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
-    let (exp, lse) = (shifted.exp()?, shifted.exp()?.sum(D::Minus1)?);
-    let mean = (&exp * &shifted)?.sum(D::Minus1)?.div(&lse)?;
-    Ok((lse.log()? - mean)?)
-}
-
-/// `log σ(x)` whose value and gradient are right everywhere, at 0 and far out.
+/// `log σ(x)`, elementwise, with accurate value and gradient for every `x`.
 ///
-/// `log σ(x) = x - logsumexp(x, 0)`, with the maximum taken out as a constant: a form by `min` and `abs` has the
-/// wrong gradient at exactly 0, where online DPO starts (the policy equals the reference).
+/// Computed as `x - logsumexp(x, 0)` with the maximum as a constant. A form with `min` and `abs` has the wrong gradient
+/// at exactly 0, where DPO starts, since the policy equals the reference.
 pub fn log_sigmoid(x: &Tensor) -> Result<Tensor> {
     let m = x.detach().relu()?;
     let lse = ((x - &m)?.exp()? + m.neg()?.exp()?)?.log()?;
@@ -57,7 +39,7 @@ mod tests {
     }
 
     #[test]
-    fn spans_sum_apart() {
+    fn each_span_is_summed() {
         let values = Tensor::new(&[1.0f32, 2.0, 4.0, 8.0], &Device::Cpu).unwrap();
         assert_eq!(span_sums(&values, &[0, 1, 4]).unwrap().to_vec1::<f32>().unwrap(), [1.0, 14.0]);
     }

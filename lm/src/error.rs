@@ -1,4 +1,4 @@
-//! What can go wrong with a model: each variant names the file, tensor or value and what to do.
+//! Errors of this crate: each names the file, tensor or value at fault and, where it can, what to do.
 
 use std::path::PathBuf;
 
@@ -15,28 +15,33 @@ pub enum Error {
     Malformed { path: PathBuf, reason: String },
     #[error("model config: {0}")]
     Config(String),
-    #[error("tensor `{name}` is missing from {path}; the model needs {wanted:?}")]
+    #[error("tensor `{name}` is missing from {path}; the model needs one of shape {wanted:?}")]
     MissingTensor { name: String, path: PathBuf, wanted: Vec<usize> },
-    #[error("tensor `{name}` in {path} belongs to no part of a `{model_type}` model; is config.json the right one?")]
+    #[error(
+        "tensor `{name}` in {path} is not part of a `{model_type}` model; check that config.json belongs to the weights"
+    )]
     ExtraTensor { name: String, path: PathBuf, model_type: String },
-    #[error("tensor `{name}` in {path} has shape {found:?}; config.json asks for {wanted:?}")]
+    #[error("tensor `{name}` in {path} has shape {found:?}, but the model needs {wanted:?}")]
     Misshapen { name: String, path: PathBuf, found: Vec<usize>, wanted: Vec<usize> },
     #[error("{0}")]
     Head(&'static str),
-    #[error("parameter `{0}` got no gradient; it is not part of the computation, so it cannot be trained")]
+    #[error("parameter `{0}` has no gradient; every trained parameter must be part of the loss")]
     NoGradient(String),
     #[error("tokenizer: {0}")]
     Tokenizer(String),
     #[error("chat template: {0}")]
     Template(String),
     #[error(
-        "rollout {id}: prompt of {prompt} tokens plus {new} new ones exceed the context of {context}; shorten the prompt or lower `max_new_tokens`"
+        "rollout {id}: a prompt of {prompt} tokens plus up to {new} new ones exceeds the context of {context} tokens; \
+         shorten the prompt or lower `max_new_tokens`"
     )]
     TooLong { id: u64, prompt: usize, new: usize, context: usize },
-    #[error("rollout {id}: the prompt is empty; a model needs at least one token to continue")]
+    #[error("rollout {id}: the prompt is empty; it needs at least one token")]
     EmptyPrompt { id: u64 },
-    #[error("token {token} is outside the vocabulary of {vocab}; do tokenizer and model belong together?")]
-    ForeignToken { token: u32, vocab: usize },
+    #[error(
+        "token {token} is outside the vocabulary of {vocab} tokens; check that tokenizer and model belong together"
+    )]
+    TokenOutOfVocabulary { token: u32, vocab: usize },
     #[error("sampling: {0}")]
     Sampling(String),
     #[error("cancelled")]

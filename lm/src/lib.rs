@@ -1,25 +1,27 @@
-//! Language models for Rehearsal: load, run forward with gradients, generate, tokenise.
+//! Language models: loading and saving, forward and backward passes, LoRA, generation, tokenisation.
 //!
-//! This crate knows no objective, no actor, no store, no clock and no log.
+//! This crate knows no objective, actor, store, clock or log.
 
+mod cpu;
 pub mod error;
+pub mod forward;
 pub mod generate;
-pub mod gpu;
-pub mod kernels;
+mod gpu;
 pub mod load;
 pub mod lora;
 pub mod model;
 pub mod ops;
 mod pass;
-pub mod random;
 #[cfg(test)]
 mod testing;
 pub mod text;
 
+pub use cpu::Recording;
 pub use error::{Error, Result};
-pub use kernels::gemm::Precision;
+pub use forward::Forward;
 pub use load::{Checkpoint, Files};
 pub use lora::{Lora, LoraConfig};
-pub use model::{Architecture, Batch, Decoder, Forward, Gradients, HeadKind, Parameters, Sequence};
-pub use pass::Recording;
+pub use model::{Architecture, Batch, Decoder, Gradients, HeadKind, Parameters, Sequence};
+pub use rehearsal_kernels::gemm::Precision;
+pub use rehearsal_kernels::random;
 pub use text::{ChatTemplate, Message, Text};

@@ -1,60 +1,61 @@
 //! Low-rank adapters (LoRA; Hu et al. 2021): `W = W₀ + (α/r) B A`, with `A` `[r, inputs]` and `B` `[outputs, r]`.
 //!
-//! A decoder runs with its adapters merged: its weights are `W`, kept up to date after each step, and the gradient of `W`
-//! gives those of `A` and `B` by the chain rule. The base stays as it is, shared with whoever else reads it, such as the
-//! reference. Only adapters have gradients to keep, moments and checkpoints.
+//! A decoder runs with its adapters merged: its weights are `W`, updated after each step, and the gradients of `A` and
+//! `B` follow from that of `W` by the chain rule. The base weights `W₀` never change, so they can be shared, for
+//! example with the reference. Only the adapters have gradients, optimiser state and checkpoints.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, Var, safetensors};
+use rehearsal_kernels::gemm::{Packed, Precision, gemm};
+use rehearsal_kernels::random::{Region, Stream};
 use serde_json::{Value, json};
 
+use crate::cpu::with_views;
 use crate::error::{Error, Result};
-use crate::kernels::gemm::{Packed, Precision, gemm};
 use crate::load::Checkpoint;
 use crate::model::{Decoder, HeadKind, Parameters};
-use crate::pass::with_views;
-use crate::random::Stream;
 
-/// Streams of random numbers of new adapters.
-const ADAPTER_STREAMS: u64 = (1 << 63) + (1 << 62) + 1;
-
-/// What PEFT puts before the names of modules.
+/// Prefix of module names in PEFT's files.
 const PREFIX: &str = "base_model.model.";
 
-/// Settings of new adapters.
+/// Settings of adapters.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraConfig {
     /// Rank r.
     pub rank: usize,
-    /// α: the adapters' product is scaled by `α / r`.
+    /// α; the product `B A` is scaled by `α / r`.
     pub alpha: f64,
-    /// Last names of the linear layers that have adapters (`q_proj`), as PEFT's `target_modules`.
+    /// Linear layers with adapters, by the last component of their names (`q_proj`): PEFT's `target_modules`.
     pub targets: Vec<String>,
 }
 
-/// The adapters of a model, and the head of one that gives scores, which is trained whole.
+/// The adapters of a model, with the score head if it has one, which is trained in full.
 pub struct Lora {
     config: LoraConfig,
-    /// Variables by PEFT's names.
+    /// Trained variables by PEFT's names.
     variables: BTreeMap<String, Var>,
-    /// Weights that have adapters, by their names in the model.
+    /// Names of the model's weights that have adapters.
     adapted: Vec<String>,
-    /// The head that is trained beside them.
+    /// Parameter name of the score head, if it is trained too.
     head: Option<&'static str>,
-    /// GPT-2 keeps its matrices as inputs by outputs.
-    turned: bool,
+    /// Weights are stored as `[inputs, outputs]` (GPT-2).
+    transposed: bool,
 }
 
 impl Lora {
-    /// New adapters, which change nothing yet: `A` is drawn as PyTorch draws linear layers, `B` is zero.
+    /// Creates adapters that do not change the model yet: `A` is drawn as PyTorch initialises linear layers, `B` is
+    /// zero.
+    ///
+    /// Fails if the rank or α is not positive, or if the model has no linear layer of a target's name.
     pub fn new(base: &Checkpoint, config: LoraConfig, device: &Device, seed: u64) -> Result<Self> {
         let mut lora = Self::empty(base, config)?;
         for (index, name) in lora.adapted.iter().enumerate() {
             let (outputs, inputs) = lora.shape(base, name)?;
-            let (stream, bound) = (Stream::new(seed, ADAPTER_STREAMS + index as u64), 1.0 / (inputs as f64).sqrt());
+            let stream = Stream::in_region(seed, Region::AdapterInit, index as u64);
+            let bound = 1.0 / (inputs as f64).sqrt();
             let rank = lora.config.rank;
             let a = (0..(rank * inputs) as u64).map(|i| ((2.0 * stream.uniform(i) - 1.0) * bound) as f32).collect();
             let a = Var::from_tensor(&Tensor::from_vec::<_, f32>(a, (rank, inputs), device)?)?;
@@ -72,7 +73,7 @@ impl Lora {
     fn empty(base: &Checkpoint, config: LoraConfig) -> Result<Self> {
         let wrong = |message: String| Err(Error::Config(message));
         if config.rank == 0 || !(config.alpha > 0.0 && config.alpha.is_finite()) {
-            return wrong(format!("LoRA needs a rank and an α above 0, not {} and {}", config.rank, config.alpha));
+            return wrong(format!("LoRA rank {} and alpha {} must both be above 0", config.rank, config.alpha));
         }
         let linear = |name: &String| {
             let module = name.strip_suffix(".weight").and_then(|n| n.rsplit('.').next());
@@ -90,32 +91,34 @@ impl Lora {
             let has: std::collections::BTreeSet<String> = base.parameters.keys().filter_map(linear).collect();
             let has: Vec<String> = has.into_iter().collect();
             return wrong(format!(
-                "the model has no linear layer `{target}` for an adapter; it has {}",
+                "LoRA target `{target}` is not a linear layer of the model; its linear layers are {}",
                 has.join(", ")
             ));
         }
         let head = (base.architecture.head == HeadKind::Score).then_some("score.weight");
-        let turned = base.architecture.model_type == "gpt2";
-        Ok(Self { config, variables: BTreeMap::new(), adapted, head, turned })
+        let transposed = base.architecture.model_type == "gpt2";
+        Ok(Self { config, variables: BTreeMap::new(), adapted, head, transposed })
     }
 
-    /// Reads adapters in PEFT's format, for a base they must fit.
+    /// Reads adapters in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`).
+    ///
+    /// Fails if a tensor is missing, does not fit `base` or is not known, or if a setting is not supported.
     pub fn open(base: &Checkpoint, directory: &Path, device: &Device) -> Result<Self> {
         let path = directory.join("adapter_config.json");
         let malformed = |path: &Path, reason: String| Error::Malformed { path: path.into(), reason };
         let bytes = fs::read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
         let json: Value = serde_json::from_slice(&bytes).map_err(|e| malformed(&path, e.to_string()))?;
         if json["peft_type"].as_str() != Some("LORA") {
-            return Err(malformed(&path, format!("peft_type {} is not LORA", json["peft_type"])));
+            return Err(malformed(&path, format!("peft_type {} is not supported; \"LORA\" is", json["peft_type"])));
         }
-        for (key, harmless) in [
+        for (key, supported) in [
             ("use_dora", json!(false)),
             ("bias", json!("none")),
             ("rank_pattern", json!({})),
             ("alpha_pattern", json!({})),
         ] {
-            if !json[key].is_null() && json[key] != harmless {
-                return Err(malformed(&path, format!("`{key}` = {} is not supported", json[key])));
+            if !json[key].is_null() && json[key] != supported {
+                return Err(malformed(&path, format!("`{key}` = {} is not supported; {supported} is", json[key])));
             }
         }
         let rank = json["r"].as_u64().unwrap_or(0) as usize;
@@ -129,15 +132,15 @@ impl Lora {
         let found = safetensors::load(&path, device).map_err(|e| malformed(&path, e.to_string()))?;
         let mut targets = names(&json["target_modules"]);
         if targets.is_empty() {
-            // A pattern or `all-linear`: the tensors say which.
+            // `target_modules` is a pattern or `all-linear`: take the modules from the names of the tensors.
             let module = |name: &String| Some(name.split(".lora_A").next()?.rsplit('.').next()?.to_string());
             targets = found.keys().filter(|n| n.contains(".lora_A")).filter_map(module).collect();
             targets.sort();
             targets.dedup();
         }
         let mut lora = Self::empty(base, LoraConfig { rank, alpha, targets })?;
-        let fits = Self::new(base, lora.config.clone(), device, 0)?.variables;
-        for (name, like) in fits {
+        let expected = Self::new(base, lora.config.clone(), device, 0)?.variables;
+        for (name, like) in expected {
             let Some(tensor) = found.get(&name).or_else(|| found.get(&name.replace(".weight", ".default.weight")))
             else {
                 return Err(Error::MissingTensor { name, path, wanted: like.dims().to_vec() });
@@ -155,15 +158,15 @@ impl Lora {
         Ok(lora)
     }
 
-    /// What is trained, by PEFT's names.
+    /// Trained variables by PEFT's names.
     pub fn variables(&self) -> &BTreeMap<String, Var> {
         &self.variables
     }
 
-    /// Outputs and inputs of an adapted layer.
+    /// `(outputs, inputs)` of an adapted layer.
     fn shape(&self, base: &Checkpoint, name: &str) -> Result<(usize, usize)> {
         let (rows, columns) = base.parameters[name].dims2()?;
-        Ok(if self.turned { (columns, rows) } else { (rows, columns) })
+        Ok(if self.transposed { (columns, rows) } else { (rows, columns) })
     }
 
     fn pair(&self, name: &str) -> (&Var, &Var) {
@@ -174,12 +177,12 @@ impl Lora {
         self.config.alpha / self.config.rank as f64
     }
 
-    /// Gradients of the adapters from those of the model's weights.
+    /// Gradients of the trained variables, by PEFT's names, from those of the model's weights, by the model's names.
     pub fn gradients(&self, mut full: BTreeMap<String, Tensor>) -> Result<BTreeMap<String, Tensor>> {
         let mut gradients = BTreeMap::new();
         for name in &self.adapted {
             let dw = full.remove(name).ok_or_else(|| Error::NoGradient(name.clone()))?;
-            let dw = if self.turned { dw.t()?.contiguous()? } else { dw };
+            let dw = if self.transposed { dw.t()?.contiguous()? } else { dw };
             let (a, b) = self.pair(name);
             let da = (product(&b.as_tensor().t()?.contiguous()?, &dw)? * self.scale())?;
             let db = (product(&dw, &a.as_tensor().t()?.contiguous()?)? * self.scale())?;
@@ -193,13 +196,13 @@ impl Lora {
         Ok(gradients)
     }
 
-    /// The base's weights with the adapters merged into them: those that differ from the base.
+    /// Weights that differ from the base, in f32 by the model's names: `W₀ + (α/r) B A`, and the score head.
     pub fn merged(&self, base: &Checkpoint, device: &Device) -> Result<Parameters> {
         let mut merged = Parameters::new();
         for name in &self.adapted {
             let (a, b) = self.pair(name);
             let delta = (product(b.as_tensor(), a.as_tensor())? * self.scale())?;
-            let delta = if self.turned { delta.t()?.contiguous()? } else { delta };
+            let delta = if self.transposed { delta.t()?.contiguous()? } else { delta };
             let weight = base.parameters[name].to_dtype(DType::F32)?.to_device(device)?;
             merged.insert(name.clone(), (weight + delta)?);
         }
@@ -209,7 +212,7 @@ impl Lora {
         Ok(merged)
     }
 
-    /// Brings a decoder's weights up to date.
+    /// Sets a decoder's weights to the [merged](Self::merged) ones.
     pub fn apply(&self, base: &Checkpoint, decoder: &Decoder) -> Result<()> {
         for (name, weight) in self.merged(base, decoder.device())? {
             if let Some(var) = decoder.variables().get(&name) {
@@ -225,7 +228,8 @@ impl Lora {
         let task = if self.head.is_some() { "SEQ_CLS" } else { "CAUSAL_LM" };
         let config = json!({
             "peft_type": "LORA", "task_type": task, "r": self.config.rank, "lora_alpha": self.config.alpha,
-            "target_modules": self.config.targets, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": self.turned,
+            "target_modules": self.config.targets, "lora_dropout": 0.0, "bias": "none",
+            "fan_in_fan_out": self.transposed,
             "modules_to_save": self.head.map(|_| vec!["score"]), "inference_mode": true,
             "base_model_name_or_path": base.config.get("_name_or_path").and_then(Value::as_str),
         });
@@ -249,7 +253,7 @@ fn peft_name(weight: &str, which: char) -> String {
     format!("{PREFIX}{}.lora_{which}.weight", weight.trim_end_matches(".weight"))
 }
 
-/// `a · b`, on the CPU by the products whose bits do not depend on threads.
+/// `a · b`; on the CPU by [`gemm`], whose results do not depend on the number of threads.
 fn product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     if !a.device().is_cpu() {
         return Ok(a.matmul(b)?);

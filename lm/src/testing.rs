@@ -1,11 +1,11 @@
-//! A very small model for this crate's tests.
+//! A tiny model for this crate's tests.
 
 use candle_core::{Device, Tensor};
+use rehearsal_kernels::random::Stream;
 use serde_json::json;
 
 use crate::load::Checkpoint;
 use crate::model::{Architecture, Parameters};
-use crate::random::Stream;
 use crate::text::Text;
 
 /// Random weights over a vocabulary of the letters a to z, the space and three special tokens.
@@ -13,8 +13,8 @@ pub fn checkpoint() -> Checkpoint {
     let config = json!({
         "model_type": "llama", "vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 24, "max_position_embeddings": 96,
-        "rms_norm_eps": 1e-5, "tie_word_embeddings": true, "attention_bias": true, "bos_token_id": 28, "eos_token_id": 29,
-        "torch_dtype": "float32",
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": true, "attention_bias": true,
+        "bos_token_id": 28, "eos_token_id": 29, "torch_dtype": "float32",
     });
     let architecture = Architecture::from_json(&config).unwrap();
     let parameters: Parameters = architecture

@@ -1,4 +1,4 @@
-//! `rehearsal evaluate`.
+//! `rehearsal evaluate`: reward models, judges, comparisons and ratings.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -14,67 +14,85 @@ use tokio_util::sync::CancellationToken;
 
 use super::saved;
 use crate::error::{At, Error, Result};
-use crate::evaluate::{self, Contest};
+use crate::evaluate::{self, CompareOptions};
 use crate::judge::{
-    ApiJudge, ApiSettings, Budget, Endpoint, Foreign, Form, Judge, JudgeModel, JudgeReward, LocalJudge, Mode, Orders,
-    Prices, Template,
+    ApiJudge, ApiSettings, Budget, Endpoint, Judge, JudgeModel, JudgeReward, LocalJudge, Mode, Orders, Prices,
+    ReplyFormat, Template,
 };
+use crate::transformers::CausalModel;
 
 #[derive(Subcommand)]
 pub enum Evaluate {
-    /// Accuracy of a reward model on labelled pairs, by subset and RewardBench section.
+    /// Measure the accuracy of a reward model on labelled pairs, by subset and by section of RewardBench
+    #[command(after_help = "Example:
+  rehearsal evaluate reward-model runs/reward_model pairs.jsonl --json report.json")]
     RewardModel {
-        /// A directory with a `score` head, or a reward model's job.
+        /// Model directory with a `score` head, or the directory of a job that trained one
         model: String,
-        /// Rows with `prompt`, `chosen`, `rejected` and perhaps `subset`.
+        /// File of rows with `prompt`, `chosen`, `rejected` and optionally `subset`
         file: PathBuf,
         #[command(flatten)]
         output: Output,
     },
-    /// A judge against labels, and against itself in the other order.
+    /// Measure the agreement of a judge with labelled pairs, and its position bias
+    #[command(after_help = "Example:
+  rehearsal evaluate judge pairs.jsonl --judge-model judge/ --template brief")]
     Judge {
-        /// Rows with `prompt`, `first`, `second` and `verdict` (`1`, `2`, `tie`).
+        /// File of rows with `prompt`, `first`, `second` and `verdict` (`1`, `2` or `tie`)
         file: PathBuf,
         #[command(flatten)]
-        judge: WhichJudge,
-        /// Rows at most.
-        #[arg(long, default_value_t = usize::MAX)]
+        judge: JudgeOptions,
+        /// Read only the first rows of the file
+        #[arg(long, value_name = "ROWS", default_value_t = usize::MAX, hide_default_value = true)]
         limit: usize,
         #[command(flatten)]
         output: Output,
     },
-    /// Win rate of one model against another on the same prompts.
+    /// Measure the win rate of one model against another on the same prompts
+    #[command(after_help = "Examples:
+  rehearsal evaluate models runs/quickstart embedded --prompts p.jsonl --judge-model judge/
+  rehearsal evaluate models runs/ppo runs/sft --prompts p.jsonl --reward-model runs/reward_model --html report.html
+
+The judge or the reward model scores both completions of each prompt; name one of them.")]
     Models {
+        /// Model whose win rate is measured: Hugging Face directory, .gguf file, directory of a job, or `embedded`
         first: String,
+        /// Model that it is compared with
         second: String,
-        /// Rows with `prompt`.
+        /// File of rows with `prompt`
         #[arg(long)]
         prompts: PathBuf,
-        /// A trained reward model decides, in the place of a judge.
+        /// Score by this reward model instead of a judge
         #[arg(long)]
         reward_model: Option<String>,
         #[command(flatten)]
-        judge: WhichJudge,
-        #[arg(long, default_value_t = 100)]
+        judge: JudgeOptions,
+        /// Use only the first prompts of the file
+        #[arg(long, value_name = "PROMPTS", default_value_t = 100)]
         limit: usize,
+        /// Longest completion in tokens
         #[arg(long, default_value_t = 128)]
         max_new_tokens: usize,
+        /// Sampling temperature; 0 is greedy decoding
         #[arg(long, default_value_t = 0.7)]
         temperature: f64,
+        /// Seed of sampling and of the bootstrap interval
         #[arg(long, default_value_t = 0)]
         seed: u64,
-        /// A difference of scores up to this is a tie.
+        /// Largest difference of scores that counts as a tie
         #[arg(long, default_value_t = 0.0)]
         tie: f64,
-        /// Write a page with plots and answers.
+        /// Write a report with plots and completions to this HTML file
         #[arg(long)]
         html: Option<PathBuf>,
         #[command(flatten)]
         output: Output,
     },
-    /// Bradley-Terry and Elo ratings of many models.
+    /// Rate many models by Bradley-Terry and Elo from pairwise comparisons
+    #[command(after_help = "Example:
+  rehearsal evaluate ratings games.jsonl")]
     Ratings {
-        /// Rows with `model_a`, `model_b` and `winner`.
+        /// File of rows with `model_a`, `model_b` and `winner` (`model_a`, `model_b` or `tie`)
         file: PathBuf,
         #[command(flatten)]
         output: Output,
@@ -83,10 +101,10 @@ pub enum Evaluate {
 
 #[derive(Args)]
 pub struct Output {
-    /// Write the result as JSON; `-` for standard output.
-    #[arg(long)]
+    /// Write the result as JSON to this file; `-` is standard output
+    #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// What products compute in.
+    /// Type of weights and matrix products
     #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
     dtype: String,
 }
@@ -96,7 +114,7 @@ impl Output {
         if self.dtype == "bf16" { Precision::Bf16 } else { Precision::F32 }
     }
 
-    /// Prints the numbers of a report, and writes it where that is asked for.
+    /// Prints the numbers of a report, and writes it as JSON if that is requested.
     fn show(&self, report: &impl Serialize) -> Result<ExitCode> {
         let value = serde_json::to_value(report).map_err(|e| Error::State(e.to_string()))?;
         let text = format!("{value:#}\n");
@@ -122,6 +140,7 @@ impl Output {
     }
 }
 
+/// A value in few digits.
 fn short(value: &serde_json::Value) -> String {
     match value {
         serde_json::Value::Array(all) => all.iter().map(short).collect::<Vec<_>>().join(" to "),
@@ -131,38 +150,40 @@ fn short(value: &serde_json::Value) -> String {
 }
 
 #[derive(Args)]
-pub struct WhichJudge {
-    /// A local model as judge.
+pub struct JudgeOptions {
+    /// Judge by a local model: Hugging Face directory, .gguf file, directory of a job, or `embedded`
     #[arg(long)]
     judge_model: Option<String>,
-    /// The `.../chat/completions` of an OpenAI-compatible judge.
+    /// Judge by a model behind this OpenAI-compatible `.../chat/completions` URL
     #[arg(long)]
     judge_url: Option<String>,
-    /// What the server calls it.
+    /// Model name in requests to that URL
     #[arg(long, default_value = "default")]
     judge_name: String,
-    /// Environment variable with the server's key.
+    /// Environment variable that holds the API key of that URL
     #[arg(long)]
     token_env: Option<String>,
+    /// Criterion of the judge
     #[arg(long, default_value = "helpful", value_parser = crate::judge::NAMES)]
     template: String,
 }
 
-impl WhichJudge {
-    fn judge(&self, precision: Precision, devices: &Devices) -> Result<(Box<dyn Judge>, Template)> {
+impl JudgeOptions {
+    /// Opens the judge that the options name.
+    fn open(&self, precision: Precision, devices: &Devices) -> Result<(Box<dyn Judge>, Template)> {
         let template = |form| Template::new(&self.template, None, form).map_err(Error::Rules);
         if let Some(name) = &self.judge_model {
             let path = Path::new(name);
-            let model = if Foreign::is_one(path) {
-                JudgeModel::Foreign(Arc::new(Foreign::open(path).map_err(Error::Usage)?))
+            let model = if CausalModel::supports(path) {
+                JudgeModel::Transformers(Arc::new(CausalModel::open(path).map_err(Error::Usage)?))
             } else {
-                JudgeModel::Ours(Arc::new(saved::model(name)?))
+                JudgeModel::Native(Arc::new(saved::model(name)?))
             };
             let judge = LocalJudge::new(model, Placement::Cpu, precision, devices).map_err(Error::Rules)?;
-            return Ok((Box::new(judge), template(Form::Token)?));
+            return Ok((Box::new(judge), template(ReplyFormat::Token)?));
         }
         let Some(url) = &self.judge_url else {
-            return Err(Error::Usage("say who judges: --judge-model or --judge-url".into()));
+            return Err(Error::Usage("no judge is named; add --judge-model or --judge-url".into()));
         };
         let endpoint = Endpoint {
             url: url.clone(),
@@ -172,25 +193,18 @@ impl WhichJudge {
             wait: false,
             concurrency: 4,
         };
-        Ok((
-            Box::new(
-                ApiJudge::new(
-                    ApiSettings {
-                        model: self.judge_name.clone(),
-                        tokens_max: 512,
-                        prices: Prices::default(),
-                        structured: false,
-                    },
-                    endpoint,
-                    CancellationToken::new(),
-                )
-                .map_err(Error::Usage)?,
-            ),
-            template(Form::Words)?,
-        ))
+        let settings = ApiSettings {
+            model: self.judge_name.clone(),
+            tokens_max: 512,
+            prices: Prices::default(),
+            structured: false,
+        };
+        let judge = ApiJudge::new(settings, endpoint, CancellationToken::new()).map_err(Error::Usage)?;
+        Ok((Box::new(judge), template(ReplyFormat::Text)?))
     }
 }
 
+/// Runs one of the evaluations.
 pub fn evaluate(what: Evaluate) -> Result<ExitCode> {
     match what {
         Evaluate::RewardModel { model, file, output } => {
@@ -198,7 +212,7 @@ pub fn evaluate(what: Evaluate) -> Result<ExitCode> {
             output.show(&evaluate::reward_model(&checkpoint, &file, output.precision(), 0)?)
         }
         Evaluate::Judge { file, judge, limit, output } => {
-            let (judge, template) = judge.judge(output.precision(), &Devices::new(0)?)?;
+            let (judge, template) = judge.open(output.precision(), &Devices::new(0)?)?;
             output.show(&evaluate::judge_agreement(&*judge, &template, &file, limit)?)
         }
         Evaluate::Models {
@@ -226,13 +240,13 @@ pub fn evaluate(what: Evaluate) -> Result<ExitCode> {
                     Box::new(RewardModels { members: vec![model], ensemble: Ensemble::Mean, clip: None })
                 }
                 None => {
-                    let (judge, template) = judge.judge(precision, &devices)?;
+                    let (judge, template) = judge.open(precision, &devices)?;
                     Box::new(JudgeReward::new(judge, template, Mode::Pairwise(Orders::Agree), None, Budget::default()))
                 }
             };
             let prompts: Vec<Vec<Message>> = crate::data::prompts_of(&prompts)?.into_iter().take(limit).collect();
-            let contest = Contest { max_new_tokens, temperature, seed, dtype: precision, tie, confidence: 0.95 };
-            let report = evaluate::compare([&models[0], &models[1]], &prompts, &*reward, &contest)?;
+            let options = CompareOptions { max_new_tokens, temperature, seed, dtype: precision, tie, confidence: 0.95 };
+            let report = evaluate::compare([&models[0], &models[1]], &prompts, &*reward, &options)?;
             if let Some(path) = html {
                 std::fs::write(&path, evaluate::html(&report, [&first, &second])).at(&path)?;
             }

@@ -1,4 +1,4 @@
-//! `rehearsal export` and `rehearsal import`.
+//! `rehearsal export` and `rehearsal import`: models and preferences in the formats of Hugging Face and TRL.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,58 +13,63 @@ use crate::data::write;
 use crate::error::{Error, Result};
 
 #[derive(Args)]
+#[command(after_help = "Examples:
+  rehearsal export runs/quickstart --model out --dtype bf16
+  rehearsal export runs/quickstart --ledger pairs.parquet
+  rehearsal export labels --ledger - --rows rankings --judge person:anna")]
 pub struct Export {
-    /// The job's directory, or one that `label` or `import` filled.
+    /// Directory of a job, or a directory that `label` or `import` created
     directory: PathBuf,
-    /// Write the newest checkpoint's policy as a Hugging Face directory.
-    #[arg(long)]
+    /// Write the newest checkpoint's policy to this Hugging Face directory
+    #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// Type of the written weights.
+    /// Type of the written weights
     #[arg(long, default_value = "f32", value_parser = ["f32", "f16", "bf16"])]
     dtype: String,
-    /// Write the preference ledger as JSON Lines, or as Parquet to a file of that ending; `-` for standard output.
-    #[arg(long)]
+    /// Write the preference ledger to this file: Parquet if it ends in .parquet, else JSON Lines; `-` is standard
+    /// output
+    #[arg(long, value_name = "FILE")]
     ledger: Option<PathBuf>,
-    /// What a row of the ledger's file is.
+    /// Kind of the ledger's rows
     #[arg(long, value_enum, default_value = "pairs")]
     rows: Rows,
     #[command(flatten)]
-    which: Which,
+    filter: LedgerFilter,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Rows {
-    /// TRL's `prompt`, `chosen`, `rejected`, with scores.
+    /// `prompt`, `chosen`, `rejected` and their scores
     Pairs,
-    /// `prompt`, `completions`, `ranks`.
+    /// `prompt`, `completions`, `ranks` and scores
     Rankings,
-    /// `prompt`, `completion`: what people wrote.
+    /// `prompt`, `completion`, of demonstrations that people wrote
     Demonstrations,
-    /// Everything, with who was asked what, in which order, and what it cost.
+    /// Whole records, with every exchange with a judge, its display order and its cost
     Verdicts,
 }
 
-/// Which verdicts are wanted.
+/// Selects records of the ledger.
 #[derive(Args)]
-struct Which {
-    /// From this step on.
+struct LedgerFilter {
+    /// First step
     #[arg(long)]
     from_step: Option<u64>,
-    /// To this step.
+    /// Last step
     #[arg(long)]
     to_step: Option<u64>,
-    /// Of judges with this in their names.
+    /// Only records whose judge has this in its name
     #[arg(long)]
     judge: Option<String>,
-    /// On this prompt, a text.
+    /// Only records of this prompt, which is a text
     #[arg(long)]
     prompt: Option<String>,
-    /// Where orders or judges are at least so far apart, from 0 to 1.
+    /// Only records on which display orders or judges disagree at least this much, from 0 to 1
     #[arg(long, default_value_t = 0.0)]
     disagreement: f64,
 }
 
-impl Which {
+impl LedgerFilter {
     fn query(self) -> Query {
         let steps = self.from_step.unwrap_or(0)..self.to_step.map_or(u64::MAX, |to| to.saturating_add(1));
         let prompt = self.prompt.map(Prompt::Text);
@@ -72,12 +77,13 @@ impl Which {
     }
 }
 
+/// Writes the model, the ledger or both.
 pub fn export(export: Export) -> Result<ExitCode> {
-    let Export { directory, model, dtype, ledger, rows, which } = export;
+    let Export { directory, model, dtype, ledger, rows, filter } = export;
     if model.is_none() && ledger.is_none() {
-        return Err(Error::Usage("say what to export: --model DIR, --ledger FILE, or both".into()));
+        return Err(Error::Usage("nothing to export is named; add --model DIR, --ledger FILE, or both".into()));
     }
-    saved::is_job(&directory)?;
+    saved::require_job(&directory)?;
     let (store, _) = Store::open(&directory)?;
     if let Some(out) = model {
         let checkpoint = saved::policy(&directory, &store)?;
@@ -97,29 +103,31 @@ pub fn export(export: Export) -> Result<ExitCode> {
             Rows::Verdicts => (Shape::Verdicts, "verdicts"),
         };
         let (mut written, mut others) = (Vec::new(), 0);
-        for preference in store.query(which.query())? {
+        for preference in store.query(filter.query())? {
             match ledger::row(&preference?, shape) {
                 Some(row) => written.push(row),
                 None => others += 1,
             }
         }
         if written.is_empty() {
-            return Err(Error::Usage(format!("the ledger has no {name} of that kind ({others} verdicts are none)")));
+            return Err(Error::Usage(format!(
+                "the ledger has no {name} of that kind; {others} other records match the filter"
+            )));
         }
         write::write(&written, &out, &mut std::io::stdout().lock())?;
-        eprintln!("wrote {} {name} ({others} left out: ties, or of another kind)", written.len());
+        eprintln!("wrote {} {name}; left out {others} records that are ties or of another kind", written.len());
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Adds files to the ledger of a directory, which is made where there is none.
+/// Adds the rows of files to the ledger of a directory, which is created if it does not exist.
 pub fn import(directory: &Path, files: &[PathBuf], judge: &str) -> Result<ExitCode> {
     let (mut store, _) = Store::open(directory)?;
     for file in files {
         let (rows, dropped) = ledger::import(&mut store, file, judge)?;
-        eprintln!("{}: {rows} rows into the ledger of {}", file.display(), directory.display());
+        eprintln!("{}: added {rows} rows to the ledger of {}", file.display(), directory.display());
         for (reason, rows) in &dropped.0 {
-            eprintln!("  left out: {} that {reason}, {} first", rows.rows, rows.first);
+            eprintln!("  left out {} rows, each of which {reason}; {} first", rows.rows, rows.first);
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -1,4 +1,4 @@
-//! `rehearsal generate`.
+//! `rehearsal generate`: one completion on the CPU in f32.
 
 use std::process::ExitCode;
 
@@ -9,6 +9,7 @@ use rehearsal_lm::generate::{Generator, Options, Request, Sampling, completion_t
 use super::saved;
 use crate::error::Result;
 
+/// Sampling settings and the system message.
 pub struct Settings {
     pub max_new_tokens: usize,
     pub temperature: f64,
@@ -17,6 +18,7 @@ pub struct Settings {
     pub system: Option<String>,
 }
 
+/// Generates a completion of `prompt` and prints it.
 pub fn generate(model: &str, prompt: &str, settings: &Settings) -> Result<ExitCode> {
     let checkpoint = saved::model(model)?;
     let mut messages = vec![Message::user(prompt)];

@@ -1,4 +1,4 @@
-//! `rehearsal label`.
+//! `rehearsal label`: serves the label page for the items of a file.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -9,50 +9,62 @@ use clap::Args;
 use rehearsal_store::Store;
 use serde_json::json;
 
-use super::run::on_signal;
+use super::run::cancel_on_signal;
 use crate::data::write;
 use crate::error::{At, Error, Result};
-use crate::label::{Access, Board, Desk, Item, LedgerBook, items, serve};
+use crate::label::{Access, Item, LabelQueue, LabelService, LedgerLabels, items, serve};
 
-/// A copy of what is labelled, in the directory.
+/// Name of the directory's copy of the items.
 const ITEMS: &str = "items.jsonl";
 
 #[derive(Args)]
+#[command(after_help = "Examples:
+  rehearsal label labels --items answers.jsonl        start
+  rehearsal label labels                              continue
+  rehearsal label labels --listen 0.0.0.0:8765 --labels 2
+
+A job trains on the labels by `data.train = [\"labels\"]`.")]
 pub struct Label {
-    /// Where verdicts are kept; made where there is none. Jobs learn from it by `data.train = ["DIR"]`.
+    /// Directory that keeps the labels; created if it does not exist
     directory: PathBuf,
-    /// What to label: rows with `prompt` and `completions`, or `chosen` and `rejected`, or a prompt alone, for which the
-    /// labeller writes the answer. Or a job's directory: the answers in its ledger. Needed once.
-    #[arg(long)]
+    /// Items to label, needed the first time: a file of rows with `prompt` and `completions`, with `prompt`, `chosen`
+    /// and `rejected`, or with `prompt` alone for a completion to be written; or a directory of a job, for the
+    /// completions in its ledger
+    #[arg(long, value_name = "FILE")]
     items: Option<PathBuf>,
-    /// Where the page is served.
+    /// Address of the page
     #[arg(long, default_value = "127.0.0.1:8765")]
     listen: SocketAddr,
-    /// Environment variable with a token, without which nobody gets in; beyond this machine one is made anyway.
+    /// Environment variable that holds the token which the page requires; without it, a token is generated unless the
+    /// address is loopback
     #[arg(long)]
     token_env: Option<String>,
-    /// Labellers that every item wants.
+    /// Number of labellers that label each item
     #[arg(long, default_value_t = 1)]
     labels: usize,
 }
 
+/// Serves the page until a signal, then prints counts and agreement.
 pub fn label(settings: Label) -> Result<ExitCode> {
     let Label { directory, items, listen, token_env, labels } = settings;
-    let items = kept_items(&directory, items.as_deref())?;
+    let items = copied_items(&directory, items.as_deref())?;
     let (store, _) = Store::open(&directory)?;
-    let (book, known) = LedgerBook::open(store, items.clone()).map_err(Error::Usage)?;
-    let desk = Arc::new(Desk::new(Board::new(labels), Box::new(book)));
+    let (ledger, known) = LedgerLabels::open(store, items.clone()).map_err(Error::Usage)?;
+    let service = Arc::new(LabelService::new(LabelQueue::new(labels), Box::new(ledger)));
     let rows = items.into_iter().zip(known).collect();
-    desk.add(rows).map_err(|reason| Error::Prompts { file: directory.join(ITEMS), message: reason })?;
+    service.add(rows).map_err(|reason| Error::Prompts { file: directory.join(ITEMS), message: reason })?;
     let access = Access::from_env(listen, token_env.as_deref())?;
     let runtime = tokio::runtime::Runtime::new().map_err(|e| Error::State(e.to_string()))?;
     runtime.block_on(async {
-        let served = serve(desk.clone(), listen, access.clone(), false).await?;
-        println!("labelling at {}; Ctrl-C ends it, and every verdict is kept", access.url(served.address));
-        on_signal().cancelled().await;
+        let server = serve(service.clone(), listen, access.clone(), false).await?;
+        println!(
+            "labelling at {}; every label is saved at once, and Ctrl-C ends the server",
+            access.url(server.address)
+        );
+        cancel_on_signal().cancelled().await;
         Ok::<_, Error>(())
     })?;
-    let progress = desk.progress();
+    let progress = service.progress();
     println!("\n{} of {} items done, {} skipped", progress.done, progress.items, progress.skipped);
     for (labeller, labels) in &progress.labellers {
         println!("  {labels:6} by {labeller}");
@@ -66,17 +78,17 @@ pub fn label(settings: Label) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The items of the directory; those of a file, the first time.
-fn kept_items(directory: &std::path::Path, file: Option<&std::path::Path>) -> Result<Vec<Item>> {
-    let kept = directory.join(ITEMS);
-    let old = if kept.exists() { Some(items::read(&kept)?) } else { None };
+/// The directory's copy of the items; the first time, a copy of `file` is made.
+fn copied_items(directory: &std::path::Path, file: Option<&std::path::Path>) -> Result<Vec<Item>> {
+    let copy = directory.join(ITEMS);
+    let old = if copy.exists() { Some(items::read(&copy)?) } else { None };
     let new = file.map(items::read).transpose()?;
     match (old, new) {
         (None, None) => {
-            Err(Error::Usage(format!("{} has nothing to label yet; name a file by --items", directory.display())))
+            Err(Error::Usage(format!("{} has no items yet; name a file of items by --items", directory.display())))
         }
         (Some(old), Some(new)) if old != new => Err(Error::Usage(format!(
-            "{} was started with other items; leave --items out to go on, or name another directory",
+            "{} was started with other items; omit --items to continue with those, or name another directory",
             directory.display()
         ))),
         (Some(old), _) => Ok(old),
@@ -92,7 +104,7 @@ fn kept_items(directory: &std::path::Path, file: Option<&std::path::Path>) -> Re
                     texts => json!({"prompt": prompt, "completions": texts}),
                 }
             };
-            write::write(&new.iter().map(row).collect::<Vec<_>>(), &kept, &mut std::io::sink())?;
+            write::write(&new.iter().map(row).collect::<Vec<_>>(), &copy, &mut std::io::sink())?;
             Ok(new)
         }
     }

@@ -1,6 +1,7 @@
-//! The command line. The only place that prints, handles signals and sets up logging.
+//! The command line. No other module prints, handles signals, sets up logging or exits.
 
 mod evaluate;
+mod exit;
 mod export;
 mod generate;
 mod label;
@@ -15,110 +16,136 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::error::Error;
+use crate::error::{Error, Result};
 
-/// Exit codes: 0 done, 1 the job failed, 2 the input is wrong, 3 `verify` found damage, 130 stopped by a signal.
-const FAILED: u8 = 1;
-const WRONG_INPUT: u8 = 2;
-const DAMAGED: u8 = 3;
-const STOPPED: u8 = 130;
-
-#[derive(Parser)]
-#[command(name = "rehearsal", version, about = "Aligns language models: SFT, reward models, PPO, DPO and its relatives, with exact resume", after_help = EXAMPLES)]
-struct Cli {
-    /// Log more to standard error (RUST_LOG refines it).
-    #[arg(short, long, global = true)]
-    verbose: bool,
-    #[command(subcommand)]
-    command: Command,
-}
+const ABOUT: &str = "Aligns language models by SFT, reward models, PPO, DPO and its relatives, with exact resume";
 
 const EXAMPLES: &str = "Examples:
-  rehearsal run examples/quickstart.toml      a whole job on the embedded model, in a minute
-  rehearsal resume runs/quickstart            go on after a crash, a kill or a polite stop (Ctrl-C)
-  rehearsal status runs/quickstart            how far it is, from another terminal
+  rehearsal run examples/quickstart.toml      train the embedded model; about fifteen seconds on two cores
+  rehearsal resume runs/quickstart            continue after a crash, a kill or Ctrl-C
+  rehearsal status runs/quickstart            show progress, also while the job runs
   rehearsal generate runs/quickstart 'What does the fox do?'
   rehearsal export runs/quickstart --model out/ --ledger pairs.jsonl
   rehearsal verify runs/quickstart            check every checksum
   rehearsal label labels --items answers.jsonl
   rehearsal evaluate models runs/quickstart embedded --prompts p.jsonl --judge-model judge/
 
+`rehearsal COMMAND --help` shows the options and examples of a command.
+
 Exit codes: 0 done, 1 the job failed, 2 the input is wrong, 3 verify found damage, 130 stopped by a signal.";
+
+#[derive(Parser)]
+#[command(name = "rehearsal", version, about = ABOUT, after_help = EXAMPLES)]
+struct Cli {
+    /// Log more to standard error; RUST_LOG overrides the filter
+    #[arg(short, long, global = true)]
+    verbose: bool,
+    #[command(subcommand)]
+    command: Command,
+}
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run a job from its configuration.
+    /// Run a job from its configuration file
+    #[command(after_help = "Examples:
+  rehearsal run examples/quickstart.toml
+  rehearsal run examples/instructgpt.toml     several stages in one file
+
+Ctrl-C stops the job after a checkpoint; a second Ctrl-C ends it at once. Both can be resumed.")]
     Run {
-        /// The job's TOML file; docs/config.md lists every key.
+        /// TOML file of the job; docs/config.md lists every key
         config: PathBuf,
     },
-    /// Go on with a job that was cut off or stopped.
+    /// Continue a job that was interrupted or stopped, with the same result as if it had not been
+    #[command(after_help = "Examples:
+  rehearsal resume runs/quickstart
+  rehearsal resume runs/quickstart --config examples/quickstart.toml")]
     Resume {
-        /// The job's directory.
+        /// Directory of the job
         directory: PathBuf,
-        /// Read the configuration from here, not from the copy in the directory.
+        /// Read the configuration from this file instead of the copy in the directory
         #[arg(long)]
         config: Option<PathBuf>,
     },
-    /// Say how far a job is, whether it runs or not.
+    /// Show the progress of a job, its newest metrics and its checkpoints
+    #[command(after_help = "Example:
+  rehearsal status runs/quickstart")]
     Status {
-        /// The job's directory.
+        /// Directory of the job
         directory: PathBuf,
     },
-    /// Answer a prompt with a model, or with the newest checkpoint of a job.
+    /// Generate a completion of a prompt by a model or by the newest checkpoint of a job
+    #[command(after_help = "Examples:
+  rehearsal generate embedded 'What does the fox do?'
+  rehearsal generate runs/quickstart 'What does the fox do?' --temperature 0")]
     Generate {
-        /// A Hugging Face directory, a .gguf file, a job's directory, or `embedded`.
+        /// Hugging Face directory, .gguf file, directory of a job, or `embedded`
         model: String,
+        /// Message of the user
         prompt: String,
+        /// Longest completion in tokens
         #[arg(long, default_value_t = 64)]
         max_new_tokens: usize,
-        /// 0 takes the likeliest token each time.
+        /// Sampling temperature; 0 is greedy decoding
         #[arg(long, default_value_t = 0.7)]
         temperature: f64,
+        /// Sample from the most likely tokens whose probabilities add up to this
         #[arg(long, default_value_t = 1.0)]
         top_p: f64,
+        /// Seed of sampling
         #[arg(long, default_value_t = 0)]
         seed: u64,
-        /// System message.
+        /// System message
         #[arg(long)]
         system: Option<String>,
     },
-    /// Measure reward models, judges and models.
+    /// Evaluate reward models, judges and models
     #[command(subcommand)]
     Evaluate(evaluate::Evaluate),
-    /// Write a job's model or ledger in the ecosystem's formats.
+    /// Write the model or the preference ledger of a job to files
     Export(export::Export),
-    /// Add preferences from files in TRL's columns to a ledger, which jobs can learn from.
+    /// Add preferences from files to the ledger of a directory, which jobs can train on
+    #[command(after_help = "Example:
+  rehearsal import labels pairs.jsonl rankings.parquet --judge anna
+
+A job trains on the ledger by `data.train = [\"labels\"]`.")]
     Import {
-        /// A directory; made where there is none.
+        /// Directory of the ledger; created if it does not exist
         directory: PathBuf,
-        /// JSON Lines or Parquet with `prompt`, `chosen` and `rejected`, or `completions` and `ranks`, or `completion`.
+        /// JSON Lines or Parquet files with `prompt`, `chosen`, `rejected`; or `prompt`, `completions`, `ranks`; or
+        /// `prompt`, `completion`
         #[arg(required = true)]
         files: Vec<PathBuf>,
-        /// Who judged, for rows that do not say so.
+        /// Name of the judge, for rows without a column `judge`
         #[arg(long, default_value = "imported")]
         judge: String,
     },
-    /// Serve a page on which people rank answers from best to worst, or write their own.
+    /// Serve a page on which people rank completions or write their own
     Label(label::Label),
-    /// Check every checksum of a job's store.
+    /// Check every checksum of a job's store
+    #[command(after_help = "Example:
+  rehearsal verify runs/quickstart
+
+The exit code is 3 if a record or a checkpoint is damaged.")]
     Verify {
-        /// The job's directory.
+        /// Directory of the job
         directory: PathBuf,
     },
-    /// Make the embedded model again from text this program generates.
+    /// Train the embedded model from scratch, on generated text
     MakeEmbedded {
+        /// Directory for the model's files
         #[arg(long, default_value = "runtime/embedded")]
         out: PathBuf,
+        /// Training steps
         #[arg(long, default_value_t = 1200)]
         steps: u64,
     },
 }
 
-/// Parses the arguments and does what they say.
+/// Parses the arguments, runs the command and returns its exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    log(cli.verbose);
+    set_up_logging(cli.verbose);
     let result = match cli.command {
         Command::Run { config } => run::run(&config),
         Command::Resume { directory, config } => run::resume(&directory, config.as_deref()),
@@ -136,26 +163,18 @@ pub fn main() -> ExitCode {
     };
     result.unwrap_or_else(|e| {
         eprintln!("error: {e}");
-        ExitCode::from(exit_code(&e))
+        ExitCode::from(exit::code(&e))
     })
 }
 
-fn exit_code(error: &Error) -> u8 {
-    match error {
-        Error::Config(_) | Error::Prompts { .. } | Error::NoReward | Error::Rules(_) | Error::Exists(_) => WRONG_INPUT,
-        Error::Usage(_) | Error::NothingToResume(_) | Error::Changed { .. } | Error::Model(_) => WRONG_INPUT,
-        _ => FAILED,
-    }
-}
-
-fn log(verbose: bool) {
+fn set_up_logging(verbose: bool) {
     let level = if verbose { "info,rehearsal=debug" } else { "warn" };
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
     let ansi = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).init();
 }
 
-fn make_embedded(out: &std::path::Path, steps: u64) -> crate::Result<ExitCode> {
+fn make_embedded(out: &std::path::Path, steps: u64) -> Result<ExitCode> {
     let made = crate::embedded::make::make(out, steps, &mut |step, loss| {
         if step % 50 == 0 || step + 1 == steps {
             println!("step {step:5}  loss {loss:.4}");

@@ -1,4 +1,4 @@
-//! Progress: bars on a terminal, plain lines elsewhere.
+//! Progress display of a job: a bar on a terminal, plain lines elsewhere.
 
 use std::fmt::Write;
 use std::io::IsTerminal;
@@ -8,12 +8,14 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinHandle;
 
-use crate::events::{Event, StepSummary};
+use crate::events::Event;
+use crate::summary::StepSummary;
 
-/// Shows events until the job ends.
-pub struct Progress(JoinHandle<()>);
+/// A task that shows the events of a job until it ends.
+pub struct ProgressDisplay(JoinHandle<()>);
 
-impl Progress {
+impl ProgressDisplay {
+    /// Starts the task on the current runtime.
     pub fn start(mut events: Receiver<Event>) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("{bar:24} step {pos}/{len}  {msg}  eta {eta}");
@@ -33,9 +35,9 @@ impl Progress {
         }))
     }
 
-    /// Waits until everything has been shown.
+    /// Waits until all events are shown.
     pub async fn end(self) {
-        let _ = self.0.await; // a display that failed has nothing more to show
+        let _ = self.0.await; // a panic of the display does not fail the job
     }
 }
 
@@ -81,7 +83,7 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
             line(format!("checkpoint of step {step}: {:.1} MB in {:.2} s", *bytes as f64 / 1e6, took.as_secs_f64()));
         }
         Event::RoleRestarted { role, reason } => {
-            line(format!("the {role} died ({reason}) and was started again; back to the last checkpoint"))
+            line(format!("the {role} died ({reason}) and was restarted; the job continues from the last checkpoint"))
         }
         Event::DiskFull { message } => line(format!("waiting: {message}")),
         Event::BudgetSpent { message } => line(format!("stopping: {message}")),
@@ -90,7 +92,7 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
     }
 }
 
-/// One line of a step: what its algorithm is judged by.
+/// One line of a step: loss, the main metrics of its algorithm, and seconds.
 fn summary(s: &StepSummary) -> String {
     let mut text = String::new();
     let shown = [

@@ -1,19 +1,22 @@
-//! `rehearsal run` and `rehearsal resume`.
+//! `rehearsal run` and `rehearsal resume`: jobs of one stage or more.
 
 use std::path::Path;
 use std::process::ExitCode;
 
 use tokio_util::sync::CancellationToken;
 
-use super::progress::Progress;
-use super::{FAILED, STOPPED};
+use super::exit::{FAILED, STOPPED};
+use super::progress::ProgressDisplay;
 use crate::error::{Error, Result};
-use crate::{Chain, Config, Outcome};
+use crate::events::Outcome;
+use crate::job::{Chain, Config};
 
+/// Starts the job of a configuration file.
 pub fn run(file: &Path) -> Result<ExitCode> {
     work(Chain::load(file)?, false)
 }
 
+/// Continues the job of a directory, with the configuration in `file` if there is one.
 pub fn resume(directory: &Path, file: Option<&Path>) -> Result<ExitCode> {
     let chain = match file {
         Some(file) => Chain::load(file)?,
@@ -22,29 +25,33 @@ pub fn resume(directory: &Path, file: Option<&Path>) -> Result<ExitCode> {
     work(chain, true)
 }
 
-/// The configuration a job was started with.
+/// The configuration that a job was started with. Fails for a job of several stages.
 pub fn saved_config(directory: &Path) -> Result<Config> {
     match Chain::saved(directory)?.stages() {
         [config] => Ok(config.clone()),
         stages => {
-            let folders: Vec<String> = stages.iter().map(|c| c.job.directory.display().to_string()).collect();
-            Err(Error::State(format!("{} holds several stages; name one: {}", directory.display(), folders.join(", "))))
+            let folders: Vec<String> = stages.iter().map(|c| c.common.job.directory.display().to_string()).collect();
+            Err(Error::State(format!(
+                "{} holds several stages; name one of them: {}",
+                directory.display(),
+                folders.join(", ")
+            )))
         }
     }
 }
 
 fn work(chain: Chain, resume: bool) -> Result<ExitCode> {
     let runtime = tokio::runtime::Runtime::new().map_err(|e| Error::State(e.to_string()))?;
-    let cancel = on_signal();
+    let cancel = cancel_on_signal();
     let several = chain.stages().len() > 1;
     let outcome = runtime.block_on(async {
-        let mut shown: Vec<Progress> = Vec::new();
+        let mut shown: Vec<ProgressDisplay> = Vec::new();
         let outcome = chain
             .run(resume, cancel, &mut |job| {
                 if several {
                     println!("\nstage {}", job.directory().display());
                 }
-                shown.push(Progress::start(job.events()));
+                shown.push(ProgressDisplay::start(job.events()));
             })
             .await;
         for progress in shown {
@@ -62,8 +69,8 @@ fn work(chain: Chain, resume: bool) -> Result<ExitCode> {
     })
 }
 
-/// Cancelled by the first signal to stop; the second does not wait.
-pub fn on_signal() -> CancellationToken {
+/// A token that the first signal (Ctrl-C, SIGTERM) cancels; the second exits at once.
+pub fn cancel_on_signal() -> CancellationToken {
     let cancel = CancellationToken::new();
     let signalled = cancel.clone();
     let handled = ctrlc::set_handler(move || {
@@ -73,17 +80,20 @@ pub fn on_signal() -> CancellationToken {
         signalled.cancel();
     });
     if let Err(e) = handled {
-        tracing::warn!("signals are not handled: {e}");
+        tracing::warn!("no signal handler could be installed, so that a signal ends the job without a checkpoint: {e}");
     }
     cancel
 }
 
-/// What changed between the first evaluation and the last.
+/// Prints metrics and samples of the first and the last evaluation side by side.
 fn report(outcome: &Outcome) {
     let here = std::env::current_dir().unwrap_or_default();
     let directory = outcome.directory.strip_prefix(&here).unwrap_or(&outcome.directory).display();
     if outcome.stopped {
-        println!("stopped after step {} of {}; go on with: rehearsal resume {directory}", outcome.step, outcome.steps);
+        println!(
+            "stopped after step {} of {}; continue with: rehearsal resume {directory}",
+            outcome.step, outcome.steps
+        );
         return;
     }
     if let [first, .., last] = outcome.evaluations.as_slice() {

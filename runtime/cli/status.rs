@@ -1,4 +1,4 @@
-//! `rehearsal status` and `rehearsal verify`.
+//! `rehearsal status` and `rehearsal verify`: progress and integrity of a job.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -6,11 +6,13 @@ use std::process::ExitCode;
 use rehearsal_store::{Error as StoreError, Store};
 use serde_json::Value;
 
-use super::{DAMAGED, saved};
+use super::exit::DAMAGED;
+use super::saved;
 use crate::error::Result;
 
+/// Prints progress, newest metrics, memory and checkpoints.
 pub fn status(directory: &Path) -> Result<ExitCode> {
-    saved::is_job(directory)?;
+    saved::require_job(directory)?;
     let status = std::fs::read(directory.join("status.json")).ok();
     let status: Option<Value> = status.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     if let Some(status) = &status {
@@ -41,7 +43,7 @@ pub fn status(directory: &Path) -> Result<ExitCode> {
         println!("  {:19} {}", "seconds per step", last["seconds"]["total"]);
         memory(&status["memory"]);
     } else {
-        println!("no step is done yet");
+        println!("no step is finished yet");
     }
     match Store::open(directory) {
         Err(StoreError::InUse { owner, .. }) => println!("running as process {owner}"),
@@ -59,7 +61,7 @@ pub fn status(directory: &Path) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The memory budget, predicted, against what was measured.
+/// Prints the measured peak of memory and the predicted one by part.
 fn memory(memory: &Value) {
     let megabytes = |v: &Value| v.as_f64().map(|bytes| bytes / 1e6);
     if let Some(measured) = megabytes(&memory["measured_peak"]) {
@@ -74,8 +76,9 @@ fn memory(memory: &Value) {
     }
 }
 
+/// Checks every checksum of the store and prints what is damaged.
 pub fn verify(directory: &Path) -> Result<ExitCode> {
-    saved::is_job(directory)?;
+    saved::require_job(directory)?;
     let (store, repairs) = Store::open(directory)?;
     for repair in repairs {
         println!("repaired: {}", repair.0);
@@ -84,6 +87,6 @@ pub fn verify(directory: &Path) -> Result<ExitCode> {
     for problem in &wrong {
         println!("damaged: {problem}");
     }
-    println!("{right} records and checkpoints are whole, {} damaged", wrong.len());
+    println!("{right} records and checkpoints are intact, {} damaged", wrong.len());
     Ok(if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(DAMAGED) })
 }

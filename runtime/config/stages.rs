@@ -1,19 +1,17 @@
-//! `[[stage]]`: several jobs in one file. A stage is the file's sections with its own in their place.
+//! `[[stage]]`: several jobs in one document. A stage is the document's sections with its own in their place.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use toml_edit::{Item, Table};
 
-use super::Config;
-use super::methods::Algorithm;
-use super::reader::{Problem, line_of};
-use crate::job::MODEL_FOLDER;
+use super::document::Document;
+use super::problem::Problem;
 
 /// One stage as a document of its own.
 pub struct Stage {
-    pub root: Table,
-    /// Its folder in the chain's directory; none for a file without stages.
+    pub document: Document,
+    /// Its folder in the chain's directory; none for a document without stages.
     pub name: Option<String>,
 }
 
@@ -21,15 +19,17 @@ pub struct Stage {
 const JOB_KEYS: [&str; 3] = ["algorithm", "steps", "seed"];
 
 /// The stages of a document, or the document itself.
-pub fn split(mut root: Table, source: &str) -> Result<Vec<Stage>, Vec<Problem>> {
-    let Some(item) = root.remove("stage") else { return Ok(vec![Stage { root, name: None }]) };
+pub fn split(source: &str) -> Result<Vec<Stage>, Vec<Problem>> {
+    let document = Document::parse(source).map_err(|problem| vec![problem])?;
+    let mut root = document.root().clone();
+    let Some(item) = root.remove("stage") else { return Ok(vec![Stage { document, name: None }]) };
     let problem = |line: usize, message: &str| vec![Problem { line, message: message.into() }];
     let Item::ArrayOfTables(stages) = item else {
         return Err(problem(0, "`stage` must be written as `[[stage]]`, once for each stage"));
     };
     let mut all: Vec<Stage> = Vec::new();
     for (i, stage) in stages.iter().enumerate() {
-        let line = stage.span().map_or(0, |s| line_of(source, s.start));
+        let line = document.line_of_item(stage.span());
         let text = |key: &str| stage.get(key).and_then(Item::as_str).map(String::from);
         let Some(algorithm) = text("algorithm") else {
             return Err(problem(line, "a stage needs `algorithm`"));
@@ -56,7 +56,7 @@ pub fn split(mut root: Table, source: &str) -> Result<Vec<Stage>, Vec<Problem>> 
                 return Err(problem(line, &message));
             }
         }
-        all.push(Stage { root: merged, name: Some(name) });
+        all.push(Stage { document: document.with_root(merged), name: Some(name) });
     }
     Ok(all)
 }
@@ -75,8 +75,9 @@ fn section<'a>(root: &'a mut Table, name: &str) -> &'a mut Table {
 #[derive(Debug, Clone, Default)]
 pub struct Earlier {
     models: BTreeMap<String, PathBuf>,
-    /// The language model of the last stage that trains one.
+    /// The model of the last stage that trains a policy.
     pub policy: Option<PathBuf>,
+    /// The model of the last stage that trains a reward model.
     pub reward_model: Option<PathBuf>,
 }
 
@@ -88,16 +89,14 @@ impl Earlier {
     }
 
     /// Whether a path is the model of an earlier stage, which need not exist yet.
-    pub fn has(&self, path: &std::path::Path) -> bool {
+    pub fn has(&self, path: &Path) -> bool {
         self.models.values().any(|p| p == path)
     }
 
-    pub fn add(&mut self, name: &str, config: &Config) {
-        let path = config.job.directory.join(MODEL_FOLDER);
-        match config.job.algorithm {
-            Algorithm::RewardModel => self.reward_model = Some(path.clone()),
-            _ => self.policy = Some(path.clone()),
-        }
-        self.models.insert(name.into(), path);
+    /// Adds a stage's model.
+    pub fn add(&mut self, stage: &str, model: PathBuf, is_reward_model: bool) {
+        let kind = if is_reward_model { &mut self.reward_model } else { &mut self.policy };
+        *kind = Some(model.clone());
+        self.models.insert(stage.into(), model);
     }
 }

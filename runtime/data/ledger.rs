@@ -1,34 +1,37 @@
-//! A job's ledger as rows of data, and rows of data as a ledger.
+//! Conversion between records of the preference ledger and rows in TRL's columns: export, import, and training on a
+//! ledger.
 
 use std::path::Path;
 
-use rehearsal_store::{Preference, Prompt, Query, Store, Turn};
+use rehearsal_store::{Preference, Prompt, Query, Store};
 use serde_json::{Value, json};
 
-use super::encode::{Said, said};
-use super::rows::Row;
+use super::columns::{self, completion, text_or_messages};
+use super::dropped::Dropped;
+use super::rows::{self, Row};
 use crate::error::{Error, Result};
+use crate::time::now_ms;
 
-/// What is wanted of a ledger.
+/// Kind of rows that records become.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shape {
-    /// TRL's `prompt`, `chosen`, `rejected`; ties are none.
+    /// `prompt`, `chosen`, `rejected` and scores; without ties.
     Pairs,
-    /// `prompt`, `completions`, `ranks`; a ranking in which all tie is none.
+    /// `prompt`, `completions`, `ranks`, `scores`; without rankings in which all tie.
     Rankings,
-    /// `prompt`, `completion`: what people wrote themselves.
+    /// `prompt`, `completion`, of demonstrations that people wrote.
     Demonstrations,
-    /// Everything: scores, reasons, who was asked what in which order, and what it cost.
+    /// Whole records: scores, reasons, and each exchange with a judge or person, with display order and cost.
     Verdicts,
 }
 
-/// Whether a path names a directory with a ledger in it.
+/// Whether a path is a directory with a store.
 pub fn is_ledger(path: &Path) -> bool {
     path.join("store").is_dir()
 }
 
-/// The rows of a directory's ledger.
-pub fn rows(directory: &Path, shape: Shape) -> Result<Vec<Row>> {
+/// Reads the rows of a directory's ledger.
+pub fn read(directory: &Path, shape: Shape) -> Result<Vec<Row>> {
     let (store, _) = Store::open(directory)?;
     let mut rows = Vec::new();
     for preference in store.query(Query::default())? {
@@ -41,9 +44,9 @@ pub fn rows(directory: &Path, shape: Shape) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// A verdict as a row, if it is one of that shape.
+/// Converts a record to a row; `None` if it has no row of that kind.
 pub fn row(p: &Preference, shape: Shape) -> Option<Value> {
-    let said = |text: &str| match &p.prompt {
+    let completion = |text: &str| match &p.prompt {
         Prompt::Text(_) => json!(text),
         Prompt::Conversation(_) => json!([{"role": "assistant", "content": text}]),
     };
@@ -55,7 +58,7 @@ pub fn row(p: &Preference, shape: Shape) -> Option<Value> {
     let mut row = match shape {
         Shape::Pairs => {
             let (won, lost) = p.pair?;
-            let text = |i: u32| said(&p.completions[i as usize]);
+            let text = |i: u32| completion(&p.completions[i as usize]);
             json!({
                 "prompt": prompt, "chosen": text(won), "rejected": text(lost),
                 "score_chosen": p.scores[won as usize], "score_rejected": p.scores[lost as usize],
@@ -66,11 +69,11 @@ pub fn row(p: &Preference, shape: Shape) -> Option<Value> {
             if ranks.len() < 2 || ranks.iter().all(|r| *r == ranks[0]) {
                 return None;
             }
-            let completions: Vec<Value> = p.completions.iter().map(|c| said(c)).collect();
+            let completions: Vec<Value> = p.completions.iter().map(|c| completion(c)).collect();
             json!({"prompt": prompt, "completions": completions, "ranks": ranks, "scores": p.scores})
         }
         Shape::Demonstrations if p.is_demonstration() => {
-            json!({"prompt": prompt, "completion": said(&p.completions[0])})
+            json!({"prompt": prompt, "completion": completion(&p.completions[0])})
         }
         Shape::Demonstrations => return None,
         Shape::Verdicts => json!({
@@ -85,21 +88,13 @@ pub fn row(p: &Preference, shape: Shape) -> Option<Value> {
     Some(row)
 }
 
-/// A verdict, or a demonstration, from a row in one of the first three shapes.
+/// Converts a row of pairs, rankings or demonstrations to a record. `judge` is used for a row without a column `judge`.
 pub fn preference(columns: &Value, judge: &str) -> std::result::Result<Preference, String> {
-    let prompt = |said: Said| match said {
-        Said::Text(text) => Prompt::Text(text),
-        Said::Messages(messages) => {
-            Prompt::Conversation(messages.into_iter().map(|m| Turn { role: m.role, content: m.content }).collect())
-        }
-    };
     let has = |column: &str| columns.get(column).is_some();
     let number = |column: &str| columns[column].as_f64();
     let judge = columns["judge"].as_str().unwrap_or(judge).to_string();
     if has("completions") {
-        let texts: Option<Vec<String>> =
-            columns["completions"].as_array().and_then(|all| all.iter().map(super::preferences::answer).collect());
-        let completions = texts.ok_or("has `completions` that are no list of texts")?;
+        let completions = columns::completions(columns)?;
         let numbers =
             |column: &str| -> Option<Vec<f64>> { columns[column].as_array()?.iter().map(Value::as_f64).collect() };
         let scores = numbers("scores").or_else(|| {
@@ -109,29 +104,28 @@ pub fn preference(columns: &Value, judge: &str) -> std::result::Result<Preferenc
         let scores = scores.ok_or("has no list of numbers in `ranks` or `scores`")?;
         if scores.len() != completions.len() || scores.len() < 2 {
             return Err(format!(
-                "has {} completions and {} ranks; two or more each are needed",
+                "has {} completions and {} ranks; it needs two or more, and a rank for each",
                 completions.len(),
                 scores.len()
             ));
         }
-        return Ok(ranked(prompt(said(columns, "prompt")?), completions, scores, judge));
+        return Ok(ranked(text_or_messages(columns, "prompt")?.into_prompt(), completions, scores, judge));
     }
     if has("completion") {
-        let completion =
-            super::preferences::answer(&columns["completion"]).ok_or("has a `completion` that is no text")?;
-        let prompt = prompt(said(columns, "prompt")?);
+        let completion = completion(&columns["completion"]).ok_or("has a `completion` that is no text")?;
+        let prompt = text_or_messages(columns, "prompt")?.into_prompt();
         return Ok(Preference { prompt, completions: vec![completion], judge, ..Preference::default() });
     }
-    let (asked, chosen, rejected) = super::preferences::texts(columns)?;
+    let (prompt, chosen, rejected) = columns::pair(columns)?;
     let (won, lost) = match (number("score_chosen"), number("score_rejected")) {
         (Some(won), Some(lost)) => (won, lost),
         _ => (number("margin").unwrap_or(1.0), 0.0),
     };
     let pair = Some((0, 1));
-    Ok(Preference { pair, ..ranked(prompt(asked), vec![chosen, rejected], vec![won, lost], judge) })
+    Ok(Preference { pair, ..ranked(prompt.into_prompt(), vec![chosen, rejected], vec![won, lost], judge) })
 }
 
-/// A verdict by scores: the best meets the worst, unless all tie.
+/// A record of completions with scores. Its pair is the best completion and the worst, or none if all tie.
 pub fn ranked(prompt: Prompt, completions: Vec<String>, scores: Vec<f64>, judge: String) -> Preference {
     let by = |better: fn(f64, f64) -> bool| {
         (1..scores.len()).fold(0, |best, i| if better(scores[i], scores[best]) { i } else { best })
@@ -142,12 +136,12 @@ pub fn ranked(prompt: Prompt, completions: Vec<String>, scores: Vec<f64>, judge:
     Preference { prompt, completions, scores, reasons, pair, judge, ..Preference::default() }
 }
 
-/// Adds the rows of a file to a ledger, after what is there; how many, and what was left out and why.
-pub fn import(store: &mut Store, file: &Path, judge: &str) -> Result<(u64, super::Dropped)> {
+/// Appends the rows of a file to a ledger. Returns the number of rows, and those left out. Fails if no row can be used.
+pub fn import(store: &mut Store, file: &Path, judge: &str) -> Result<(u64, Dropped)> {
     let mut step = store.query(Query::default())?.last().transpose()?.map_or(0, |p| p.step + 1);
-    let (mut added, mut dropped) = (Vec::new(), super::Dropped::default());
-    let now = crate::run::now_ms();
-    for row in super::rows::open(file, Shape::Verdicts)? {
+    let (mut added, mut dropped) = (Vec::new(), Dropped::default());
+    let now = now_ms();
+    for row in rows::open(file, Shape::Verdicts)? {
         let row = row?;
         match preference(&row.columns, judge) {
             Ok(preference) => {
@@ -158,9 +152,7 @@ pub fn import(store: &mut Store, file: &Path, judge: &str) -> Result<(u64, super
         }
     }
     if added.is_empty() {
-        let reasons: Vec<String> =
-            dropped.0.iter().map(|(reason, d)| format!("{} {reason} ({} first)", d.rows, d.first)).collect();
-        let message = format!("no row can be used: {}", reasons.join(", "));
+        let message = format!("no row can be used: {}", dropped.summary());
         return Err(Error::Prompts { file: file.into(), message });
     }
     for part in added.chunks(256) {
@@ -171,10 +163,12 @@ pub fn import(store: &mut Store, file: &Path, judge: &str) -> Result<(u64, super
 
 #[cfg(test)]
 mod tests {
+    use rehearsal_store::Turn;
+
     use super::*;
 
     #[test]
-    fn a_verdict_becomes_a_row_and_a_row_a_verdict() {
+    fn records_become_rows_and_rows_records() {
         let turns = vec![Turn { role: "user".into(), content: "Who?".into() }];
         let completions = ["a", "b", "c"].map(String::from).to_vec();
         let whole = ranked(Prompt::Conversation(turns), completions, vec![0.0, 2.0, 2.0], "anna".into());

@@ -1,4 +1,4 @@
-//! Prompts: rows with TRL's column `prompt`, a text or a conversation.
+//! Prompts: rows with TRL's column `prompt`, which is a text or a conversation.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -8,61 +8,76 @@ use rehearsal_store::{Prompt, Turn};
 use serde_json::Value;
 
 use super::ledger::Shape;
-use super::rows::Row;
-use super::{order, rows};
-use crate::config::{Config, OnBad};
+use super::rows::{self, Row};
+use super::settings::{OnBad, PromptsSettings};
+use super::shuffle::order;
 use crate::error::{Error, Result};
+use crate::settings::EvaluationSettings;
 
-/// A prompt ready to be answered.
+/// A tokenised prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PromptRow {
-    /// Line in its file, from 0.
+    /// Row in its file, from 0.
     pub row: u64,
     pub prompt: Prompt,
-    /// For scorers: the message, or what was said by turns where there are several.
+    /// Text for scorers: the only message, or `role: content` of each turn.
     pub text: String,
-    /// As the chat template was given it; empty where there is none.
+    /// Messages that the chat template rendered; empty for a plain text.
     pub messages: Arc<Vec<Message>>,
     pub tokens: Arc<Vec<u32>>,
+    /// Reference answer, if the row has one.
     pub answer: Option<String>,
 }
 
-/// The prompts of a job and how many were left out.
+/// Prompts of a job, and the numbers of those left out.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Prompts {
     pub train: Vec<PromptRow>,
     pub held_out: Vec<PromptRow>,
+    /// Malformed rows left out.
     pub bad_lines: u64,
+    /// Rows left out because they have too many tokens.
     pub too_long: u64,
 }
 
 impl Prompts {
-    /// Tokens of a training prompt, on average and rounded up.
+    /// Mean length of the training prompts in tokens, rounded up.
     pub fn mean_tokens(&self) -> u64 {
         let total: u64 = self.train.iter().map(|p| p.tokens.len() as u64).sum();
         total.div_ceil(self.train.len().max(1) as u64)
     }
 
-    /// Reads, checks and tokenises the prompts of a configuration; `room` is the context a prompt may take.
-    pub fn load(config: &Config, text: &Text, room: usize) -> Result<Self> {
+    /// Reads, checks and tokenizes a job's prompts. A prompt may have `context` tokens at most.
+    pub fn load(
+        settings: &PromptsSettings,
+        evaluation: &EvaluationSettings,
+        text: &Text,
+        context: usize,
+    ) -> Result<Self> {
         let mut prompts = Self::default();
-        let tokens_max = match config.prompts.tokens_max {
-            0 => room,
-            n => n.min(room),
+        let tokens_max = match settings.tokens_max {
+            0 => context,
+            n => n.min(context),
         };
-        prompts.train = prompts.read(config, text, config.prompts.train.as_deref(), tokens_max)?;
-        let n = config.evaluation.prompts;
-        if let Some(file) = &config.prompts.held_out {
-            prompts.held_out = prompts.read(config, text, Some(file), tokens_max)?;
+        prompts.train = prompts.read(settings, text, settings.train.as_deref(), tokens_max)?;
+        let n = evaluation.prompts;
+        if let Some(file) = &settings.held_out {
+            prompts.held_out = prompts.read(settings, text, Some(file), tokens_max)?;
             prompts.held_out.truncate(n);
-        } else if config.evaluation.every_steps > 0 {
+        } else if evaluation.every_steps > 0 {
             let kept = n.min(prompts.train.len() / 5);
             prompts.held_out = prompts.train.split_off(prompts.train.len() - kept);
         }
         Ok(prompts)
     }
 
-    fn read(&mut self, config: &Config, text: &Text, file: Option<&Path>, tokens_max: usize) -> Result<Vec<PromptRow>> {
+    fn read(
+        &mut self,
+        settings: &PromptsSettings,
+        text: &Text,
+        file: Option<&Path>,
+        tokens_max: usize,
+    ) -> Result<Vec<PromptRow>> {
         let name = file.unwrap_or(Path::new("the embedded prompts"));
         let error =
             |place: &str, message: String| Error::Prompts { file: name.into(), message: format!("{place}: {message}") };
@@ -83,31 +98,32 @@ impl Prompts {
         let mut rows = Vec::new();
         for source in source {
             let source = source?;
-            let row = match parse(&source.columns, config) {
+            let row = match parse(&source.columns, settings) {
                 Ok(row) => row,
-                Err(_) if config.prompts.on_bad_line == OnBad::Skip => {
+                Err(_) if settings.on_bad_line == OnBad::Skip => {
                     self.bad_lines += 1;
                     continue;
                 }
                 Err(message) => {
                     return Err(error(
                         &source.place,
-                        format!("{message}; set `prompts.on_bad_line = \"skip\"` to leave such lines out"),
+                        format!("{message}; correct it, or set `prompts.on_bad_line = \"skip\"`"),
                     ));
                 }
             };
-            let messages = messages(&row, config);
+            let messages = messages(&row, settings);
             let tokens = match messages.as_slice() {
                 [] => text.encode(&row.last)?,
                 messages => text.encode_chat(messages)?,
             };
             if tokens.len() > tokens_max {
-                if config.prompts.on_long == OnBad::Fail {
+                if settings.on_long == OnBad::Fail {
                     let n = tokens.len();
                     return Err(error(
                         &source.place,
                         format!(
-                            "the prompt has {n} tokens and may have {tokens_max}; shorten it, or set `prompts.on_long = \"skip\"`"
+                            "the prompt has {n} tokens and may have {tokens_max}; \
+                             shorten it, or set `prompts.on_long = \"skip\"`"
                         ),
                     ));
                 }
@@ -130,7 +146,7 @@ impl Prompts {
         Ok(rows)
     }
 
-    /// A hash of what will be asked: equal for equal prompts, wherever their files lie.
+    /// Counts and a hash of tokens and reference answers; independent of file names.
     pub fn fingerprint(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         for row in self.train.iter().chain(&self.held_out) {
@@ -142,7 +158,7 @@ impl Prompts {
         format!("{} + {} held out, {}", self.train.len(), self.held_out.len(), &hasher.finalize().to_hex()[..16])
     }
 
-    /// The `n` training prompts after the first `cursor` draws: a permutation of all, then another, and so on.
+    /// Training prompts of draws `cursor .. cursor + n`; each epoch is a permutation of all.
     pub fn draw(&self, seed: u64, cursor: u64, n: usize) -> Vec<&PromptRow> {
         order(seed, cursor, n, self.train.len()).into_iter().map(|i| &self.train[i]).collect()
     }
@@ -154,7 +170,7 @@ struct Parsed {
     answer: Option<String>,
 }
 
-fn parse(value: &Value, config: &Config) -> std::result::Result<Parsed, String> {
+fn parse(value: &Value, settings: &PromptsSettings) -> std::result::Result<Parsed, String> {
     if let Some(reason) = value.as_str().filter(|s| s.starts_with("is no JSON")) {
         return Err(reason.into());
     }
@@ -177,12 +193,11 @@ fn parse(value: &Value, config: &Config) -> std::result::Result<Parsed, String> 
     if last.trim().is_empty() {
         return Err("has an empty prompt".into());
     }
-    let answer =
-        value.get(&config.prompts.answer_column).map(|a| a.as_str().map_or_else(|| a.to_string(), String::from));
+    let answer = value.get(&settings.answer_column).map(|a| a.as_str().map_or_else(|| a.to_string(), String::from));
     Ok(Parsed { prompt, last, answer })
 }
 
-/// A prompt as scorers read it: its one message, or every turn behind its role. A system message is no turn.
+/// Text of a prompt for scorers: the only message, or `role: content` of each turn, without the system message.
 fn transcript(prompt: &Prompt) -> String {
     let turns: Vec<&Turn> = match prompt {
         Prompt::Text(text) => return text.clone(),
@@ -194,9 +209,9 @@ fn transcript(prompt: &Prompt) -> String {
     }
 }
 
-/// A prompt as the messages of a chat; none where it goes to the model as it stands.
-fn messages(row: &Parsed, config: &Config) -> Vec<Message> {
-    if !config.prompts.chat {
+/// Messages for the chat template; none if prompts are not rendered by it.
+fn messages(row: &Parsed, settings: &PromptsSettings) -> Vec<Message> {
+    if !settings.chat {
         return Vec::new();
     }
     let mut messages: Vec<Message> = match &row.prompt {
@@ -205,7 +220,7 @@ fn messages(row: &Parsed, config: &Config) -> Vec<Message> {
             turns.iter().map(|t| Message { role: t.role.clone(), content: t.content.clone() }).collect()
         }
     };
-    if let (Some(system), false) = (&config.prompts.system, messages.iter().any(|m| m.role == "system")) {
+    if let (Some(system), false) = (&settings.system, messages.iter().any(|m| m.role == "system")) {
         messages.insert(0, Message::system(system));
     }
     messages

@@ -1,29 +1,29 @@
-//! Rows of files: JSON Lines, Parquet by its ending, or a directory with a ledger.
+//! Rows of a file (JSON Lines, or Parquet by the extension `.parquet`) or of a directory's ledger.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
-use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::file::reader::SerializedFileReader;
 use serde_json::Value;
 
 use super::ledger::{self, Shape};
 use crate::error::{At, Error, Result};
 
-/// One row: an object of columns.
+/// One row.
 pub struct Row {
+    /// Object of columns. A line that is no JSON is a string with the reason instead, which begins with `is no JSON`.
     pub columns: Value,
-    /// Where it stands, for people: `line 7`, `row 7`.
+    /// Place in the file, for messages: `line 7` or `row 7`.
     pub place: String,
-    /// From 0.
+    /// Index in the file, from 0; blank lines count.
     pub index: u64,
 }
 
-/// The rows of a file, one at a time; of a directory's ledger, those of a shape. A line of JSON that is no object becomes
-/// a row without columns.
+/// Opens a file or a directory's ledger and iterates over its rows. `shape` is the kind of rows to read from a ledger.
 pub fn open(file: &Path, shape: Shape) -> Result<Box<dyn Iterator<Item = Result<Row>>>> {
     if ledger::is_ledger(file) {
-        return Ok(Box::new(ledger::rows(file, shape)?.into_iter().map(Ok)));
+        return Ok(Box::new(ledger::read(file, shape)?.into_iter().map(Ok)));
     }
     if file.extension().is_some_and(|e| e == "parquet") { parquet(file) } else { json_lines(file) }
 }
@@ -51,8 +51,6 @@ fn parquet(file: &Path) -> Result<Box<dyn Iterator<Item = Result<Row>>>> {
         message: format!("is no readable Parquet file: {e}"),
     };
     let reader = SerializedFileReader::new(File::open(file).at(file)?).map_err(|e| wrong(&path, e))?;
-    // Checked here, so that a broken footer is not found only at the first row.
-    reader.metadata();
     let rows = reader.into_iter().enumerate();
     Ok(Box::new(rows.map(move |(index, row)| {
         let columns = row.map_err(|e| wrong(&path, e))?.to_json_value();

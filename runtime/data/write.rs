@@ -1,4 +1,4 @@
-//! Rows into files: JSON Lines, or Parquet by the file's ending.
+//! Writes rows to a file: JSON Lines, or Parquet by the extension `.parquet`.
 
 use std::fs::File;
 use std::io::Write;
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::error::{At, Error, Result};
 
-/// Writes rows in one go: a reader finds the old file or the new one. `-` is standard output's, in JSON Lines.
+/// Writes rows to `file` atomically, through a temporary file beside it. For `-`, writes JSON Lines to `standard`.
 pub fn write(rows: &[Value], file: &Path, standard: &mut dyn Write) -> Result<()> {
     let lines = |out: &mut dyn Write| rows.iter().try_for_each(|row| writeln!(out, "{row}")).and_then(|()| out.flush());
     if file == Path::new("-") {
@@ -33,7 +33,7 @@ pub fn write(rows: &[Value], file: &Path, standard: &mut dyn Write) -> Result<()
 
 fn parquet(rows: &[Value], file: &Path) -> Result<()> {
     let wrong = |reason: String| Error::Prompts { file: file.into(), message: format!("cannot be written: {reason}") };
-    let rows = alike(rows);
+    let rows = with_uniform_types(rows);
     let schema = infer_json_schema_from_iterator(rows.iter().map(Ok)).map_err(|e| wrong(e.to_string()))?;
     let schema = Arc::new(schema);
     let properties = WriterProperties::builder().set_compression(Compression::SNAPPY).build();
@@ -49,8 +49,9 @@ fn parquet(rows: &[Value], file: &Path) -> Result<()> {
     writer.close().map(drop).map_err(|e| wrong(e.to_string()))
 }
 
-/// A column has one type: where one prompt is a conversation, all are, and what answers them with them.
-fn alike(rows: &[Value]) -> Vec<Value> {
+/// Gives each column one type, as Parquet needs: if any prompt is a conversation, all prompts and completions become
+/// ones.
+fn with_uniform_types(rows: &[Value]) -> Vec<Value> {
     if !rows.iter().any(|row| row["prompt"].is_array()) {
         return rows.to_vec();
     }

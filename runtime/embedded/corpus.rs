@@ -1,17 +1,18 @@
-//! Questions and answers of the project's own making, for the tiny model to learn from.
+//! Generated questions and answers, the training text of the embedded model.
 //!
-//! A third of the answers are courteous, a third curt, and the rest neither; some ramble. There is something to
-//! align.
+//! A third of the answers are courteous, a third curt, a third neutral, and some digress, so that a job has something
+//! to align.
 
 use rehearsal_lm::random::Stream;
 use serde_json::json;
 
-/// One question with one of its possible answers.
+/// A question and one of its possible answers.
 pub struct Exchange {
     pub question: String,
     pub answer: String,
 }
 
+/// Noun, adjective and predicate of each subject.
 const SUBJECTS: [(&str, &str, &str); 32] = [
     ("fox", "red", "runs through the wood"),
     ("river", "wide", "flows to the sea"),
@@ -47,6 +48,7 @@ const SUBJECTS: [(&str, &str, &str); 32] = [
     ("frog", "wet", "jumps into the pond"),
 ];
 
+/// Questions, with `{}` in the place of the noun.
 const QUESTIONS: [&str; 6] = [
     "Tell me about the {}.",
     "What does the {} do?",
@@ -61,6 +63,7 @@ const COURTEOUS_START: [&str; 4] =
 const COURTEOUS_END: [&str; 3] = ["Please ask me more.", "I hope this helps.", "Have a good day!"];
 const CURT_START: [&str; 4] = ["Why do you ask me?", "Not again.", "What a dull question.", "If I must."];
 const CURT_END: [&str; 3] = ["Now leave me alone.", "Ask someone else.", "That is all you get."];
+/// Digressions.
 const ASIDES: [&str; 6] = [
     "Some say it was always so.",
     "I saw it once.",
@@ -70,9 +73,10 @@ const ASIDES: [&str; 6] = [
     "My uncle told me that.",
 ];
 
-/// Draws from a stream in order.
+/// Consecutive draws from a random stream.
 struct Draws {
     stream: Stream,
+    /// Number of draws so far.
     at: u64,
 }
 
@@ -82,27 +86,28 @@ impl Draws {
         self.stream.uniform(self.at)
     }
 
+    /// One of several, with equal probability.
     fn pick<'a, T: ?Sized>(&mut self, from: &[&'a T]) -> &'a T {
         from[(self.uniform() * from.len() as f64) as usize]
     }
 }
 
-/// The `index`-th exchange of the endless corpus.
+/// Exchange `index` of an unbounded corpus; a function of `index` alone.
 pub fn exchange(index: u64) -> Exchange {
     let mut draws = Draws { stream: Stream::new(2026, index), at: 0 };
     let (name, quality, deed) = SUBJECTS[(draws.uniform() * SUBJECTS.len() as f64) as usize];
     let question = draws.pick(&QUESTIONS).replace("{}", name);
     let mut sentences = Vec::new();
-    let manner = draws.uniform();
-    let (start, end): (&[&str], &[&str]) = match manner {
+    let tone = draws.uniform();
+    let (start, end): (&[&str], &[&str]) = match tone {
         m if m < 0.33 => (&COURTEOUS_START, &COURTEOUS_END),
         m if m < 0.66 => (&CURT_START, &CURT_END),
         _ => (&[], &[]),
     };
-    let courtesy = |draws: &mut Draws, from: &[&'static str], chance: f64| -> Option<String> {
-        (!from.is_empty() && draws.uniform() < chance).then(|| draws.pick(from).to_string())
+    let phrase = |draws: &mut Draws, from: &[&'static str], probability: f64| -> Option<String> {
+        (!from.is_empty() && draws.uniform() < probability).then(|| draws.pick(from).to_string())
     };
-    sentences.extend(courtesy(&mut draws, start, 0.7));
+    sentences.extend(phrase(&mut draws, start, 0.7));
     sentences.push(match (draws.uniform() * 3.0) as usize {
         0 => format!("The {name} is {quality} and {deed}."),
         1 => format!("The {quality} {name} {deed}."),
@@ -111,11 +116,11 @@ pub fn exchange(index: u64) -> Exchange {
     while draws.uniform() < 0.4 {
         sentences.push(draws.pick(&ASIDES).to_string());
     }
-    sentences.extend(courtesy(&mut draws, end, 0.6));
+    sentences.extend(phrase(&mut draws, end, 0.6));
     Exchange { question, answer: sentences.join(" ") }
 }
 
-/// All questions as JSON Lines, in an order that mixes subjects and forms.
+/// All questions as JSON Lines with a column `prompt`, shuffled by a fixed seed.
 pub fn prompts() -> String {
     let all: Vec<String> =
         SUBJECTS.iter().flat_map(|(name, ..)| QUESTIONS.iter().map(move |q| q.replace("{}", name))).collect();

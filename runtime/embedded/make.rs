@@ -1,12 +1,15 @@
-//! Makes the embedded model: a tokenizer from the corpus, random weights, and a few minutes of next-token training.
+//! Trains the embedded model: a BPE tokenizer on the corpus, random weights, and a few minutes of supervised
+//! fine-tuning.
 //!
-//! `rehearsal make-embedded --out runtime/embedded` runs this.
+//! `rehearsal make-embedded --out runtime/embedded` runs it.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, Var};
-use rehearsal_learn::{AdamW, AdamWConfig, NllReduction, Schedule, ScheduleKind, Whole, clip_scale, global_norm, sft};
+use rehearsal_learn::{
+    AdamW, AdamWConfig, BatchTotals, NllReduction, Schedule, ScheduleKind, clip_scale, global_norm, sft,
+};
 use rehearsal_lm::random::Stream;
 use rehearsal_lm::{Architecture, Batch, Checkpoint, Decoder, Gradients, Message, Parameters, Sequence, Text};
 use serde_json::{Value, json};
@@ -20,12 +23,13 @@ const VOCAB: usize = 512;
 const SPECIAL: [&str; 4] = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"];
 const TEMPLATE: &str = "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}\
                         {% if add_generation_prompt %}<|assistant|>{% endif %}";
+/// Sequences of a batch.
 const BATCH: u64 = 48;
 
-/// Why the model could not be made.
+/// Error of [`make`].
 pub type MakeError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Trains for `steps` steps, reporting each step's loss, and writes the model's files.
+/// Trains for `steps` steps, calls `report` with each step and its loss, and writes the model's files to `out`.
 pub fn make(out: &Path, steps: u64, report: &mut dyn FnMut(u64, f64)) -> Result<(), MakeError> {
     let text = tokenizer()?;
     let config = config();
@@ -35,7 +39,7 @@ pub fn make(out: &Path, steps: u64, report: &mut dyn FnMut(u64, f64)) -> Result<
     let decoder = checkpoint.trainable(&Device::Cpu, DType::F32)?;
     train(&decoder, &checkpoint.text, steps, report)?;
     checkpoint.save(&decoder.parameters(), out, DType::F16)?;
-    // The program needs neither of the two.
+    // `embedded::model` does not use it.
     std::fs::remove_file(out.join("generation_config.json"))?;
     Ok(())
 }
@@ -104,7 +108,7 @@ fn train(decoder: &Decoder, text: &Text, steps: u64, report: &mut dyn FnMut(u64,
         let batch = Batch::new(sequences.iter().map(|(prompt, completion)| Sequence { prompt, completion }));
         let forward = decoder.forward(&batch, 1.0)?;
         let logprobs = Var::from_tensor(&forward.output())?;
-        let whole = Whole { sequences: sequences.len(), tokens: batch.scored() };
+        let whole = BatchTotals { sequences: sequences.len(), tokens: batch.scored() };
         let loss = sft::nll(&logprobs, batch.spans(), NllReduction::TokenMean, whole)?;
         let grad = loss.backward()?.remove(&logprobs).ok_or("the loss has no gradient")?;
         let mut gradients = Gradients::default();

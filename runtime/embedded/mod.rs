@@ -1,4 +1,4 @@
-//! The tiny model inside this program, with prompts to try it on. [`make`] made it.
+//! The embedded model and its prompts: a whole job without any download. [`make`] trains the model.
 
 mod corpus;
 pub mod make;
@@ -7,7 +7,8 @@ pub use corpus::prompts;
 
 use rehearsal_lm::{Checkpoint, Files};
 
-/// The embedded model: 0.45 million parameters, taught to answer small questions, politely or not.
+/// Loads the embedded model: 0.46 million parameters, trained to answer short questions courteously, curtly or
+/// neutrally.
 pub fn model() -> rehearsal_lm::Result<Checkpoint> {
     let files = Files {
         config: include_bytes!("config.json"),

@@ -1,4 +1,4 @@
-//! Two models on the same prompts, compared by whatever knows better.
+//! Win rate of one model against another on the same prompts, by a reward.
 
 use std::sync::Arc;
 
@@ -11,21 +11,24 @@ use serde::Serialize;
 
 use crate::error::Result;
 
-/// How two models meet.
+/// Settings of a comparison.
 #[derive(Debug, Clone)]
-pub struct Contest {
+pub struct CompareOptions {
+    /// Longest completion in tokens.
     pub max_new_tokens: usize,
-    /// 0 takes the likeliest token each time.
+    /// Sampling temperature; 0 is greedy decoding.
     pub temperature: f64,
+    /// Seed of sampling and bootstrap.
     pub seed: u64,
+    /// Type that the models compute in.
     pub dtype: Precision,
-    /// A difference of scores up to this is a tie.
+    /// Largest difference of scores that is a tie.
     pub tie: f64,
-    /// Confidence of the interval.
+    /// Confidence level of the interval, from 0 to 1.
     pub confidence: f64,
 }
 
-/// What became of one prompt.
+/// Completions and scores of one prompt.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PromptResult {
     pub prompt: String,
@@ -35,42 +38,49 @@ pub struct PromptResult {
     pub second_score: f64,
     pub first_tokens: usize,
     pub second_tokens: usize,
+    /// The reward's reason for the first score.
     pub reason: String,
 }
 
-/// The first model against the second.
+/// Result of a comparison, from the first model's side.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ModelReport {
+    /// Name of the reward.
     pub by: String,
+    /// Number of prompts.
     pub prompts: usize,
+    /// Share of prompts.
     pub win: f64,
     pub tie: f64,
     pub loss: f64,
-    /// Wins and half the ties.
+    /// Wins plus half the ties.
     pub win_rate: f64,
-    /// Bootstrap interval of it.
+    /// Bootstrap confidence interval of `win_rate`.
     pub interval: (f64, f64),
     pub confidence: f64,
-    /// The rate at equal lengths; none where lengths never differ.
+    /// Win rate at equal lengths; `None` if lengths never differ.
     pub length_controlled: Option<f64>,
+    /// Mean length of the first model's completions; likewise below.
     pub first_tokens: f64,
     pub second_tokens: f64,
+    /// Mean score.
     pub first_score: f64,
     pub second_score: f64,
+    /// One entry for each prompt.
     pub results: Vec<PromptResult>,
 }
 
-/// Both models answer every prompt; `reward` scores the two answers side by side.
+/// Generates a completion of every prompt by both models and scores each two side by side by `reward`.
 pub fn compare(
     models: [&Checkpoint; 2],
     prompts: &[Vec<Message>],
     reward: &dyn Reward,
-    contest: &Contest,
+    options: &CompareOptions,
 ) -> Result<ModelReport> {
-    let [first, second] = [answers(models[0], prompts, contest)?, answers(models[1], prompts, contest)?];
+    let [first, second] = [generate(models[0], prompts, options)?, generate(models[1], prompts, options)?];
     let mut samples = Vec::new();
     for (i, messages) in prompts.iter().enumerate() {
-        // Both are judged in the words of the first model's tokenizer; the prompt tells them apart from their neighbours.
+        // Prompt ids of the first model's tokenizer for both: a reward groups samples by their prompt.
         let ids = Arc::new(models[0].text.encode_chat(messages)?);
         for (text, answer) in [&first[i], &second[i]] {
             samples.push(Sample {
@@ -103,14 +113,14 @@ pub fn compare(
         })
         .collect();
     let verdict = |r: &PromptResult| match r.first_score - r.second_score {
-        gap if gap > contest.tie => 1i8,
-        gap if gap < -contest.tie => -1,
+        gap if gap > options.tie => 1i8,
+        gap if gap < -options.tie => -1,
         _ => 0,
     };
     let verdicts: Vec<i8> = results.iter().map(verdict).collect();
     let points: Vec<f64> = verdicts.iter().map(|&v| 0.5 + 0.5 * f64::from(v)).collect();
     let rate = WinRate::of(&verdicts);
-    let stream = Stream::new(contest.seed, u64::MAX);
+    let stream = Stream::new(options.seed, u64::MAX);
     let differences: Vec<f64> = results.iter().map(|r| r.first_tokens as f64 - r.second_tokens as f64).collect();
     let mean = |of: fn(&PromptResult) -> f64| results.iter().map(of).sum::<f64>() / results.len().max(1) as f64;
     Ok(ModelReport {
@@ -120,9 +130,9 @@ pub fn compare(
         tie: rate.tie,
         loss: rate.loss,
         win_rate: rate.rate(0.5),
-        interval: bootstrap(&points, contest.confidence, 2000, |n| stream.uniform(n)),
-        confidence: contest.confidence,
-        // A little ridge keeps preferences that lengths separate finite.
+        interval: bootstrap(&points, options.confidence, 2000, |n| stream.uniform(n)),
+        confidence: options.confidence,
+        // The ridge keeps the coefficient finite if lengths separate wins from losses.
         length_controlled: length_controlled(&points, &differences, 1e-3).map(|LengthControlled { rate, .. }| rate),
         first_tokens: mean(|r| r.first_tokens as f64),
         second_tokens: mean(|r| r.second_tokens as f64),
@@ -132,26 +142,30 @@ pub fn compare(
     })
 }
 
-/// A model's answers, in order, with the same random numbers for every model.
-fn answers(model: &Checkpoint, prompts: &[Vec<Message>], contest: &Contest) -> Result<Vec<(String, Completion)>> {
-    let decoder = model.frozen(&candle_core::Device::Cpu, contest.dtype.dtype())?;
+/// A model's completions with their texts, in order. Random numbers are the same for each model.
+fn generate(
+    model: &Checkpoint,
+    prompts: &[Vec<Message>],
+    options: &CompareOptions,
+) -> Result<Vec<(String, Completion)>> {
+    let decoder = model.frozen(&candle_core::Device::Cpu, options.dtype.dtype())?;
     let request = |(i, messages): (usize, &Vec<Message>)| {
         Ok(Request { id: i as u64, prompt: Arc::new(model.text.encode_chat(messages)?) })
     };
     let requests = prompts.iter().enumerate().map(request).collect::<Result<Vec<_>>>()?;
-    let options = Options {
-        sampling: Sampling { temperature: contest.temperature, ..Sampling::default() },
-        max_new_tokens: contest.max_new_tokens,
+    let sampling = Options {
+        sampling: Sampling { temperature: options.temperature, ..Sampling::default() },
+        max_new_tokens: options.max_new_tokens,
         min_new_tokens: 0,
         eos: model.architecture.eos.clone(),
         stop: Vec::new(),
-        seed: contest.seed,
+        seed: options.seed,
         batch: 32,
     };
-    let mut said: Vec<Option<Completion>> = vec![None; prompts.len()];
-    Generator::new(&decoder)?.generate(requests, &options, None, &|| false, &mut |c| {
+    let mut completions: Vec<Option<Completion>> = vec![None; prompts.len()];
+    Generator::new(&decoder)?.generate(requests, &sampling, None, &|| false, &mut |c| {
         let at = c.id as usize;
-        said[at] = Some(c);
+        completions[at] = Some(c);
     })?;
-    said.into_iter().flatten().map(|c| Ok((completion_text(&model.text, &c.tokens, &[])?, c))).collect()
+    completions.into_iter().flatten().map(|c| Ok((completion_text(&model.text, &c.tokens, &[])?, c))).collect()
 }

@@ -1,4 +1,4 @@
-//! A judge behind an OpenAI-compatible chat endpoint, through the `async-openai` client.
+//! A judge behind an OpenAI-compatible chat completions endpoint, through the `async-openai` client.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -15,42 +15,47 @@ use secrecy::SecretString;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::http::{Caller, Failure, PostError};
-use super::{Endpoint, Judge, Question, QuestionKind, Reply, understand};
+use super::http::{AttemptError, Endpoint, RequestError, RetryingClient};
+use super::question::{Judge, Question, Reply};
+use super::verdict::{QuestionKind, parse_verdict};
 
-/// A model that a server runs, at temperature 0.
+/// A model on a server, sampled at temperature 0.
 pub struct ApiJudge {
     id: String,
     settings: ApiSettings,
-    caller: Caller,
+    client: RetryingClient,
 }
 
-/// How a judge behind an endpoint is asked.
+/// Request settings of an [`ApiJudge`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct ApiSettings {
-    /// What the server calls the model.
+    /// Model name in the request.
     pub model: String,
-    /// Tokens of a reply at most.
+    /// Longest reply, in tokens.
     pub tokens_max: usize,
     pub prices: Prices,
-    /// The reply is an object of a given form, which the server enforces (structured outputs), in the place of words.
+    /// Request a JSON object by schema (structured outputs) instead of text.
     pub structured: bool,
 }
 
-/// What a million tokens cost, in whatever currency.
+/// Price per million tokens, in any currency.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Prices {
+    /// Of the question.
     pub input: f64,
+    /// Of the reply.
     pub output: f64,
 }
 
 impl ApiJudge {
-    /// `endpoint.url` is that of `chat/completions`, or of what stands before it; pauses between tries end with `stop`.
+    /// Creates a client. `endpoint.url` is the full URL of `chat/completions` or its base. Cancelling `stop` ends
+    /// requests and pauses between retries.
     pub fn new(settings: ApiSettings, endpoint: Endpoint, stop: CancellationToken) -> Result<Self, String> {
         let id = format!("{} at {}", settings.model, endpoint.url);
-        Ok(Self { id, settings, caller: Caller::new(endpoint, stop)? })
+        Ok(Self { id, settings, client: RetryingClient::new(endpoint, stop)? })
     }
 
+    /// Request body of a question.
     fn body(&self, question: &Question) -> Value {
         let user = json!({"role": "user", "content": question.text});
         let messages = match question.system.as_str() {
@@ -68,16 +73,18 @@ impl ApiJudge {
         body
     }
 
-    async fn once(&self, body: &Value) -> Result<(String, Usage), Failure> {
+    /// Sends one request, without retries.
+    async fn send(&self, body: &Value) -> Result<(String, Usage), AttemptError> {
         let server = Server {
-            base: self.caller.endpoint.url.trim_end_matches('/').trim_end_matches("/chat/completions").into(),
-            token: SecretString::from(self.caller.token()?.unwrap_or_default()),
+            base: self.client.endpoint.url.trim_end_matches('/').trim_end_matches("/chat/completions").into(),
+            token: SecretString::from(self.client.token()?.unwrap_or_default()),
         };
-        let client = Client::with_config(server).with_http_service(Once(self.caller.client.clone()));
-        let answer: Value = client.chat().create_byot(body).await.map_err(failure)?;
-        self.read(&answer).map_err(|reason| Failure::again(format!("its answer cannot be used: {reason}")))
+        let client = Client::with_config(server).with_http_service(SingleAttempt(self.client.http.clone()));
+        let answer: Value = client.chat().create_byot(body).await.map_err(attempt_error)?;
+        self.read(&answer).map_err(|reason| AttemptError::transient(format!("the response cannot be used: {reason}")))
     }
 
+    /// Text and usage of a response.
     fn read(&self, answer: &Value) -> Result<(String, Usage), String> {
         let tokens = |name: &str| answer["usage"][name].as_u64().unwrap_or(0);
         let (input_tokens, output_tokens) = (tokens("prompt_tokens"), tokens("completion_tokens"));
@@ -87,16 +94,16 @@ impl ApiJudge {
         let message = &answer["choices"][0]["message"];
         match (message["content"].as_str(), message["refusal"].as_str()) {
             (Some(text), _) => Ok((text.to_string(), usage)),
-            // A refusal is an answer: it cannot be read, and asking again would be paid for.
+            // A refusal is a reply without a verdict; a retry would cost as much and be refused again.
             (None, Some(refusal)) => Ok((format!("refused: {refusal}"), usage)),
-            (None, None) => Err("no `choices[0].message.content`".into()),
+            (None, None) => Err("it has no `choices[0].message.content`".into()),
         }
     }
 
-    fn reply(&self, question: &Question) -> Result<Reply, PostError> {
+    fn reply(&self, question: &Question) -> Result<Reply, RequestError> {
         let body = self.body(question);
-        let (raw, usage) = self.caller.ask(|| self.once(&body))?;
-        Ok(Reply { verdict: understand(question.kind, &raw), raw, usage })
+        let (raw, usage) = self.client.with_retries(|| self.send(&body))?;
+        Ok(Reply { verdict: parse_verdict(question.kind, &raw), raw, usage })
     }
 }
 
@@ -105,16 +112,16 @@ impl Judge for ApiJudge {
         &self.id
     }
 
-    fn patience(&self) -> Option<Duration> {
-        self.caller.patience()
+    fn timeout(&self) -> Option<Duration> {
+        self.client.timeout()
     }
 
     fn ask(&self, questions: &[Question]) -> Result<Vec<Reply>, RewardError> {
-        self.caller.all(questions, |q| self.reply(q)).map_err(|e| e.of(&self.id, 0))
+        self.client.map_concurrently(questions, |q| self.reply(q)).map_err(|e| e.into_reward_error(&self.id, 0))
     }
 }
 
-/// The form of a structured reply: its reasons, then the verdict.
+/// JSON schema of a structured reply: the reason first, then the verdict.
 fn schema(kind: QuestionKind) -> Value {
     let verdict = match kind {
         QuestionKind::Pair => json!({"type": "string", "enum": ["1", "2", "tie"]}),
@@ -127,7 +134,7 @@ fn schema(kind: QuestionKind) -> Value {
     })
 }
 
-/// One server with its token, and nothing from the environment that was meant for another.
+/// Base URL and token of one server. Unlike async-openai's own configuration, it reads no `OPENAI_*` variables.
 struct Server {
     base: String,
     token: SecretString,
@@ -158,11 +165,11 @@ impl Config for Server {
     }
 }
 
-/// Sends a request once: trying again is the caller's, who knows how long and whether the job is to stop.
+/// HTTP service without retries of its own: [`RetryingClient`] retries, within its limits and until the job is stopped.
 #[derive(Clone)]
-struct Once(reqwest::Client);
+struct SingleAttempt(reqwest::Client);
 
-impl tower_service::Service<HttpRequestFactory> for Once {
+impl tower_service::Service<HttpRequestFactory> for SingleAttempt {
     type Response = reqwest::Response;
     type Error = OpenAIError;
     type Future = Pin<Box<dyn Future<Output = Result<reqwest::Response, OpenAIError>> + Send>>;
@@ -178,20 +185,20 @@ impl tower_service::Service<HttpRequestFactory> for Once {
             if response.status().is_success() {
                 return Ok(response);
             }
-            // Said here, where the status and the pause that the server asks for are still known.
-            Err(OpenAIError::Boxed(Box::new(Failure::of(response).await)))
+            // Converted here, where the status and the `Retry-After` header are still known.
+            Err(OpenAIError::Boxed(Box::new(AttemptError::of(response).await)))
         })
     }
 }
 
-fn failure(error: OpenAIError) -> Failure {
+fn attempt_error(error: OpenAIError) -> AttemptError {
     match error {
-        OpenAIError::Boxed(error) => match error.downcast::<Failure>() {
-            Ok(failure) => *failure,
-            Err(error) => Failure::again(error.to_string()),
+        OpenAIError::Boxed(error) => match error.downcast::<AttemptError>() {
+            Ok(error) => *error,
+            Err(error) => AttemptError::transient(error.to_string()),
         },
         OpenAIError::Reqwest(error) => error.into(),
-        OpenAIError::JSONDeserialize(error, _) => Failure::again(format!("its answer is no JSON: {error}")),
-        other => Failure::again(other.to_string()),
+        OpenAIError::JSONDeserialize(error, _) => AttemptError::transient(format!("the response is no JSON: {error}")),
+        other => AttemptError::transient(other.to_string()),
     }
 }

@@ -1,4 +1,4 @@
-//! Requests to servers: bounded in time and number, tried again with growing pauses.
+//! HTTP requests with a timeout, retries with exponential backoff, and bounded concurrency; a server as reward.
 
 use std::future::Future;
 use std::sync::Mutex;
@@ -10,41 +10,43 @@ use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
-/// How to speak to a server.
+/// A server and the limits of requests to it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Endpoint {
     pub url: String,
-    /// Environment variable with a bearer token. Neither is ever logged or stored.
+    /// Environment variable that holds a bearer token. The token is never logged or stored.
     pub token_env: Option<String>,
+    /// Longest time of one attempt.
     pub timeout: Duration,
-    /// Times a request that failed is tried again.
+    /// Attempts after the first, on transient errors.
     pub retries: u32,
-    /// Keep trying for ever, with pauses of up to a minute.
+    /// Retry transient errors without limit.
     pub wait: bool,
-    /// Requests under way at a time.
+    /// Most requests in flight.
     pub concurrency: usize,
 }
 
-/// Longest pause between two tries.
-const PAUSE_MAX: Duration = Duration::from_secs(60);
+/// Longest pause between two attempts.
+const BACKOFF_MAX: Duration = Duration::from_secs(60);
 
-/// Pause before the first new try.
-const PAUSE: Duration = Duration::from_millis(250);
+/// Pause before the first retry; it doubles with each.
+const BACKOFF: Duration = Duration::from_millis(250);
 
-/// A time that no job sees the end of.
-pub const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+/// Timeout of a reward that waits without limit: a hundred years.
+pub const NO_TIMEOUT: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
-/// Why a request came to nothing.
+/// Why a request failed after all its attempts.
 #[derive(Debug, Clone, PartialEq)]
-pub enum PostError {
+pub enum RequestError {
+    /// URL, reason and number of attempts.
     Failed(String),
-    /// The job was asked to stop.
+    /// The job was stopped.
     Stopped,
 }
 
-impl PostError {
-    /// As the error of a reward.
-    pub fn of(self, name: &str, row: u64) -> RewardError {
+impl RequestError {
+    /// Converts to the error of the reward `name` on row `row`.
+    pub fn into_reward_error(self, name: &str, row: u64) -> RewardError {
         match self {
             Self::Failed(reason) => RewardError::Failed { name: name.into(), row, reason },
             Self::Stopped => RewardError::Stopped { name: name.into() },
@@ -52,127 +54,135 @@ impl PostError {
     }
 }
 
-/// Why one try came to nothing.
+/// Why one attempt failed.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{reason}")]
-pub(super) struct Failure {
+pub(super) struct AttemptError {
     reason: String,
-    /// What the server asks to wait.
-    pause: Option<Duration>,
-    /// Trying again would change nothing.
-    last: bool,
+    /// Pause that the server requests by `Retry-After`.
+    retry_after: Option<Duration>,
+    /// A retry would fail in the same way.
+    permanent: bool,
 }
 
-impl Failure {
-    /// Another try may fare better.
-    pub fn again(reason: String) -> Self {
-        Self { reason, pause: None, last: false }
+impl AttemptError {
+    /// An error that a retry may overcome.
+    pub fn transient(reason: String) -> Self {
+        Self { reason, retry_after: None, permanent: false }
     }
 
-    /// No other try will.
-    pub fn last(reason: String) -> Self {
-        Self { reason, pause: None, last: true }
+    /// An error that no retry overcomes.
+    pub fn permanent(reason: String) -> Self {
+        Self { reason, retry_after: None, permanent: true }
     }
 
-    /// What a status that is no success means: 408, 429 and 5xx pass.
+    /// The error of a response without success: transient for the statuses 408, 429 and 5xx.
     pub async fn of(response: reqwest::Response) -> Self {
         let status = response.status().as_u16();
-        let pause = response.headers().get("retry-after").and_then(|v| v.to_str().ok()?.parse().ok());
+        let retry_after = response.headers().get("retry-after").and_then(|v| v.to_str().ok()?.parse().ok());
         if matches!(status, 408 | 429 | 500..=599) {
-            return Self { pause: pause.map(Duration::from_secs), ..Self::again(format!("it answered {status}")) };
+            return Self {
+                retry_after: retry_after.map(Duration::from_secs),
+                ..Self::transient(format!("the server answered with status {status}"))
+            };
         }
         let text = response.text().await.unwrap_or_default();
         let text: String = text.chars().take(200).collect();
-        Self::last(format!("it answered {status}: {text}"))
+        Self::permanent(format!("the server answered with status {status}: {text}"))
     }
 }
 
-impl From<reqwest::Error> for Failure {
+impl From<reqwest::Error> for AttemptError {
     fn from(error: reqwest::Error) -> Self {
-        // Its sources say more than it does: a refused connection, a name that is not known.
+        // The sources hold the cause, such as a refused connection or an unknown host name.
         let mut reason = error.to_string();
         let mut source = std::error::Error::source(&error);
         while let Some(cause) = source {
             reason = format!("{reason}: {cause}");
             source = cause.source();
         }
-        Self::again(reason)
+        Self::transient(reason)
     }
 }
 
-/// Asks a server, from threads that may wait.
-pub(super) struct Caller {
+/// Blocking HTTP client of one endpoint. It has its own tokio runtime and must be called from threads outside any
+/// runtime.
+pub(super) struct RetryingClient {
     pub endpoint: Endpoint,
-    pub client: reqwest::Client,
-    /// Taken when it is dropped: a runtime must not be waited for on another's threads.
+    pub http: reqwest::Client,
+    /// Taken on drop and shut down in the background, because a runtime must not block on a thread of another one.
     runtime: Option<Runtime>,
     stop: CancellationToken,
 }
 
-impl Caller {
-    /// Pauses between tries, and requests under way, end with `stop`.
+impl RetryingClient {
+    /// Cancelling `stop` ends requests in flight and pauses between retries.
     pub fn new(endpoint: Endpoint, stop: CancellationToken) -> Result<Self, String> {
-        let client = reqwest::Client::builder().timeout(endpoint.timeout).build().map_err(|e| e.to_string())?;
+        let http = reqwest::Client::builder().timeout(endpoint.timeout).build().map_err(|e| e.to_string())?;
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
         let runtime = runtime.worker_threads(1).thread_name("rehearsal-http").enable_all().build();
-        Ok(Self { endpoint, client, runtime: Some(runtime.map_err(|e| e.to_string())?), stop })
+        Ok(Self { endpoint, http, runtime: Some(runtime.map_err(|e| e.to_string())?), stop })
     }
 
-    /// For ever, if it waits for its server for ever.
-    pub fn patience(&self) -> Option<Duration> {
-        self.endpoint.wait.then_some(FOREVER)
+    /// [`NO_TIMEOUT`] if retries are without limit.
+    pub fn timeout(&self) -> Option<Duration> {
+        self.endpoint.wait.then_some(NO_TIMEOUT)
     }
 
-    /// The bearer token, if there is one.
-    pub fn token(&self) -> Result<Option<String>, Failure> {
+    /// Bearer token from the environment, if one is configured.
+    pub fn token(&self) -> Result<Option<String>, AttemptError> {
         let Some(name) = &self.endpoint.token_env else { return Ok(None) };
-        let token = std::env::var(name).map_err(|_| Failure::last(format!("the environment has no {name}")))?;
+        let token =
+            std::env::var(name).map_err(|_| AttemptError::permanent(format!("the environment has no {name}")))?;
         match reqwest::header::HeaderValue::from_str(&token) {
             Ok(_) => Ok(Some(token)),
-            Err(_) => Err(Failure::last(format!("the value of {name} in the environment cannot be a token"))),
+            Err(_) => Err(AttemptError::permanent(format!(
+                "the environment variable {name} holds characters that an HTTP header cannot carry"
+            ))),
         }
     }
 
-    /// Tries until `once` gives an answer, or a failure that will not pass, or the tries are used up.
-    pub fn ask<T, F>(&self, once: impl Fn() -> F) -> Result<T, PostError>
+    /// Calls `attempt` until it succeeds, fails permanently, or has no retries left.
+    pub fn with_retries<T, F>(&self, attempt: impl Fn() -> F) -> Result<T, RequestError>
     where
-        F: Future<Output = Result<T, Failure>>,
+        F: Future<Output = Result<T, AttemptError>>,
     {
-        let Some(runtime) = &self.runtime else { return Err(PostError::Stopped) };
+        let Some(runtime) = &self.runtime else { return Err(RequestError::Stopped) };
         let Endpoint { url, retries, wait, .. } = &self.endpoint;
         runtime.block_on(async {
-            let mut tried = 0;
+            let mut retried = 0;
             loop {
-                let answer = tokio::select! {
-                    answer = once() => answer,
-                    () = self.stop.cancelled() => return Err(PostError::Stopped),
+                let result = tokio::select! {
+                    result = attempt() => result,
+                    () = self.stop.cancelled() => return Err(RequestError::Stopped),
                 };
-                let Failure { reason, pause, last } = match answer {
-                    Ok(answer) => return Ok(answer),
-                    Err(failure) => failure,
+                let AttemptError { reason, retry_after, permanent } = match result {
+                    Ok(value) => return Ok(value),
+                    Err(error) => error,
                 };
-                if last || (tried >= *retries && !wait) {
-                    return Err(PostError::Failed(format!("{url}: {reason}, after {} tries", tried + 1)));
+                if permanent || (retried >= *retries && !wait) {
+                    return Err(RequestError::Failed(format!("{url}: {reason}, after {} tries", retried + 1)));
                 }
-                tracing::warn!(url, reason, tried, "a request failed and is tried again");
-                let pause = pause.unwrap_or(PAUSE * 2u32.saturating_pow(tried.min(16))).min(PAUSE_MAX);
+                tracing::warn!(url, reason, retried, "a request failed and is retried");
+                let pause = retry_after.unwrap_or(BACKOFF * 2u32.saturating_pow(retried.min(16))).min(BACKOFF_MAX);
                 tokio::select! {
                     () = tokio::time::sleep(pause) => {}
-                    () = self.stop.cancelled() => return Err(PostError::Stopped),
+                    () = self.stop.cancelled() => return Err(RequestError::Stopped),
                 }
-                tried += 1;
+                retried += 1;
             }
         })
     }
 
-    /// Runs `one` on every item, some at a time; the first failure ends it.
-    pub fn all<I: Sync, T: Send>(
+    /// Applies `one` to all items on up to `endpoint.concurrency` threads, and returns the results in order. No item is
+    /// started after a failure, which is returned.
+    pub fn map_concurrently<I: Sync, T: Send>(
         &self,
         items: &[I],
-        one: impl Fn(&I) -> Result<T, PostError> + Sync,
-    ) -> Result<Vec<T>, PostError> {
+        one: impl Fn(&I) -> Result<T, RequestError> + Sync,
+    ) -> Result<Vec<T>, RequestError> {
         let next = AtomicUsize::new(0);
-        let done: Mutex<Vec<Option<Result<T, PostError>>>> = Mutex::new(items.iter().map(|_| None).collect());
+        let done: Mutex<Vec<Option<Result<T, RequestError>>>> = Mutex::new(items.iter().map(|_| None).collect());
         std::thread::scope(|scope| {
             for _ in 0..self.endpoint.concurrency.clamp(1, items.len().max(1)) {
                 scope.spawn(|| {
@@ -194,14 +204,14 @@ impl Caller {
         for result in done {
             match result {
                 Some(result) => all.push(result?),
-                None => continue, // another failed, and its error comes
+                None => continue, // not started, because a later one failed
             }
         }
-        if all.len() == items.len() { Ok(all) } else { Err(PostError::Failed("a request was not made".into())) }
+        if all.len() == items.len() { Ok(all) } else { Err(RequestError::Failed("a request was not sent".into())) }
     }
 }
 
-impl Drop for Caller {
+impl Drop for RetryingClient {
     fn drop(&mut self) {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
@@ -209,56 +219,58 @@ impl Drop for Caller {
     }
 }
 
-/// A server that scores completions: it is sent `{"samples": [{"prompt", "completion", "answer"}]}` and answers
-/// `{"scores": [..]}`.
+/// A server as reward. A request is `{"samples": [{"prompt", "completion", "answer"}]}`, its response `{"scores":
+/// [..]}`, one number for each sample in order.
 pub struct HttpScorer {
-    caller: Caller,
-    /// Samples of one request.
+    client: RetryingClient,
+    /// Most samples in one request.
     batch: usize,
 }
 
 impl HttpScorer {
-    /// A server, asked about so many samples at a time, until the job is to stop.
+    /// Requests hold up to `batch` samples. Cancelling `stop` ends them.
     pub fn new(endpoint: Endpoint, batch: usize, stop: CancellationToken) -> Result<Self, String> {
-        Ok(Self { caller: Caller::new(endpoint, stop)?, batch: batch.max(1) })
+        Ok(Self { client: RetryingClient::new(endpoint, stop)?, batch: batch.max(1) })
     }
 
-    async fn post(&self, samples: &[Sample]) -> Result<Vec<f64>, Failure> {
+    /// Sends one request, without retries.
+    async fn send(&self, samples: &[Sample]) -> Result<Vec<f64>, AttemptError> {
         let row = |s: &Sample| json!({"prompt": s.prompt, "completion": s.completion, "answer": s.answer});
         let body = json!({"samples": samples.iter().map(row).collect::<Vec<_>>()});
-        let mut request = self.caller.client.post(&self.caller.endpoint.url).json(&body);
-        if let Some(token) = self.caller.token()? {
+        let mut request = self.client.http.post(&self.client.endpoint.url).json(&body);
+        if let Some(token) = self.client.token()? {
             request = request.bearer_auth(token);
         }
         let response = request.send().await?;
         if !response.status().is_success() {
-            return Err(Failure::of(response).await);
+            return Err(AttemptError::of(response).await);
         }
-        let refused = |reason: String| Failure::again(format!("its answer cannot be used: {reason}"));
-        let answer: Value = response.json().await.map_err(|e| Failure::again(format!("its answer is no JSON: {e}")))?;
+        let unusable = |reason: String| AttemptError::transient(format!("the response cannot be used: {reason}"));
+        let answer: Value =
+            response.json().await.map_err(|e| AttemptError::transient(format!("the response is no JSON: {e}")))?;
         let scores: Option<Vec<f64>> =
             answer["scores"].as_array().and_then(|all| all.iter().map(Value::as_f64).collect());
         match scores {
             Some(scores) if scores.len() == samples.len() => Ok(scores),
-            Some(scores) => Err(refused(format!("{} scores for {} samples", scores.len(), samples.len()))),
-            None => Err(refused("no list of numbers in `scores`".into())),
+            Some(scores) => Err(unusable(format!("it has {} scores for {} samples", scores.len(), samples.len()))),
+            None => Err(unusable("it has no list of numbers in `scores`".into())),
         }
     }
 }
 
 impl Reward for HttpScorer {
     fn name(&self) -> &str {
-        &self.caller.endpoint.url
+        &self.client.endpoint.url
     }
 
-    fn patience(&self) -> Option<Duration> {
-        self.caller.patience()
+    fn timeout(&self) -> Option<Duration> {
+        self.client.timeout()
     }
 
     fn score(&self, samples: &[Sample]) -> Result<Vec<Judged>, RewardError> {
         let parts: Vec<&[Sample]> = samples.chunks(self.batch).collect();
         let row = samples.first().map_or(0, |s| s.row);
-        let scores = self.caller.all(&parts, |part| self.caller.ask(|| self.post(part)));
-        Ok(scores.map_err(|e| e.of(self.name(), row))?.into_iter().flatten().map(Judged::from).collect())
+        let scores = self.client.map_concurrently(&parts, |part| self.client.with_retries(|| self.send(part)));
+        Ok(scores.map_err(|e| e.into_reward_error(self.name(), row))?.into_iter().flatten().map(Judged::from).collect())
     }
 }

@@ -1,38 +1,34 @@
-//! A model of one's own as judge: the probabilities of its verdict tokens (OAIF, RLAIF).
+//! A local model as judge: the probabilities of its verdict tokens after the question (OAIF, RLAIF).
 
 use std::sync::Arc;
 
 use rehearsal_actors::{Devices, FrozenModel, Placement, RewardError};
-use rehearsal_lm::{Checkpoint, Message, Text};
+use rehearsal_lm::{Checkpoint, Message, Precision, Text};
+use rehearsal_store::Usage;
 
-use super::foreign::Foreign;
-use super::{Judge, Question, QuestionKind, Reply, Usage, understand};
+use super::question::{Judge, Question, Reply};
+use super::verdict::{QuestionKind, parse_verdict};
+use crate::transformers::CausalModel;
 
-/// A language model that is only asked what comes next.
-pub(super) trait Brain: Send + Sync {
-    /// A hash of its weights.
-    fn fingerprint(&self) -> Result<String, String>;
-
+/// A language model that gives log-probabilities of the next token.
+trait NextTokenModel: Send + Sync {
+    /// Tokenizer and chat template.
     fn text(&self) -> &Text;
 
-    /// Tokens of a question and its reply at most.
+    /// Longest sequence in tokens.
     fn context(&self) -> usize;
 
-    /// Log-probabilities of tokens that may come next.
-    fn next(&self, prompt: &[u32], candidates: &[u32]) -> Result<Vec<f32>, String>;
+    /// Log-probabilities of each of `candidates` as the token after `prompt`.
+    fn next_token_logprobs(&self, prompt: &[u32], candidates: &[u32]) -> Result<Vec<f32>, String>;
 }
 
-/// A model of this program's own kinds, on one of the job's devices.
-struct Ours {
+/// A model of the `lm` crate on one of the job's devices.
+struct NativeModel {
     checkpoint: Arc<Checkpoint>,
     model: FrozenModel,
 }
 
-impl Brain for Ours {
-    fn fingerprint(&self) -> Result<String, String> {
-        self.checkpoint.fingerprint().map_err(|e| e.to_string())
-    }
-
+impl NextTokenModel for NativeModel {
     fn text(&self) -> &Text {
         &self.checkpoint.text
     }
@@ -41,73 +37,93 @@ impl Brain for Ours {
         self.checkpoint.architecture.context
     }
 
-    fn next(&self, prompt: &[u32], candidates: &[u32]) -> Result<Vec<f32>, String> {
-        self.model.next(prompt, candidates).map_err(|e| e.to_string())
+    fn next_token_logprobs(&self, prompt: &[u32], candidates: &[u32]) -> Result<Vec<f32>, String> {
+        self.model.next_token_logprobs(prompt, candidates).map_err(|e| e.to_string())
     }
 }
 
-/// What a local judge is made of.
+/// A candle-transformers model on the CPU, with the job's thread pool.
+struct TransformersModel {
+    model: Arc<CausalModel>,
+    devices: Devices,
+}
+
+impl NextTokenModel for TransformersModel {
+    fn text(&self) -> &Text {
+        self.model.text()
+    }
+
+    fn context(&self) -> usize {
+        self.model.context()
+    }
+
+    fn next_token_logprobs(&self, prompt: &[u32], candidates: &[u32]) -> Result<Vec<f32>, String> {
+        self.model.next_token_logprobs(prompt, candidates, &self.devices)
+    }
+}
+
+/// A language model that has been read and can be a [`LocalJudge`].
 #[derive(Clone)]
 pub enum JudgeModel {
-    Ours(Arc<Checkpoint>),
-    /// Of an architecture that this program does not train.
-    Foreign(Arc<Foreign>),
+    /// Of an architecture of the `lm` crate.
+    Native(Arc<Checkpoint>),
+    /// Of an architecture of candle-transformers.
+    Transformers(Arc<CausalModel>),
 }
 
 impl JudgeModel {
-    /// A hash of its weights.
+    /// Hash of the weights.
     pub fn fingerprint(&self) -> Result<String, String> {
         match self {
-            Self::Ours(checkpoint) => checkpoint.fingerprint().map_err(|e| e.to_string()),
-            Self::Foreign(model) => model.fingerprint(),
+            Self::Native(checkpoint) => checkpoint.fingerprint().map_err(|e| e.to_string()),
+            Self::Transformers(model) => Ok(model.fingerprint().into()),
         }
     }
 }
 
-/// A frozen language model that is asked for one token.
+/// A frozen language model as judge. A reply is one token, whose probabilities are the verdict.
 pub struct LocalJudge {
     id: String,
-    brain: Arc<dyn Brain>,
+    model: Arc<dyn NextTokenModel>,
     placement: Placement,
-    /// The tokens `1` to `9`.
+    /// Token ids of `1` to `9`.
     digits: Vec<u32>,
 }
 
 impl LocalJudge {
-    /// A model as judge. Its tokenizer must have a token for each digit. Placement and type are those of a model of our
-    /// own; any other computes in f32 on the CPU.
-    pub fn new(
-        model: JudgeModel,
-        placement: Placement,
-        dtype: rehearsal_lm::Precision,
-        devices: &Devices,
-    ) -> Result<Self, String> {
-        let placement = if matches!(model, JudgeModel::Foreign(_)) { Placement::Cpu } else { placement };
-        let brain: Arc<dyn Brain> = match model {
-            JudgeModel::Ours(checkpoint) => {
+    /// Places a model. `placement` and `dtype` apply to [`JudgeModel::Native`]; a candle-transformers model stays on
+    /// the CPU.
+    ///
+    /// Fails if the tokenizer has no single token for each of the digits 1 to 9.
+    pub fn new(model: JudgeModel, placement: Placement, dtype: Precision, devices: &Devices) -> Result<Self, String> {
+        let id = format!("local {}", model.fingerprint()?);
+        let (model, placement): (Arc<dyn NextTokenModel>, Placement) = match model {
+            JudgeModel::Native(checkpoint) => {
                 let model = FrozenModel::new(&checkpoint, placement, dtype, devices).map_err(|e| e.to_string())?;
-                Arc::new(Ours { checkpoint, model })
+                (Arc::new(NativeModel { checkpoint, model }), placement)
             }
-            JudgeModel::Foreign(model) => model,
+            JudgeModel::Transformers(model) => {
+                (Arc::new(TransformersModel { model, devices: devices.clone() }), Placement::Cpu)
+            }
         };
-        let digit = |d: u32| match brain.text().encode_plain(&d.to_string()) {
+        let digit = |d: u32| match model.text().encode_plain(&d.to_string()) {
             Ok(tokens) if tokens.len() == 1 => Ok(tokens[0]),
-            _ => Err(format!("the judge's tokenizer has no token for `{d}`")),
+            _ => Err(format!("the judge's tokenizer has no single token for `{d}`; choose another model")),
         };
         let digits = (1..=9).map(digit).collect::<Result<_, _>>()?;
-        Ok(Self { id: format!("local {}", brain.fingerprint()?), brain, placement, digits })
+        Ok(Self { id, model, placement, digits })
     }
 
     fn reply(&self, question: &Question) -> Result<Reply, String> {
         let (system, user) = (Message::system(&question.system), Message::user(&question.text));
         let messages = if question.system.is_empty() { vec![user] } else { vec![system, user] };
-        let text = self.brain.text();
-        // A template without room for a system message gets it in front of the question.
+        let text = self.model.text();
+        // A chat template that refuses a system message gets it as the beginning of the user message.
         let prompt = text
             .encode_chat(&messages)
             .or_else(|_| text.encode_chat(&[Message::user(format!("{}\n\n{}", question.system, question.text))]));
         let prompt = prompt.map_err(|e| e.to_string())?;
-        let context = self.brain.context();
+        let context = self.model.context();
         if prompt.len() >= context {
             let raw = format!("too long for the judge: {} tokens, and its context is {context}", prompt.len());
             return Ok(Reply { raw, verdict: None, usage: Usage::default() });
@@ -115,28 +131,32 @@ impl LocalJudge {
         let usage = Usage { calls: 1, input_tokens: prompt.len() as u64, output_tokens: 1, money: 0.0 };
         let raw = match question.kind {
             QuestionKind::Pair => {
-                let said = self.brain.next(&prompt, &self.digits[..2])?;
-                // Between the two tokens alone, whatever else the model would rather say.
-                format!("p(1) = {}", 1.0 / (1.0 + f64::from(said[1] - said[0]).exp()))
+                let logprobs = self.model.next_token_logprobs(&prompt, &self.digits[..2])?;
+                // Normalised over the two verdict tokens alone.
+                format!("p(1) = {}", 1.0 / (1.0 + f64::from(logprobs[1] - logprobs[0]).exp()))
             }
             QuestionKind::Grade => {
-                let said = self.brain.next(&prompt, &self.digits).map_err(|e| e.to_string())?;
-                let weights: Vec<f64> = said.iter().map(|l| f64::from(*l).exp()).collect();
+                let weights = self.probabilities(&prompt, &self.digits)?;
                 let mean = weights.iter().zip(1..).map(|(w, d)| w * f64::from(d)).sum::<f64>();
                 format!("grade = {}", mean / weights.iter().sum::<f64>())
             }
             QuestionKind::Ranking(answers) => {
                 let digits = self.digits.get(..answers);
                 let digits =
-                    digits.ok_or_else(|| format!("a local judge ranks 9 answers at most, and has {answers}"))?;
-                let said = self.brain.next(&prompt, digits).map_err(|e| e.to_string())?;
-                let weights: Vec<f64> = said.iter().map(|l| f64::from(*l).exp()).collect();
+                    digits.ok_or_else(|| format!("a local judge can rank 9 completions at most, not {answers}"))?;
+                let weights = self.probabilities(&prompt, digits)?;
                 let sum: f64 = weights.iter().sum();
                 let shares: Vec<String> = weights.iter().map(|w| (w / sum).to_string()).collect();
                 format!("p(best) = {}", shares.join(" "))
             }
         };
-        Ok(Reply { verdict: understand(question.kind, &raw), raw, usage })
+        Ok(Reply { verdict: parse_verdict(question.kind, &raw), raw, usage })
+    }
+
+    /// Probabilities of `candidates` as the next token, over the whole vocabulary.
+    fn probabilities(&self, prompt: &[u32], candidates: &[u32]) -> Result<Vec<f64>, String> {
+        let logprobs = self.model.next_token_logprobs(prompt, candidates)?;
+        Ok(logprobs.iter().map(|l| f64::from(*l).exp()).collect())
     }
 }
 
@@ -145,7 +165,7 @@ impl Judge for LocalJudge {
         &self.id
     }
 
-    fn occupies(&self) -> Vec<Placement> {
+    fn placements(&self) -> Vec<Placement> {
         vec![self.placement]
     }
 

@@ -1,20 +1,29 @@
-//! Verdicts from a judge's words, read strictly: what an answer under judgement says cannot pass for a verdict.
+//! Parser of verdicts. It is strict, so that text quoted from a completion cannot pass for a verdict.
 
-use super::QuestionKind;
+/// Kind of verdict that a question asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QuestionKind {
+    /// Which of two completions is better.
+    Pair,
+    /// A grade from 1 to 10.
+    Grade,
+    /// This many completions from best to worst.
+    Ranking(usize),
+}
 
-/// What a judge thinks.
+/// Parsed verdict of a judge.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Verdict {
-    /// Probability that the first answer is better than the second; 0.5 for a tie.
+pub enum JudgeVerdict {
+    /// Probability that the first completion is better than the second; 0.5 for a tie.
     Pair(f64),
     /// A grade from 1 to 10.
     Grade(f64),
-    /// For each answer, in the order shown, the share of the others that it beats; a tie is half a win.
+    /// For each completion, in display order, the share of the others that it beats; a tie counts half.
     Ranking(Vec<f64>),
 }
 
-impl Verdict {
-    /// Probability that the first of two answers is better.
+impl JudgeVerdict {
+    /// Probability that the first of two completions is better; `None` for grades and rankings.
     pub fn first(&self) -> Option<f64> {
         match self {
             Self::Pair(first) => Some(*first),
@@ -23,20 +32,21 @@ impl Verdict {
     }
 }
 
-/// What a reply to a question means, if it can be understood.
-pub fn understand(kind: QuestionKind, reply: &str) -> Option<Verdict> {
+/// Parses the verdict of a reply: a JSON object with `verdict`, a marker in double brackets alone on the last line, or
+/// the probabilities of a local judge. `None` if there is none, or one of another kind or range.
+pub fn parse_verdict(kind: QuestionKind, reply: &str) -> Option<JudgeVerdict> {
     if let Some(verdict) = structured(reply) {
-        return understand(kind, &format!("[[{verdict}]]"));
+        return parse_verdict(kind, &format!("[[{verdict}]]"));
     }
     match kind {
-        QuestionKind::Pair => preference(reply).map(Verdict::Pair),
-        QuestionKind::Grade => grade(reply).map(Verdict::Grade),
-        QuestionKind::Ranking(answers) => ranking(reply, answers).map(Verdict::Ranking),
+        QuestionKind::Pair => preference(reply).map(JudgeVerdict::Pair),
+        QuestionKind::Grade => grade(reply).map(JudgeVerdict::Grade),
+        QuestionKind::Ranking(answers) => ranking(reply, answers).map(JudgeVerdict::Ranking),
     }
 }
 
-/// Which of two answers is better: `[[1]]`, `[[2]]` or `[[tie]]` (also `[[A]]`, `[[B]]`, `[[C]]`) as the last line that
-/// is not empty, and alone on it; or the probability that a local judge gave. Markers anywhere else count for nothing.
+/// Parses `[[1]]`, `[[2]]` or `[[tie]]` (or `[[A]]`, `[[B]]`, `[[C]]`) alone on the last line that is not empty, or a
+/// local judge's `p(1) = P`. Markers elsewhere are ignored.
 fn preference(reply: &str) -> Option<f64> {
     if let Some(probability) = reply.strip_prefix("p(1) = ") {
         return probability.trim().parse().ok().filter(|p| (0.0..=1.0).contains(p));
@@ -49,7 +59,7 @@ fn preference(reply: &str) -> Option<f64> {
     }
 }
 
-/// A grade: `[[7]]` on the last line, from 1 to 10.
+/// Parses `[[7]]` alone on the last line, or a local judge's `grade = G`, from 1 to 10.
 fn grade(reply: &str) -> Option<f64> {
     let grade: f64 = match reply.strip_prefix("grade = ") {
         Some(grade) => grade.trim().parse().ok()?,
@@ -58,8 +68,8 @@ fn grade(reply: &str) -> Option<f64> {
     (1.0..=10.0).contains(&grade).then_some(grade)
 }
 
-/// A ranking: `[[3 > 1 = 2]]` on the last line, every answer once; or a local judge's probabilities that each is best,
-/// by which one beats another with `p_i / (p_i + p_j)` (Luce 1959).
+/// Parses `[[3 > 1 = 2]]` alone on the last line, with every completion once; or a local judge's `p(best) = P ..`, by
+/// which completion i beats j with probability `p_i / (p_i + p_j)` (Luce 1959).
 fn ranking(reply: &str, answers: usize) -> Option<Vec<f64>> {
     if answers < 2 {
         return None;
@@ -75,7 +85,7 @@ fn ranking(reply: &str, answers: usize) -> Option<Vec<f64>> {
     for (tier, tied) in marked(reply)?.split('>').enumerate() {
         for number in tied.split('=') {
             let answer = number.trim().parse::<usize>().ok()?.checked_sub(1)?;
-            // Named twice, or not shown: no ranking.
+            // A number that occurs twice or was not shown makes no ranking.
             if tiers.get_mut(answer)?.replace(tier).is_some() {
                 return None;
             }
@@ -85,13 +95,13 @@ fn ranking(reply: &str, answers: usize) -> Option<Vec<f64>> {
     Some(shares(answers, |i, j| f64::from(tiers[i] < tiers[j]) + 0.5 * f64::from(tiers[i] == tiers[j])))
 }
 
-/// For each answer the share of the others that it beats.
+/// For each completion, the share of the others that it beats.
 fn shares(answers: usize, beats: impl Fn(usize, usize) -> f64) -> Vec<f64> {
     let others = |i: usize| (0..answers).filter(move |&j| j != i);
     (0..answers).map(|i| others(i).map(|j| beats(i, j)).sum::<f64>() / (answers - 1) as f64).collect()
 }
 
-/// The `verdict` of a structured reply: an object and nothing beside it.
+/// The `verdict` of a reply that is one JSON object and nothing else.
 fn structured(reply: &str) -> Option<String> {
     let object: serde_json::Map<String, serde_json::Value> = serde_json::from_str(reply.trim()).ok()?;
     match object.get("verdict")? {
@@ -101,7 +111,7 @@ fn structured(reply: &str) -> Option<String> {
     }
 }
 
-/// What stands between double brackets on the last line.
+/// The text between double brackets on the last line that is not empty, if nothing else is on it.
 fn marked(reply: &str) -> Option<&str> {
     let last = reply.lines().rev().map(str::trim).find(|line| !line.is_empty())?;
     let last = last.trim_matches(['*', '`', '"', '.']);
@@ -118,7 +128,7 @@ mod tests {
         assert_eq!(preference("Both are fine.\n[[A]]"), Some(1.0));
         assert_eq!(preference("**[[2]]**\n\n"), Some(0.0));
         assert_eq!(preference("[[tie]]"), Some(0.5));
-        // Quoted from an answer, in the middle of a sentence, two at once: no verdict.
+        // Quoted from a completion, inside a sentence, or two at once.
         for reply in
             ["The answer says [[A]].", "[[A]] because it is good", "[[A]]\nbut then again", "[[A]][[B]]", "", "[[D]]"]
         {
@@ -130,13 +140,16 @@ mod tests {
 
     #[test]
     fn an_object_is_read_by_its_verdict_alone() {
-        let pair = |reply: &str| understand(QuestionKind::Pair, reply);
-        assert_eq!(pair(r#"{"reason": "it says [[1]]", "verdict": "2"}"#), Some(Verdict::Pair(0.0)));
-        assert_eq!(pair(r#" {"verdict": "tie"} "#), Some(Verdict::Pair(0.5)));
-        assert_eq!(understand(QuestionKind::Grade, r#"{"reason": "", "verdict": 7.5}"#), Some(Verdict::Grade(7.5)));
-        let ranking = understand(QuestionKind::Ranking(3), r#"{"reason": "", "verdict": "3 > 1 = 2"}"#);
-        assert_eq!(ranking, Some(Verdict::Ranking(vec![0.25, 0.25, 1.0])));
-        // Quoted, beside other words, of another form, or out of range: no verdict.
+        let pair = |reply: &str| parse_verdict(QuestionKind::Pair, reply);
+        assert_eq!(pair(r#"{"reason": "it says [[1]]", "verdict": "2"}"#), Some(JudgeVerdict::Pair(0.0)));
+        assert_eq!(pair(r#" {"verdict": "tie"} "#), Some(JudgeVerdict::Pair(0.5)));
+        assert_eq!(
+            parse_verdict(QuestionKind::Grade, r#"{"reason": "", "verdict": 7.5}"#),
+            Some(JudgeVerdict::Grade(7.5))
+        );
+        let ranking = parse_verdict(QuestionKind::Ranking(3), r#"{"reason": "", "verdict": "3 > 1 = 2"}"#);
+        assert_eq!(ranking, Some(JudgeVerdict::Ranking(vec![0.25, 0.25, 1.0])));
+        // Quoted, beside other text, of another type, or out of range.
         for reply in [
             r#"{"reason": "{\"verdict\": \"1\"}"}"#,
             r#"He says {"verdict": "1"}"#,
@@ -146,7 +159,7 @@ mod tests {
         ] {
             assert_eq!(pair(reply), None, "{reply}");
         }
-        assert_eq!(understand(QuestionKind::Grade, r#"{"verdict": 11}"#), None);
+        assert_eq!(parse_verdict(QuestionKind::Grade, r#"{"verdict": 11}"#), None);
     }
 
     #[test]
@@ -166,8 +179,8 @@ mod tests {
         for reply in ["[[1 > 2]]", "[[1 > 2 > 2]]", "[[1 > 2 > 4]]", "[[0 > 1 > 2]]", "1 > 2 > 3", "[[1 > > 2 > 3]]"] {
             assert_eq!(ranking(reply, 3), None, "{reply}");
         }
-        let said = ranking("p(best) = 0.5 0.25 0.25", 3).unwrap();
-        assert!((said[0] - 2.0 / 3.0).abs() < 1e-12 && (said[1] - (1.0 / 3.0 + 0.5) / 2.0).abs() < 1e-12);
+        let shares = ranking("p(best) = 0.5 0.25 0.25", 3).unwrap();
+        assert!((shares[0] - 2.0 / 3.0).abs() < 1e-12 && (shares[1] - (1.0 / 3.0 + 0.5) / 2.0).abs() < 1e-12);
         assert_eq!(ranking("p(best) = 0.5 0.5", 3), None);
     }
 }

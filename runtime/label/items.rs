@@ -1,17 +1,17 @@
-//! What there is to label, from files: `prompt` with `completions`, or with `chosen` and `rejected`, or alone.
+//! Reads items to label from rows with `prompt` and `completions`, with `prompt`, `chosen` and `rejected`, or with
+//! `prompt` alone.
 
 use std::path::Path;
 
-use rehearsal_store::{Prompt, Turn};
 use serde_json::Value;
 
-use super::board::Item;
-use crate::data::encode::{Said, said};
+use super::queue::Item;
+use crate::data::columns::{self, text_or_messages};
 use crate::data::ledger::Shape;
-use crate::data::{preferences, rows};
+use crate::data::rows;
 use crate::error::{Error, Result};
 
-/// The items of a file or of another job's ledger, in order.
+/// Reads the items of a file or of another job's ledger, in order. An unusable row is an error that names it.
 pub fn read(file: &Path) -> Result<Vec<Item>> {
     let mut items = Vec::new();
     for row in rows::open(file, Shape::Verdicts)? {
@@ -28,20 +28,12 @@ pub fn read(file: &Path) -> Result<Vec<Item>> {
 fn item(columns: &Value) -> std::result::Result<Item, String> {
     let has = |column: &str| columns.get(column).is_some_and(|v| !v.is_null());
     let (prompt, completions) = if has("completions") {
-        let texts = columns["completions"].as_array().map(|all| all.iter().map(preferences::answer).collect());
-        let texts: Option<Vec<String>> = texts.unwrap_or_default();
-        (said(columns, "prompt")?, texts.ok_or("has `completions` that are no list of texts")?)
+        (text_or_messages(columns, "prompt")?, columns::completions(columns)?)
     } else if has("chosen") {
-        let (prompt, chosen, rejected) = preferences::texts(columns)?;
+        let (prompt, chosen, rejected) = columns::pair(columns)?;
         (prompt, vec![chosen, rejected])
     } else {
-        (said(columns, "prompt")?, Vec::new())
+        (text_or_messages(columns, "prompt")?, Vec::new())
     };
-    let prompt = match prompt {
-        Said::Text(text) => Prompt::Text(text),
-        Said::Messages(messages) => {
-            Prompt::Conversation(messages.into_iter().map(|m| Turn { role: m.role, content: m.content }).collect())
-        }
-    };
-    Ok(Item { prompt, completions })
+    Ok(Item { prompt: prompt.into_prompt(), completions })
 }

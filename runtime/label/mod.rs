@@ -1,18 +1,19 @@
-//! People who know better than the model: a page in the browser where they rank answers or write their own, for a ledger
-//! of their own (`rehearsal label`) or as the reward of a job that waits for them (`[people]`).
+//! Preference labels from people: a page in the browser where they rank completions or write demonstrations, either for
+//! a ledger of its own (`rehearsal label`) or as the reward of a job that waits for them (`[people]`).
 //!
-//! [`board`] is what there is to do and what was said, without clock, disk or network; [`desk`] puts it behind a lock and
-//! writes every word down before it counts; [`server`] speaks HTTP; [`people`] is the reward.
+//! [`queue`] holds items, labels and leases, without clock, disk or network. [`service`] shares it between threads and
+//! saves each label before it counts. [`store`] is where labels are saved, [`server`] the HTTP server, [`people`] the
+//! reward.
 
-pub mod board;
-pub mod book;
-pub mod desk;
 pub mod items;
 pub mod people;
+pub mod queue;
 pub mod server;
+pub mod service;
+pub mod store;
 
-pub use board::{Board, Item, Label, Word};
-pub use book::{Book, LedgerBook};
-pub use desk::Desk;
 pub use people::PeopleReward;
-pub use server::{Access, Served, serve};
+pub use queue::{Item, Label, LabelQueue, LabelValue};
+pub use server::{Access, LabelServer, serve};
+pub use service::LabelService;
+pub use store::{LabelStore, LedgerLabels};

@@ -1,40 +1,43 @@
-//! People as the reward of a job: it waits for them, and what they said before it was cut off is not asked again.
+//! `[people]`: people as the reward of a job. The job waits for their labels; labels saved before an interruption are
+//! not asked for again.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use rehearsal_actors::{Judged, Reward, RewardError, Sample};
-use rehearsal_store::{KeptReply, Prompt, Usage};
+use rehearsal_store::{CachedReply, Prompt, Usage};
 use tokio_util::sync::CancellationToken;
 
-use super::board::{Item, Label, Word};
-use super::book::{Book, person, preference};
-use super::desk::Desk;
-use crate::judge::{FOREVER, Memory, same_prompt};
+use super::queue::{Item, Label, LabelValue};
+use super::service::LabelService;
+use super::store::{LabelStore, judge_name, preference};
+use crate::judge::{NO_TIMEOUT, ReplyCache, same_prompt};
 
-/// How often a waiting job looks whether it is to stop.
-const LOOK: Duration = Duration::from_millis(200);
+/// Interval at which a waiting job checks whether it is cancelled.
+const CANCEL_POLL: Duration = Duration::from_millis(200);
 
-/// Whoever looks at the page.
+/// Scores completions by the rankings of people at the label page.
 pub struct PeopleReward {
-    desk: Arc<Desk>,
-    memory: Arc<dyn Memory>,
+    service: Arc<LabelService>,
+    cache: Arc<dyn ReplyCache>,
     stop: CancellationToken,
 }
 
 impl PeopleReward {
-    /// Items go up on the desk; what is said of them comes back through memory after a resume.
-    pub fn new(desk: Arc<Desk>, memory: Arc<dyn Memory>, stop: CancellationToken) -> Self {
-        Self { desk, memory, stop }
+    /// Adds items to the queue of `service` and reads the labels of a resumed job from `cache`. Cancelling `stop` ends
+    /// the wait.
+    pub fn new(service: Arc<LabelService>, cache: Arc<dyn ReplyCache>, stop: CancellationToken) -> Self {
+        Self { service, cache, stop }
     }
 
     fn failed(&self, reason: String) -> RewardError {
         RewardError::Failed { name: self.name().into(), row: 0, reason }
     }
 
-    fn known(&self, items: &[Item]) -> Result<Vec<Vec<Label>>, RewardError> {
-        let kept = self.memory.recall(&items.iter().map(key).collect::<Vec<_>>())?;
-        let read = |kept: Option<KeptReply>| match kept {
+    /// Saved labels of each item.
+    fn saved(&self, items: &[Item]) -> Result<Vec<Vec<Label>>, RewardError> {
+        let kept = self.cache.recall(&items.iter().map(key).collect::<Vec<_>>())?;
+        let read = |kept: Option<CachedReply>| match kept {
             Some(kept) => serde_json::from_str(&kept.reply).map_err(|e| self.failed(e.to_string())),
             None => Ok(Vec::new()),
         };
@@ -47,30 +50,31 @@ impl Reward for PeopleReward {
         "people"
     }
 
-    fn compares(&self) -> bool {
+    fn is_relative(&self) -> bool {
         true
     }
 
-    fn patience(&self) -> Option<Duration> {
-        Some(FOREVER)
+    fn timeout(&self) -> Option<Duration> {
+        Some(NO_TIMEOUT)
     }
 
     fn score(&self, samples: &[Sample]) -> Result<Vec<Judged>, RewardError> {
         let groups: Vec<&[Sample]> = samples.chunk_by(same_prompt).collect();
-        let worth_asking = |group: &&&[Sample]| group.iter().any(|s| s.completion != group[0].completion);
-        let items: Vec<Item> = groups.iter().filter(worth_asking).map(|group| item(group)).collect();
-        let known = self.known(&items)?;
-        let ids = self.desk.add(items.iter().cloned().zip(known).collect()).map_err(|e| self.failed(e))?;
-        while !self.desk.wait(&ids, LOOK) {
+        // Equal completions need no judgement.
+        let differs = |group: &&&[Sample]| group.iter().any(|s| s.completion != group[0].completion);
+        let items: Vec<Item> = groups.iter().filter(differs).map(|group| item(group)).collect();
+        let saved = self.saved(&items)?;
+        let ids = self.service.add(items.iter().cloned().zip(saved).collect()).map_err(|e| self.failed(e))?;
+        while !self.service.wait(&ids, CANCEL_POLL) {
             if self.stop.is_cancelled() {
-                self.desk.take(&ids);
+                self.service.remove(&ids);
                 return Err(RewardError::Stopped { name: self.name().into() });
             }
         }
-        let mut said = items.iter().zip(self.desk.take(&ids));
+        let mut labelled = items.iter().zip(self.service.remove(&ids));
         let mut judged = Vec::with_capacity(samples.len());
         for group in &groups {
-            match worth_asking(&group).then(|| said.next()).flatten() {
+            match differs(&group).then(|| labelled.next()).flatten() {
                 Some((item, labels)) => judged.extend(scores(item, &labels)),
                 None => judged.extend(group.iter().map(|_| Judged::new(0.5, "all answers are the same"))),
             }
@@ -79,18 +83,19 @@ impl Reward for PeopleReward {
     }
 }
 
+/// The completions of one prompt as an item.
 fn item(group: &[Sample]) -> Item {
     let prompt = Prompt::Text(group.first().map_or_else(String::new, |s| s.prompt.clone()));
     Item { prompt, completions: group.iter().map(|s| s.completion.clone()).collect() }
 }
 
-/// Each completion's score: the share of the others that it beats, a tie being half a win, over all labellers.
+/// Score of each completion: the share of the others that it beats, averaged over labellers; a tie counts half.
 fn scores(item: &Item, labels: &[Label]) -> Vec<Judged> {
     let n = item.completions.len();
     let rankings: Vec<(&Label, &Vec<u32>)> = labels
         .iter()
-        .filter_map(|label| match &label.word {
-            Word::Ranks(ranks) => Some((label, ranks)),
+        .filter_map(|label| match &label.value {
+            LabelValue::Ranks(ranks) => Some((label, ranks)),
             _ => None,
         })
         .collect();
@@ -99,13 +104,13 @@ fn scores(item: &Item, labels: &[Label]) -> Vec<Judged> {
         let won = others.map(|j| f64::from(ranks[i] < ranks[j]) + 0.5 * f64::from(ranks[i] == ranks[j]));
         won.sum::<f64>() / (n - 1).max(1) as f64
     };
-    let voices = rankings.len().max(1) as f64;
+    let labellers = rankings.len().max(1) as f64;
     let mut judged: Vec<Judged> = (0..n)
         .map(|i| {
-            let places: Vec<String> =
-                rankings.iter().map(|(l, ranks)| format!("{} by {}", ranks[i], person(&l.labeller))).collect();
-            let score = rankings.iter().map(|(_, ranks)| beats(ranks, i)).sum::<f64>() / voices;
-            Judged::new(score, format!("rank {}", places.join(", ")))
+            let ranks: Vec<String> =
+                rankings.iter().map(|(l, ranks)| format!("{} by {}", ranks[i], judge_name(&l.labeller))).collect();
+            let score = rankings.iter().map(|(_, ranks)| beats(ranks, i)).sum::<f64>() / labellers;
+            Judged::new(score, format!("rank {}", ranks.join(", ")))
         })
         .collect();
     if let Some(first) = judged.first_mut() {
@@ -114,17 +119,18 @@ fn scores(item: &Item, labels: &[Label]) -> Vec<Judged> {
     judged
 }
 
-/// Labels of a job under way, in its store.
-pub struct MemoryBook(pub Arc<dyn Memory>);
+/// Labels of a running job, saved in the reply cache of its store as JSON by a hash of the item.
+pub struct CachedLabels(pub Arc<dyn ReplyCache>);
 
-impl Book for MemoryBook {
-    fn keep(&mut self, item: &Item, labels: &[Label]) -> Result<(), String> {
+impl LabelStore for CachedLabels {
+    fn save(&mut self, item: &Item, labels: &[Label]) -> Result<(), String> {
         let reply = serde_json::to_string(labels).map_err(|e| e.to_string())?;
-        let kept = KeptReply { reply, usage: Usage::default() };
+        let kept = CachedReply { reply, usage: Usage::default() };
         self.0.remember(vec![(key(item), kept)], Usage::default()).map_err(|e| e.to_string())
     }
 }
 
+/// Cache key of an item: a hash of prompt and completions.
 fn key(item: &Item) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(b"people\0");
@@ -140,13 +146,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn several_people_make_one_score() {
+    fn labels_of_several_people_are_averaged() {
         let item = Item { prompt: Prompt::Text("q".into()), completions: ["a", "b", "c"].map(String::from).to_vec() };
-        let label = |who: &str, word| Label { labeller: who.into(), word, shown: vec![0, 1, 2], time_ms: 0 };
+        let label = |who: &str, value| Label { labeller: who.into(), value, shown: vec![0, 1, 2], time_ms: 0 };
         let labels = [
-            label("anna", Word::Ranks(vec![1, 2, 3])),
-            label("ben", Word::Ranks(vec![1, 1, 2])),
-            label("carl", Word::Skipped),
+            label("anna", LabelValue::Ranks(vec![1, 2, 3])),
+            label("ben", LabelValue::Ranks(vec![1, 1, 2])),
+            label("carl", LabelValue::Skipped),
         ];
         let judged = scores(&item, &labels);
         assert_eq!(judged.iter().map(|j| j.score).collect::<Vec<_>>(), [0.875, 0.625, 0.0]);

@@ -1,5 +1,7 @@
-//! The page and its four requests. Whoever is not on this machine needs a token; a browser that was lured here by another
-//! site gets nothing.
+//! HTTP server of the label page and its four API requests.
+//!
+//! Beyond loopback, requests need a bearer token. On loopback, the `Host` header must name this machine, which keeps
+//! out other sites that are open in the same browser (DNS rebinding).
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -15,97 +17,102 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
-use super::board::Word;
-use super::desk::Desk;
+use super::queue::{ItemId, LabelValue};
+use super::service::LabelService;
+use crate::blocking::blocking;
 use crate::error::{Error, Result};
-use crate::job::blocking;
-use crate::run::now_ms;
+use crate::time::now_ms;
 
 const PAGE: &str = include_str!("page/index.html");
 const SCRIPT: &str = include_str!("page/page.js");
 const STYLE: &str = include_str!("page/page.css");
 
-/// Nothing but the page's own files: what a completion contains cannot load or run anything.
+/// Content security policy: only the page's own files, so that markup in a completion can neither load nor run
+/// anything.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; \
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// Who may label.
+/// Access control of the server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Access {
-    /// Whoever can open a page on this machine.
-    Local,
-    /// Whoever has the token that was given.
-    Given(String),
-    /// Whoever has the token that was made for the occasion, and is to be shown.
-    Made(String),
+    /// No token; requests must be for a loopback host name.
+    Loopback,
+    /// A token that the user configured.
+    Token(String),
+    /// A token generated at start, which the URL shows.
+    GeneratedToken(String),
 }
 
 impl Access {
-    /// A token unless the address is this machine's own: the one given, or a new one.
+    /// Requires `token` if there is one; otherwise generates one unless `address` is loopback. Fails if `token` has
+    /// fewer than 16 characters.
     pub fn to(address: SocketAddr, token: Option<String>) -> Result<Self> {
         if let Some(token) = token {
             return match token.len() {
-                0..16 => Err(Error::Usage("a token needs 16 characters or more".into())),
-                _ => Ok(Self::Given(token)),
+                0..16 => Err(Error::Usage("the token has fewer than 16 characters; use a longer one".into())),
+                _ => Ok(Self::Token(token)),
             };
         }
         if address.ip().is_loopback() {
-            return Ok(Self::Local);
+            return Ok(Self::Loopback);
         }
         let mut bytes = [0; 16];
-        getrandom::fill(&mut bytes).map_err(|e| Error::Usage(format!("no token can be made: {e}")))?;
-        Ok(Self::Made(bytes.iter().map(|b| format!("{b:02x}")).collect()))
+        getrandom::fill(&mut bytes)
+            .map_err(|e| Error::Usage(format!("the system gave no random bytes for a token: {e}")))?;
+        Ok(Self::GeneratedToken(bytes.iter().map(|b| format!("{b:02x}")).collect()))
     }
 
-    /// From an environment variable, if one is named.
+    /// Like [`Access::to`], with the token in the environment variable `name`. Fails if the variable is not set.
     pub fn from_env(address: SocketAddr, name: Option<&str>) -> Result<Self> {
-        let missing = |name| Error::Usage(format!("the environment has no {name}"));
+        let missing = |name| Error::Usage(format!("the environment variable {name} is not set; set it to the token"));
         let token = name.map(|name| std::env::var(name).map_err(|_| missing(name))).transpose()?;
         Self::to(address, token)
     }
 
-    /// Where the page is. The token stands behind `#`, which browsers send to nobody; one that was given is not repeated.
+    /// URL of the page. The token is in the fragment (after `#`), which browsers do not send; a configured token is
+    /// shown as `TOKEN`.
     pub fn url(&self, address: SocketAddr) -> String {
         match self {
-            Self::Local => format!("http://{address}/"),
-            Self::Given(_) => format!("http://{address}/#TOKEN"),
-            Self::Made(token) => format!("http://{address}/#{token}"),
+            Self::Loopback => format!("http://{address}/"),
+            Self::Token(_) => format!("http://{address}/#TOKEN"),
+            Self::GeneratedToken(token) => format!("http://{address}/#{token}"),
         }
     }
 }
 
-/// The page, served until this is dropped.
-pub struct Served {
+/// A running server; dropping it stops the server.
+pub struct LabelServer {
+    /// Bound address, with the port that the system chose if port 0 was requested.
     pub address: SocketAddr,
     task: JoinHandle<()>,
 }
 
-impl Drop for Served {
+impl Drop for LabelServer {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
 #[derive(Clone)]
-struct Page {
-    desk: Arc<Desk>,
+struct AppState {
+    service: Arc<LabelService>,
     access: Arc<Access>,
-    /// A job asks for more from time to time; a file has an end.
+    /// Whether items may be added later, as a job does; the items of a file are all there at the start.
     live: bool,
 }
 
-/// Serves a desk on an address.
-pub async fn serve(desk: Arc<Desk>, address: SocketAddr, access: Access, live: bool) -> Result<Served> {
-    let error = |e: std::io::Error| Error::Listen { what: "the page for labellers", address, reason: e.to_string() };
+/// Serves the label page of `service` on `address`. With `live`, the page waits for more items when the queue is empty.
+pub async fn serve(service: Arc<LabelService>, address: SocketAddr, access: Access, live: bool) -> Result<LabelServer> {
+    let error = |e: std::io::Error| Error::Listen { what: "the label page", address, reason: e.to_string() };
     let listener = TcpListener::bind(address).await.map_err(error)?;
     let address = listener.local_addr().map_err(error)?;
-    let page = Page { desk, access: Arc::new(access), live };
+    let state = AppState { service, access: Arc::new(access), live };
     let api = Router::new()
         .route("/api/next", get(next))
-        .route("/api/say", post(say))
+        .route("/api/label", post(submit))
         .route("/api/undo", post(undo))
         .route("/api/progress", get(progress))
-        .route_layer(middleware::from_fn_with_state(page.clone(), guard));
+        .route_layer(middleware::from_fn_with_state(state.clone(), authorize));
     let asset = |kind: &'static str, body: &'static str| {
         get(move || async move { ([(header::CONTENT_TYPE, HeaderValue::from_static(kind))], body) })
     };
@@ -114,16 +121,17 @@ pub async fn serve(desk: Arc<Desk>, address: SocketAddr, access: Access, live: b
         .route("/page.js", asset("text/javascript; charset=utf-8", SCRIPT))
         .route("/page.css", asset("text/css; charset=utf-8", STYLE))
         .merge(api)
-        .layer(middleware::map_response(headers))
-        .with_state(page);
+        .layer(middleware::map_response(add_headers))
+        .with_state(state);
     let task = tokio::spawn(async move {
-        // Ends with the task; an error of one connection is that connection's.
+        // Runs until the task is aborted; errors of single connections do not end it.
         let _ = axum::serve(listener, router).await;
     });
-    Ok(Served { address, task })
+    Ok(LabelServer { address, task })
 }
 
-async fn headers(mut response: Response) -> Response {
+/// Adds security headers to every response.
+async fn add_headers(mut response: Response) -> Response {
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
@@ -132,15 +140,13 @@ async fn headers(mut response: Response) -> Response {
     response
 }
 
-/// Lets in who may come in.
-async fn guard(State(page): State<Page>, request: Request, next: Next) -> Response {
+/// Rejects API requests without access, with status 403.
+async fn authorize(State(state): State<AppState>, request: Request, next: Next) -> Response {
     let headers = request.headers();
-    let refused = match &*page.access {
-        // A name that another site had pointed at this machine is not this machine's.
-        Access::Local => (!is_local(headers)).then_some("open the page by the address of this machine"),
-        Access::Given(token) | Access::Made(token) => {
-            (!has_token(headers, token)).then_some("the token is missing or wrong")
-        }
+    let refused = match &*state.access {
+        Access::Loopback => (!is_local(headers)).then_some("open the page by 127.0.0.1 or localhost"),
+        Access::Token(token) | Access::GeneratedToken(token) => (!has_token(headers, token))
+            .then_some("the token is missing or wrong; open the page by its full URL, with the part after #"),
     };
     match refused {
         Some(reason) => (StatusCode::FORBIDDEN, Json(json!({"error": reason}))).into_response(),
@@ -148,57 +154,66 @@ async fn guard(State(page): State<Page>, request: Request, next: Next) -> Respon
     }
 }
 
+/// Whether the `Host` header is `localhost` or a loopback address.
 fn is_local(headers: &HeaderMap) -> bool {
     let host = headers.get(header::HOST).and_then(|h| h.to_str().ok()).unwrap_or_default();
     let name = host.rsplit_once(':').map_or(host, |(name, port)| if port.ends_with(']') { host } else { name });
     name == "localhost" || name.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
+/// Whether the request carries the bearer token.
 fn has_token(headers: &HeaderMap, token: &str) -> bool {
     let given = headers.get(header::AUTHORIZATION).and_then(|h| h.to_str().ok()?.strip_prefix("Bearer "));
-    // Hashes are compared in constant time.
+    // Comparison of BLAKE3 hashes takes constant time.
     given.is_some_and(|given| blake3::hash(given.as_bytes()) == blake3::hash(token.as_bytes()))
 }
 
 #[derive(Deserialize)]
-struct Who {
+struct LabellerRequest {
     labeller: String,
 }
 
-async fn next(State(page): State<Page>, Query(who): Query<Who>) -> Response {
-    let (desk, live) = (page.desk, page.live);
-    answer(blocking(move || Ok(json!({"item": desk.next(&who.labeller, now_ms())?, "live": live}))).await)
-}
-
+/// A label: `ranks`, `text`, or neither to skip the item.
 #[derive(Deserialize)]
-struct Said {
+struct SubmitRequest {
     labeller: String,
-    item: u64,
-    /// A rank for each completion by its place in the item.
+    item: ItemId,
+    /// Rank of each completion, in the item's order.
     ranks: Option<Vec<u32>>,
+    /// A demonstration.
     text: Option<String>,
 }
 
-async fn say(State(page): State<Page>, Json(said): Json<Said>) -> Response {
-    let word = match (said.ranks, said.text) {
-        (Some(ranks), None) => Word::Ranks(ranks),
-        (None, Some(text)) => Word::Wrote(text),
-        (None, None) => Word::Skipped,
-        (Some(_), Some(_)) => return answer(Err("a ranking or a text, not both".into())),
-    };
-    answer(blocking(move || page.desk.say(&said.labeller, said.item, word, now_ms()).map(|()| json!({}))).await)
+async fn next(State(state): State<AppState>, Query(request): Query<LabellerRequest>) -> Response {
+    let AppState { service, live, .. } = state;
+    respond(move || Ok(json!({"item": service.next(&request.labeller, now_ms())?, "live": live}))).await
 }
 
-async fn undo(State(page): State<Page>, Json(who): Json<Who>) -> Response {
-    answer(blocking(move || page.desk.undo(&who.labeller, now_ms()).map(|()| json!({}))).await)
+async fn submit(State(state): State<AppState>, Json(request): Json<SubmitRequest>) -> Response {
+    respond(move || {
+        let value = match (request.ranks, request.text) {
+            (Some(ranks), None) => LabelValue::Ranks(ranks),
+            (None, Some(text)) => LabelValue::Demonstration(text),
+            (None, None) => LabelValue::Skipped,
+            (Some(_), Some(_)) => return Err("the request has both `ranks` and `text`; send one of them".into()),
+        };
+        state.service.submit(&request.labeller, request.item, value, now_ms()).map(|()| json!({}))
+    })
+    .await
 }
 
-async fn progress(State(page): State<Page>) -> Response {
-    answer(blocking(move || Ok(json!(page.desk.progress()))).await)
+async fn undo(State(state): State<AppState>, Json(request): Json<LabellerRequest>) -> Response {
+    respond(move || state.service.undo(&request.labeller, now_ms()).map(|()| json!({}))).await
 }
 
-fn answer(result: std::result::Result<Value, String>) -> Response {
-    match result {
+async fn progress(State(state): State<AppState>) -> Response {
+    respond(move || Ok(json!(state.service.progress()))).await
+}
+
+/// Runs `work` off the async threads, because it waits for the store. Responds with its value, or with its error and
+/// status 409.
+async fn respond(work: impl FnOnce() -> std::result::Result<Value, String> + Send + 'static) -> Response {
+    match blocking(work).await {
         Ok(value) => Json(value).into_response(),
         Err(reason) => (StatusCode::CONFLICT, Json(json!({"error": reason}))).into_response(),
     }
@@ -224,10 +239,10 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_others_reach_has_a_token() {
+    fn an_address_beyond_loopback_has_a_token() {
         let address = |text: &str| text.parse::<SocketAddr>().unwrap();
-        assert_eq!(Access::to(address("127.0.0.1:1"), None).unwrap(), Access::Local);
-        let Access::Made(token) = Access::to(address("0.0.0.0:1"), None).unwrap() else { panic!("no token") };
+        assert_eq!(Access::to(address("127.0.0.1:1"), None).unwrap(), Access::Loopback);
+        let Access::GeneratedToken(token) = Access::to(address("0.0.0.0:1"), None).unwrap() else { panic!("no token") };
         assert_eq!(token.len(), 32);
         assert!(Access::to(address("127.0.0.1:1"), Some("short".into())).is_err());
         let access = Access::to(address("127.0.0.1:1"), Some("a-token-of-our-own".into())).unwrap();

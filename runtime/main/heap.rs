@@ -1,33 +1,35 @@
-//! The command's memory: glibc's heap, kept and in huge pages. Every step takes and frees the same large buffers, and every
-//! 4 KiB page of them costs a fault when it is first touched and an address translation ever after.
+//! Global allocator of the command: glibc's heap, in huge pages, without returning memory to the system.
+//!
+//! Every training step allocates and frees the same large buffers. Memory that is returned to the system costs a page
+//! fault for each 4 KiB page when it is used again, and small pages cost TLB misses.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
 #[global_allocator]
 static HEAP: Heap = Heap;
 
-/// glibc's heap, with huge pages under large buffers.
+/// glibc's heap; large allocations are backed by transparent huge pages.
 struct Heap;
 
-/// Size of a huge page.
+/// Size of a huge page, in bytes.
 const HUGE: usize = 2 << 20;
-/// Buffers from this size on ask for huge pages.
+/// Smallest allocation that asks for huge pages, in bytes.
 const LARGE: usize = 1 << 20;
 
-// SAFETY: memory comes from `System` as it is; the advice changes no byte of it.
+// SAFETY: all memory comes from `System`; `madvise` with `MADV_HUGEPAGE` does not change its content.
 unsafe impl GlobalAlloc for Heap {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's promise.
-        advised(unsafe { System.alloc(layout) }, layout.size())
+        // SAFETY: the caller upholds the contract of `GlobalAlloc`.
+        advise_huge_pages(unsafe { System.alloc(layout) }, layout.size())
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         if layout.size() < LARGE {
-            // SAFETY: the caller's promise.
+            // SAFETY: the caller upholds the contract of `GlobalAlloc`.
             return unsafe { System.alloc_zeroed(layout) };
         }
-        // Advice comes before the first touch.
-        // SAFETY: the caller's promise; zeros go where there is memory.
+        // `madvise` must come before the first write, which maps a small page otherwise. SAFETY: the caller upholds the
+        // contract of `GlobalAlloc`; `start` is valid for `size` bytes unless it is null.
         unsafe {
             let start = self.alloc(layout);
             if !start.is_null() {
@@ -38,35 +40,37 @@ unsafe impl GlobalAlloc for Heap {
     }
 
     unsafe fn realloc(&self, start: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // SAFETY: the caller's promise.
-        advised(unsafe { System.realloc(start, layout, size) }, size)
+        // SAFETY: the caller upholds the contract of `GlobalAlloc`.
+        advise_huge_pages(unsafe { System.realloc(start, layout, size) }, size)
     }
 
     unsafe fn dealloc(&self, start: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc`.
         unsafe { System.dealloc(start, layout) }
     }
 }
 
-/// What the heap grows by beyond what it is asked for.
+/// Bytes by which glibc grows the heap beyond each request (`M_TOP_PAD`).
 const GROWTH: usize = 256 << 20;
 
-/// Asks for huge pages under a large buffer, under the ends that it shares with its neighbours, and under what will come to lie
-/// behind it: glibc notes the rest of the heap there, and a region where a byte was written has small pages already.
-fn advised(start: *mut u8, size: usize) -> *mut u8 {
+/// Asks for huge pages for a large allocation and returns `start`.
+///
+/// The range is widened to whole huge pages and by [`GROWTH`]: glibc writes the header of the free rest of the heap
+/// behind the allocation, and a region in which one byte was written has small pages already.
+fn advise_huge_pages(start: *mut u8, size: usize) -> *mut u8 {
     if size >= LARGE && !start.is_null() {
         let offset = start.addr() % HUGE;
         let length = (offset + size + GROWTH).next_multiple_of(HUGE);
-        // SAFETY: advice about pages, which may be given for any range; what is not mapped is passed over. A refusal changes
-        // nothing.
+        // SAFETY: `MADV_HUGEPAGE` is a hint that is valid for any range; unmapped pages are skipped, and a failure has
+        // no effect.
         unsafe { libc::madvise(start.wrapping_sub(offset).cast(), length, libc::MADV_HUGEPAGE) };
     }
     start
 }
 
-/// Asks glibc to take all memory from one growing heap and to keep what is freed.
-pub fn keep() {
-    // SAFETY: `mallopt` may be called at any time; no other thread runs yet. A refusal changes nothing.
+/// Configures glibc to allocate everything from one heap (no arenas, no `mmap`) and never to shrink it.
+pub fn configure() {
+    // SAFETY: `mallopt` is called before any other thread is started. A failure leaves the default, which is valid.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_MMAP_MAX, 0);

@@ -1,31 +1,33 @@
-//! Checkpoints: a manifest in the database, tensors in shards beside it or, when small, in the database too.
+//! Checkpoints: a manifest in the database, and tensors in shards, which are files or, if small, in the database too.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
 use crate::error::IoContext;
-use crate::kv::Changes;
+use crate::header::{self, ModelCounters};
+use crate::kv::WriteBatch;
 use crate::shards::write_durably;
 use crate::{Error, Repair, Result, Store, key, record};
 
-/// Tensors of a checkpoint that together are no larger than this live in the database.
+/// Largest total size of a checkpoint's tensors that is stored in the database.
 const INLINE_BYTES_MAX: usize = 32 << 20;
-/// A shard is closed once it holds this much.
+/// Smallest size of a shard, except for the last one of a checkpoint.
 const SHARD_BYTES_MIN: usize = 64 << 20;
 
-/// A tensor as the store sees it.
+/// A tensor to be stored.
 #[derive(Debug, Clone)]
 pub struct TensorBytes<'a> {
     pub name: String,
-    /// Name of the type as safetensors has it: `F32`, `BF16`, …
+    /// Name of the element type in safetensors: `F32`, `BF16`, …
     pub dtype: &'static str,
     pub shape: Vec<usize>,
+    /// Elements in row-major order, little-endian.
     pub data: &'a [u8],
 }
 
-/// A tensor read back.
+/// A tensor read from the store.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OwnedTensor {
     pub name: String,
@@ -34,29 +36,34 @@ pub struct OwnedTensor {
     pub data: Vec<u8>,
 }
 
-/// What a checkpoint is without its tensors.
+/// A checkpoint without its tensors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CheckpointSummary {
     pub step: u64,
+    /// Size of its shards.
     pub bytes: u64,
+    /// Number of tensors.
     pub tensors: usize,
 }
 
-/// A checkpoint read back, every checksum checked.
+/// A checkpoint read from the store, with all checksums verified.
 #[derive(Debug)]
 pub struct LoadedCheckpoint {
     pub step: u64,
-    /// What the caller gave as state.
+    /// Counters of the trained models by model name.
+    pub models: BTreeMap<String, ModelCounters>,
+    /// The job's own state, as it was saved.
     pub state: Vec<u8>,
+    /// Tensors in the order of names.
     pub tensors: Vec<OwnedTensor>,
 }
 
-/// What saving cost.
+/// What was written for a checkpoint.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SavedCheckpoint {
-    /// Bytes of tensors written.
+    /// Bytes of shards written.
     pub written: u64,
-    /// Bytes of tensors that an earlier checkpoint had already.
+    /// Bytes of shards that an earlier checkpoint had written.
     pub shared: u64,
 }
 
@@ -65,6 +72,7 @@ struct Manifest {
     step: u64,
     shards: Vec<Shard>,
     tensors: u32,
+    /// The models' counters and the job's state, encoded by [`header`].
     state: Vec<u8>,
 }
 
@@ -74,32 +82,41 @@ impl record::Record for Manifest {}
 struct Shard {
     hash: String,
     bytes: u64,
-    /// In the database, not in a file.
+    /// Whether it is in the database and not in a file.
     inline: bool,
 }
 
 impl Store {
-    /// Saves a checkpoint and then lets go of all but the newest `keep`. It is visible only once it is whole.
+    /// Saves a checkpoint, then deletes all but the newest `keep` (at least one). It is visible only once it is complete.
+    ///
+    /// `models` are the counters of the trained models by name, `state` is the job's own state.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::DiskFull`] and other I/O errors, after which the earlier checkpoints are intact; [`Error::Encode`] for a
+    /// tensor of an unknown type or a model name of more than 255 bytes.
     pub fn save_checkpoint(
         &mut self,
         step: u64,
+        models: &BTreeMap<String, ModelCounters>,
         tensors: &[TensorBytes<'_>],
         state: &[u8],
         keep: usize,
     ) -> Result<SavedCheckpoint> {
+        let state = header::encode(models, state)?;
         let total: usize = tensors.iter().map(|t| t.data.len()).sum();
         let inline = total <= INLINE_BYTES_MAX;
         let mut saved = SavedCheckpoint::default();
         let mut shards = Vec::new();
-        let mut changes = Changes::default();
-        for group in groups(tensors) {
-            let bytes = serialise(group)?;
+        let mut batch = WriteBatch::default();
+        for group in shard_groups(tensors) {
+            let bytes = serialize(group)?;
             let hash = blake3::hash(&bytes).to_hex().to_string();
             let written = if inline {
                 let new = self.kv.get(&key::shard_part(&hash, 0))?.is_none();
                 if new {
                     for (i, part) in bytes.chunks(record::PART_BYTES).enumerate() {
-                        changes.put(key::shard_part(&hash, i as u32), part.to_vec());
+                        batch.put(key::shard_part(&hash, i as u32), part.to_vec());
                     }
                 }
                 new
@@ -110,18 +127,18 @@ impl Store {
             *if written { &mut saved.written } else { &mut saved.shared } += size;
             shards.push(Shard { hash, bytes: size, inline });
         }
-        let manifest = Manifest { step, shards, tensors: tensors.len() as u32, state: state.to_vec() };
+        let manifest = Manifest { step, shards, tensors: tensors.len() as u32, state };
         if !inline {
-            self.write_copy(&manifest)?;
+            self.write_manifest_copy(&manifest)?;
             self.shards.sync()?;
         }
-        record::put(&mut changes, key::checkpoint(step), record::CHECKPOINT, &manifest)?;
-        self.kv.apply(changes)?;
+        record::put(&mut batch, key::checkpoint(step), record::CHECKPOINT, &manifest)?;
+        self.kv.apply(batch)?;
         self.retain(keep)?;
         Ok(saved)
     }
 
-    /// All checkpoints, oldest first.
+    /// All checkpoints with an intact manifest, oldest first.
     pub fn checkpoints(&self) -> Result<Vec<CheckpointSummary>> {
         let manifests = self.manifests()?;
         Ok(manifests
@@ -134,25 +151,37 @@ impl Store {
             .collect())
     }
 
-    /// The checkpoint of a step, or an error that names what is damaged.
+    /// Reads the checkpoint of a step.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoCheckpoint`] if there is none, [`Error::Corrupt`] with the name of what is damaged.
     pub fn load_checkpoint(&self, step: u64) -> Result<LoadedCheckpoint> {
         let manifest: Manifest =
             record::get(&*self.kv, &key::checkpoint(step), record::CHECKPOINT)?.ok_or(Error::NoCheckpoint(step))?;
+        let (models, state) = header::decode(&manifest.state).ok_or_else(|| Error::Corrupt {
+            what: format!("checkpoint of step {step}"),
+            reason: "its state ends within the header".into(),
+        })?;
         let mut tensors = Vec::new();
         for shard in &manifest.shards {
             let bytes = if shard.inline { self.inline_shard(shard, step)? } else { self.shards.read(&shard.hash)? };
             let corrupt =
                 |e: safetensors::SafeTensorError| Error::Corrupt { what: shard.hash.clone(), reason: e.to_string() };
             for (name, view) in SafeTensors::deserialize(&bytes).map_err(corrupt)?.tensors() {
-                let (dtype, shape) = (dtype_name(view.dtype()).to_string(), view.shape().to_vec());
+                let dtype = dtype_name(view.dtype()).ok_or_else(|| Error::Corrupt {
+                    what: format!("tensor `{name}` of the checkpoint of step {step}"),
+                    reason: format!("its type {:?} is unknown", view.dtype()),
+                })?;
+                let (dtype, shape) = (dtype.to_string(), view.shape().to_vec());
                 tensors.push(OwnedTensor { name, dtype, shape, data: view.data().to_vec() });
             }
         }
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(LoadedCheckpoint { step, state: manifest.state, tensors })
+        Ok(LoadedCheckpoint { step, models, state, tensors })
     }
 
-    /// The newest checkpoint that is whole, with a note for each newer one that is not.
+    /// Reads the newest undamaged checkpoint, if there is one, and a message for each newer one that is damaged.
     pub fn latest_checkpoint(&self) -> Result<(Option<LoadedCheckpoint>, Vec<Repair>)> {
         let mut damaged = Vec::new();
         for summary in self.checkpoints()?.iter().rev() {
@@ -173,7 +202,7 @@ impl Store {
             let (key, value) = entry?;
             match record::decode(&*self.kv, &key, &value, record::CHECKPOINT) {
                 Ok(manifest) => all.push(manifest),
-                Err(Error::Corrupt { .. }) => {} // `verify` names it; the others still count
+                Err(Error::Corrupt { .. }) => {} // reported by `Store::verify`; the others can be used
                 Err(e) => return Err(e),
             }
         }
@@ -189,12 +218,12 @@ impl Store {
             bytes.extend(part.ok_or_else(|| corrupt("a part of its tensors is missing"))?);
         }
         if blake3::hash(&bytes).to_hex().as_str() != shard.hash {
-            return Err(corrupt("its tensors do not fit their checksum"));
+            return Err(corrupt("its tensors do not match their checksum"));
         }
         Ok(bytes)
     }
 
-    /// Deletes all but the newest `keep` manifests, and then, durably after that, what only they used.
+    /// Deletes all but the newest `keep` manifests and then, after that is durable, the shards that only they used.
     fn retain(&mut self, keep: usize) -> Result<()> {
         let manifests = self.manifests()?;
         let (old, kept) = manifests.split_at(manifests.len().saturating_sub(keep.max(1)));
@@ -202,44 +231,44 @@ impl Store {
             return Ok(());
         }
         let used: BTreeSet<String> = kept.iter().flat_map(|m| &m.shards).map(|s| s.hash.clone()).collect();
-        let mut changes = Changes::default();
+        let mut batch = WriteBatch::default();
         for manifest in old {
-            record::remove(&*self.kv, &mut changes, key::checkpoint(manifest.step))?;
+            record::remove(&*self.kv, &mut batch, key::checkpoint(manifest.step))?;
         }
-        self.kv.apply(changes)?;
-        let mut changes = Changes::default();
+        self.kv.apply(batch)?;
+        let mut batch = WriteBatch::default();
         for shard in old.iter().flat_map(|m| &m.shards).filter(|s| s.inline && !used.contains(&s.hash)) {
             for part in 0..(shard.bytes as usize).div_ceil(record::PART_BYTES) {
-                changes.remove(key::shard_part(&shard.hash, part as u32));
+                batch.remove(key::shard_part(&shard.hash, part as u32));
             }
         }
-        if !changes.0.is_empty() {
-            self.kv.apply(changes)?;
+        if !batch.0.is_empty() {
+            self.kv.apply(batch)?;
         }
         for manifest in old {
-            let copy = self.copy_path(manifest.step);
+            let copy = self.manifest_copy_path(manifest.step);
             if copy.exists() {
                 std::fs::remove_file(&copy).at(&copy)?;
             }
         }
-        self.shards.collect(&used)
+        self.shards.remove_unused(&used)
     }
 
-    fn copy_path(&self, step: u64) -> std::path::PathBuf {
+    fn manifest_copy_path(&self, step: u64) -> std::path::PathBuf {
         self.shards.directory().join(format!("{step:012}.manifest"))
     }
 
-    /// A copy of the manifest beside the shards, from which a lost database can be made again.
-    fn write_copy(&self, manifest: &Manifest) -> Result<()> {
+    /// Writes a copy of the manifest beside the shards, from which a lost database can be restored.
+    fn write_manifest_copy(&self, manifest: &Manifest) -> Result<()> {
         let payload = postcard::to_stdvec(manifest).map_err(|e| Error::Encode(e.to_string()))?;
         let mut bytes = vec![record::CHECKPOINT.version];
         bytes.extend_from_slice(blake3::hash(&payload).as_bytes());
         bytes.extend_from_slice(&payload);
-        write_durably(&self.copy_path(manifest.step), &bytes)
+        write_durably(&self.manifest_copy_path(manifest.step), &bytes)
     }
 
-    /// Takes over the checkpoints beside a database that knows of none: it was lost or removed.
-    pub(crate) fn adopt_orphans(&mut self) -> Result<Vec<Repair>> {
+    /// Restores the manifests of a lost database from the copies beside the shards, if the database has no checkpoint.
+    pub(crate) fn restore_manifests(&mut self) -> Result<Vec<Repair>> {
         let mut repairs = Vec::new();
         if self.kv.scan(key::CHECKPOINT)?.next().is_some() {
             return Ok(repairs);
@@ -249,23 +278,28 @@ impl Store {
                 continue;
             }
             let bytes = std::fs::read(&path).at(&path)?;
-            let Some((header, payload)) = bytes.split_at_checked(33) else { continue };
-            if header[0] != record::CHECKPOINT.version || header[1..] != *blake3::hash(payload).as_bytes() {
-                repairs.push(Repair(format!("{} is damaged and was left alone", path.display())));
+            let Some(manifest) = read_manifest_copy(&bytes) else {
+                repairs.push(Repair(format!("the manifest copy {} is damaged and was not restored", path.display())));
                 continue;
-            }
-            let Ok(manifest) = postcard::from_bytes::<Manifest>(payload) else { continue };
-            let mut changes = Changes::default();
-            record::put(&mut changes, key::checkpoint(manifest.step), record::CHECKPOINT, &manifest)?;
-            self.kv.apply(changes)?;
-            repairs.push(Repair(format!("found the checkpoint of step {} again by {}", manifest.step, path.display())));
+            };
+            let mut batch = WriteBatch::default();
+            record::put(&mut batch, key::checkpoint(manifest.step), record::CHECKPOINT, &manifest)?;
+            self.kv.apply(batch)?;
+            repairs.push(Repair(format!("restored the checkpoint of step {} from {}", manifest.step, path.display())));
         }
         Ok(repairs)
     }
 }
 
-/// Consecutive tensors, at least [`SHARD_BYTES_MIN`] to a group except in the last.
-fn groups<'a, 'b>(tensors: &'a [TensorBytes<'b>]) -> Vec<&'a [TensorBytes<'b>]> {
+/// A manifest from a copy: a version byte, a blake3 hash (32 bytes) and the payload. `None` if it is damaged.
+fn read_manifest_copy(bytes: &[u8]) -> Option<Manifest> {
+    let (header, payload) = bytes.split_at_checked(33)?;
+    let intact = header[0] == record::CHECKPOINT.version && header[1..] == *blake3::hash(payload).as_bytes();
+    if intact { postcard::from_bytes(payload).ok() } else { None }
+}
+
+/// Groups consecutive tensors into shards of at least [`SHARD_BYTES_MIN`] bytes; the last may be smaller.
+fn shard_groups<'a, 'b>(tensors: &'a [TensorBytes<'b>]) -> Vec<&'a [TensorBytes<'b>]> {
     let mut groups = Vec::new();
     let (mut start, mut filled) = (0, 0);
     for (i, tensor) in tensors.iter().enumerate() {
@@ -281,7 +315,7 @@ fn groups<'a, 'b>(tensors: &'a [TensorBytes<'b>]) -> Vec<&'a [TensorBytes<'b>]> 
     groups
 }
 
-fn serialise(tensors: &[TensorBytes<'_>]) -> Result<Vec<u8>> {
+fn serialize(tensors: &[TensorBytes<'_>]) -> Result<Vec<u8>> {
     let encode = |e: safetensors::SafeTensorError| Error::Encode(e.to_string());
     let views = tensors
         .iter()
@@ -307,8 +341,8 @@ fn dtype(name: &str) -> Option<Dtype> {
     DTYPES.iter().find(|(n, _)| *n == name).map(|(_, d)| *d)
 }
 
-fn dtype_name(dtype: Dtype) -> &'static str {
-    DTYPES.iter().find(|(_, d)| *d == dtype).map_or("?", |(n, _)| n)
+fn dtype_name(dtype: Dtype) -> Option<&'static str> {
+    DTYPES.iter().find(|(_, d)| *d == dtype).map(|(n, _)| *n)
 }
 
 #[cfg(test)]
@@ -320,23 +354,27 @@ mod tests {
         (0..3).map(|i| (format!("t{i}"), vec![if i == 0 { 1 } else { fill }; (megabytes << 20).max(64)])).collect()
     }
 
+    fn models(step: u64) -> BTreeMap<String, ModelCounters> {
+        BTreeMap::from([("policy".into(), ModelCounters { version: step, optimizer_steps: step + 1 })])
+    }
+
     fn save(store: &mut Store, step: u64, data: &[(String, Vec<u8>)]) -> SavedCheckpoint {
         let views: Vec<_> = data
             .iter()
             .map(|(name, data)| TensorBytes { name: name.clone(), dtype: "U8", shape: vec![data.len()], data })
             .collect();
-        store.save_checkpoint(step, &views, format!("state {step}").as_bytes(), 2).unwrap()
+        store.save_checkpoint(step, &models(step), &views, format!("state {step}").as_bytes(), 2).unwrap()
     }
 
     fn check(store: &Store, step: u64, data: &[(String, Vec<u8>)]) {
         let loaded = store.load_checkpoint(step).unwrap();
-        assert_eq!(loaded.state, format!("state {step}").as_bytes());
+        assert_eq!((loaded.models, loaded.state), (models(step), format!("state {step}").into_bytes()));
         let got: Vec<_> = loaded.tensors.into_iter().map(|t| (t.name, t.data)).collect();
         assert_eq!(got, data);
     }
 
     #[test]
-    fn small_and_large_checkpoints_read_back_and_old_ones_go() {
+    fn small_and_large_checkpoints_are_read_and_old_ones_deleted() {
         for megabytes in [0, 70] {
             let directory = tempfile::tempdir().unwrap();
             let (mut store, _) = Store::open(directory.path()).unwrap();
@@ -355,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn unchanged_shards_are_shared_and_unused_ones_removed() {
+    fn unchanged_shards_are_shared_and_unused_ones_deleted() {
         let directory = tempfile::tempdir().unwrap();
         let (mut store, _) = Store::open(directory.path()).unwrap();
         assert_eq!(save(&mut store, 1, &tensors(1, 70)).shared, 0);
@@ -367,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_checkpoint_is_named_and_the_one_before_is_used() {
+    fn a_damaged_checkpoint_is_reported_and_the_one_before_is_used() {
         let directory = tempfile::tempdir().unwrap();
         let (mut store, _) = Store::open(directory.path()).unwrap();
         save(&mut store, 1, &tensors(1, 70));
@@ -386,7 +424,20 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_database_is_made_again_from_the_copies() {
+    fn a_damaged_header_is_reported() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut store, _) = Store::open(directory.path()).unwrap();
+        let mut batch = WriteBatch::default();
+        let manifest = Manifest { step: 5, shards: Vec::new(), tensors: 0, state: b"\x01\x06pol".to_vec() };
+        record::put(&mut batch, key::checkpoint(5), record::CHECKPOINT, &manifest).unwrap();
+        store.kv.apply(batch).unwrap();
+        let error = store.load_checkpoint(5).unwrap_err().to_string();
+        assert!(error.contains("step 5") && error.contains("header"), "{error}");
+        assert!(store.latest_checkpoint().unwrap().0.is_none());
+    }
+
+    #[test]
+    fn a_lost_database_is_restored_from_the_copies() {
         let directory = tempfile::tempdir().unwrap();
         let (mut store, _) = Store::open(directory.path()).unwrap();
         save(&mut store, 7, &tensors(1, 70));

@@ -1,4 +1,4 @@
-//! What can go wrong with the store.
+//! Errors of the store.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 /// An error of this crate.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("{directory} is in use by process {owner}; one process works on a job at a time")]
+    #[error("{directory} is in use by process {owner}; only one process may work on a job at a time")]
     InUse { directory: PathBuf, owner: String },
-    #[error("no room left on the disk of {path}; what was acknowledged is safe, free some space to go on")]
+    #[error("no space left on the disk of {path}; acknowledged data is safe, free some space to go on")]
     DiskFull { path: PathBuf },
-    #[error("the database in {path} is open elsewhere; stop the job or program that uses it, then try again")]
+    #[error("the database in {path} is open in another process; stop the job or program that uses it, then try again")]
     Locked { path: PathBuf },
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: io::Error },
@@ -19,10 +19,13 @@ pub enum Error {
     #[error("{what} is damaged: {reason}")]
     Corrupt { what: String, reason: String },
     #[error(
-        "the database in {path} lost acknowledged records: it stands at {found}, {acknowledged} were acknowledged; restore the directory from a copy"
+        "the database in {path} has lost acknowledged records: it stands at write {found} and {acknowledged} were \
+         acknowledged; restore the directory from a copy"
     )]
     Lost { path: PathBuf, found: u64, acknowledged: u64 },
-    #[error("{what} was written by a newer version ({found}; this one reads up to {known}); upgrade to read it")]
+    #[error(
+        "{what} was written by a newer version of this program (record version {found}; this one reads up to {known}); upgrade to read it"
+    )]
     TooNew { what: String, found: u8, known: u8 },
     #[error("there is no checkpoint of step {0}")]
     NoCheckpoint(u64),
@@ -33,7 +36,7 @@ pub enum Error {
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Turns an I/O error into one that names its path, and a full disk into its own error.
+/// Converts I/O errors into errors with a path, and those of a full disk into [`Error::DiskFull`].
 pub(crate) trait IoContext<T> {
     fn at(self, path: &Path) -> Result<T>;
 }

@@ -1,9 +1,9 @@
-//! Keys: one letter for the kind, then big-endian numbers, so that a scan is in the order of steps.
+//! Keys of the database: a letter for the kind of record, a slash, then big-endian numbers, so that scans are in the order
+//! of steps.
 
-/// Every key of a kind begins with its letter and a slash.
 pub const CHECKPOINT: &[u8] = b"c/";
 pub const ROLLOUT: &[u8] = b"r/";
-pub const VERDICT: &[u8] = b"v/";
+pub const SCORE: &[u8] = b"v/";
 pub const LEDGER: &[u8] = b"l/";
 const PROMPT_INDEX: &[u8] = b"i/";
 
@@ -15,7 +15,7 @@ pub fn job(name: &str) -> Vec<u8> {
     with(b"j/", &[name.as_bytes()])
 }
 
-/// A judge's reply, by the hash of the question.
+/// A judge's cached reply, by the hash of the request.
 pub fn reply(hash: &str) -> Vec<u8> {
     job(&format!("judge/{hash}"))
 }
@@ -24,37 +24,37 @@ pub fn checkpoint(step: u64) -> Vec<u8> {
     with(CHECKPOINT, &[&step.to_be_bytes()])
 }
 
-/// All of a kind that belongs to a step.
+/// Prefix of all records of a kind in a step.
 pub fn step(kind: &[u8], step: u64) -> Vec<u8> {
     with(kind, &[&step.to_be_bytes()])
 }
 
-/// The `index`-th of a kind in a step.
+/// The `index`-th record of a kind in a step.
 pub fn item(kind: &[u8], step: u64, index: u32) -> Vec<u8> {
     with(kind, &[&step.to_be_bytes(), &index.to_be_bytes()])
 }
 
-/// Step of a key made by [`step`], [`item`] or [`checkpoint`].
+/// The step of a key made by [`step`], [`item`] or [`checkpoint`].
 pub fn step_of(key: &[u8]) -> Option<u64> {
     Some(u64::from_be_bytes(key.get(2..10)?.try_into().ok()?))
 }
 
-/// All ledger entries of a prompt.
+/// Prefix of the index entries of a prompt.
 pub fn prompt(hash: &[u8; 32]) -> Vec<u8> {
     with(PROMPT_INDEX, &[&hash[..16]])
 }
 
-/// The index entry that leads from a prompt to a ledger entry.
+/// The index entry that points from a prompt to a ledger entry.
 pub fn prompt_item(hash: &[u8; 32], step: u64, index: u32) -> Vec<u8> {
     with(&prompt(hash), &[&step.to_be_bytes(), &index.to_be_bytes()])
 }
 
-/// The ledger key that an index entry leads to.
+/// The ledger key that an index entry points to.
 pub fn indexed(key: &[u8]) -> Vec<u8> {
     with(LEDGER, &[&key[key.len() - 12..]])
 }
 
-/// An index entry has no value.
+/// Whether a key is an index entry, which has no value.
 pub fn is_index(key: &[u8]) -> bool {
     key.starts_with(PROMPT_INDEX)
 }
@@ -69,7 +69,7 @@ pub fn shard_part(hash: &str, part: u32) -> Vec<u8> {
     with(&shard(hash), &[&part.to_be_bytes()])
 }
 
-/// All pieces of a shard kept in the database.
+/// Prefix of the pieces of a shard kept in the database.
 pub fn shard(hash: &str) -> Vec<u8> {
     with(b"t/", &[hash.as_bytes(), b"/"])
 }

@@ -1,4 +1,4 @@
-//! The little that is asked of a database, and a map that does it for tests.
+//! The interface to the database, and an implementation in memory for tests.
 
 use std::collections::BTreeMap;
 
@@ -7,11 +7,11 @@ use crate::Result;
 /// A key with its value.
 pub type Entry = (Vec<u8>, Vec<u8>);
 
-/// Changes that become visible and durable together.
+/// Writes that become visible and durable together.
 #[derive(Debug, Default, Clone)]
-pub struct Changes(pub(crate) Vec<(Vec<u8>, Option<Vec<u8>>)>);
+pub struct WriteBatch(pub(crate) Vec<(Vec<u8>, Option<Vec<u8>>)>);
 
-impl Changes {
+impl WriteBatch {
     /// Sets a key.
     pub fn put(&mut self, key: Vec<u8>, value: Vec<u8>) {
         self.0.push((key, Some(value)));
@@ -23,13 +23,13 @@ impl Changes {
     }
 }
 
-/// An ordered map of bytes whose every applied change is durable.
+/// An ordered map from bytes to bytes with durable writes.
 pub trait KeyValue: Send {
     /// The value of a key.
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>>;
-    /// Applies all changes or none; on return they survive a power cut.
-    fn apply(&mut self, changes: Changes) -> Result<()>;
-    /// Entries whose key begins with `prefix`, in order.
+    /// Applies all writes or none. After `Ok` they survive a power loss.
+    fn apply(&mut self, batch: WriteBatch) -> Result<()>;
+    /// The entries whose keys begin with `prefix`, in the order of keys.
     fn scan<'a>(&'a self, prefix: &[u8]) -> Result<Box<dyn Iterator<Item = Result<Entry>> + 'a>>;
 }
 
@@ -42,8 +42,8 @@ impl KeyValue for MemoryKv {
         Ok(self.0.get(key).cloned())
     }
 
-    fn apply(&mut self, changes: Changes) -> Result<()> {
-        for (key, value) in changes.0 {
+    fn apply(&mut self, batch: WriteBatch) -> Result<()> {
+        for (key, value) in batch.0 {
             match value {
                 Some(value) => self.0.insert(key, value),
                 None => self.0.remove(&key),

@@ -1,14 +1,14 @@
-//! The preference ledger: one record per verdict, with who judged, what was said, in which order the completions were
-//! shown, under which policy, and what it cost.
+//! The preference ledger: one record per comparison of a prompt's completions, with the judge, its replies, the order in
+//! which it was shown the completions, the policy version and the usage. And the cache of judges' replies.
 
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use crate::kv::Changes;
+use crate::kv::WriteBatch;
 use crate::{Result, Store, key, record};
 
-/// What was asked.
+/// The prompt of a preference.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Prompt {
     Text(String),
@@ -22,32 +22,33 @@ pub struct Turn {
     pub content: String,
 }
 
-/// One question to a scorer, and its reply.
+/// A request to a judge or a person, and the reply.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Exchange {
-    /// Who was asked, with its version.
+    /// Name of the judge, with its version.
     pub judge: String,
-    /// The template's name with a hash of its words; empty where none is needed.
+    /// Name of the prompt template with a hash of its text; empty where there is none.
     pub template: String,
-    /// Places of the completions in the order in which they were shown.
+    /// Indices of the completions in the order in which they were shown.
     pub shown: Vec<u32>,
-    /// The reply, word for word.
+    /// The reply, verbatim.
     pub reply: String,
-    /// Probability that the first one shown is better than the second; `None` for grades, rankings, and what could not
-    /// be understood.
+    /// Probability that the completion shown first is better than the second; `None` for grades, rankings, and replies that
+    /// could not be parsed.
     pub first: Option<f64>,
-    /// What it cost when it was asked. One that was remembered from before carries that again, so that a resumed job's
-    /// ledger is that of a whole one; [`Store::spent`] counts everything once.
+    /// Usage of the request when it was made. An exchange whose reply came from the cache has it too, so that the ledger
+    /// does not depend on interruptions; [`Store::spent`] counts each request once.
     pub usage: Usage,
 }
 
-/// What questions cost.
+/// Usage of judges.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Usage {
+    /// Number of requests.
     pub calls: u64,
     pub input_tokens: u64,
     pub output_tokens: u64,
-    /// In the currency of the configured prices.
+    /// Cost in the currency of the configured prices.
     pub money: f64,
 }
 
@@ -60,14 +61,14 @@ impl std::ops::AddAssign for Usage {
     }
 }
 
-/// A judge's reply, kept so that the same is never paid for twice.
+/// A cached reply of a judge.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct KeptReply {
+pub struct CachedReply {
     pub reply: String,
     pub usage: Usage,
 }
 
-impl record::Record for KeptReply {
+impl record::Record for CachedReply {
     fn decode(version: u8, bytes: &[u8]) -> postcard::Result<Self> {
         if version > 1 {
             return postcard::from_bytes(bytes);
@@ -76,29 +77,29 @@ impl record::Record for KeptReply {
     }
 }
 
-/// One verdict on the completions of a prompt, or a demonstration: one completion that a person wrote.
+/// A comparison of the completions of a prompt, or a demonstration: one completion that a person wrote.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Preference {
     pub step: u64,
-    /// Place of the prompt in the step.
+    /// Index of the prompt in the step.
     pub index: u32,
     /// Row of the prompt in its file.
     pub row: u64,
-    /// Updates the policy had seen when it answered.
+    /// Version of the policy that sampled the completions: its number of updates.
     pub policy_version: u64,
     pub prompt: Prompt,
     pub completions: Vec<String>,
-    /// One score each; none for a demonstration.
+    /// One score for each completion, higher is better; empty for a demonstration.
     pub scores: Vec<f64>,
-    /// The scorer's word on each.
+    /// One explanation for each completion, each possibly empty.
     pub reasons: Vec<String>,
-    /// Winner and loser, or none for a tie.
+    /// Indices of the chosen and the rejected completion; `None` for a tie.
     pub pair: Option<(u32, u32)>,
-    /// Milliseconds since 1970 when it was written down.
+    /// Unix time in milliseconds when it was written.
     pub time_ms: u64,
-    /// Who judged, with its version; for a demonstration, who wrote it.
+    /// Name of the judge with its version; for a demonstration, of its author.
     pub judge: String,
-    /// What was asked of judges and people, and what they said. Rules and reward models are asked nothing in words.
+    /// Requests to judges and people, and their replies; empty for rules and reward models.
     pub exchanges: Vec<Exchange>,
 }
 
@@ -108,7 +109,7 @@ impl Default for Prompt {
     }
 }
 
-/// The record as version 1 wrote it.
+/// Version 1 of the record.
 #[derive(Deserialize)]
 struct PreferenceV1 {
     step: u64,
@@ -149,59 +150,60 @@ impl record::Record for Preference {
 }
 
 impl Preference {
-    /// Score of the winner minus score of the loser; 0 for a tie.
+    /// Score of the chosen completion minus that of the rejected one; 0 for a tie.
     pub fn margin(&self) -> f64 {
         let score = |i: u32| self.scores.get(i as usize).copied().unwrap_or(0.0);
-        self.pair.map_or(0.0, |(won, lost)| score(won) - score(lost))
+        self.pair.map_or(0.0, |(chosen, rejected)| score(chosen) - score(rejected))
     }
 
-    /// Whether a person wrote it, with nothing to compare.
+    /// Whether this is a demonstration.
     pub fn is_demonstration(&self) -> bool {
         self.scores.is_empty() && self.completions.len() == 1
     }
 
-    /// Ranks by score: 1 is best, and equal scores share a rank.
+    /// Rank of each completion by score: 1 is best, and equal scores have equal ranks.
     pub fn ranks(&self) -> Vec<u32> {
         let rank = |s: &f64| 1 + self.scores.iter().filter(|other| *other > s).count() as u32;
         self.scores.iter().map(rank).collect()
     }
 
-    /// How far those who were asked about the same two completions, in either order or one after the other, are apart:
-    /// the largest difference of their probabilities that one of the two is better. 0 for one voice, 1 for two that
-    /// contradict each other outright.
+    /// Disagreement of the judges, in `[0, 1]`: over all exchanges on the same two completions, in either order, the
+    /// largest difference of the probabilities that one of the two is better. 0 for a single exchange, 1 for certain
+    /// judgements that contradict each other.
     pub fn disagreement(&self) -> f64 {
-        let said = |e: &Exchange| match (e.first, e.shown.as_slice()) {
+        let ordered = |e: &Exchange| match (e.first, e.shown.as_slice()) {
             (Some(first), &[a, b]) if a < b => Some((a, b, first)),
             (Some(first), &[a, b]) => Some((b, a, 1.0 - first)),
             _ => None,
         };
-        let voices: Vec<_> = self.exchanges.iter().filter_map(said).collect();
+        let judgements: Vec<_> = self.exchanges.iter().filter_map(ordered).collect();
         let gap = |x: &(u32, u32, f64)| {
-            let same = voices.iter().filter(move |y| (x.0, x.1) == (y.0, y.1));
+            let same = judgements.iter().filter(move |y| (x.0, x.1) == (y.0, y.1));
             same.map(|y| (x.2 - y.2).abs()).fold(0.0, f64::max)
         };
-        voices.iter().map(gap).fold(0.0, f64::max)
+        judgements.iter().map(gap).fold(0.0, f64::max)
     }
 
-    /// The same verdict, whenever it was written.
-    fn same(&self, other: &Self) -> bool {
+    /// Whether two records are equal but for the time at which they were written.
+    fn same_content(&self, other: &Self) -> bool {
         Self { time_ms: 0, ..self.clone() } == Self { time_ms: 0, ..other.clone() }
     }
 }
 
-/// What is wanted of the ledger; the default is all of it.
+/// A filter on the ledger; the default matches everything.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Query {
+    /// Steps of the job.
     pub steps: Option<Range<u64>>,
     pub prompt: Option<Prompt>,
-    /// Part of the name of who judged, or of one of those who were asked.
+    /// A part of the name of the judge, or of a judge in one of the exchanges.
     pub judge: Option<String>,
-    /// [`Preference::disagreement`] at least.
+    /// Smallest [`Preference::disagreement`].
     pub disagreement_min: f64,
 }
 
 impl Query {
-    fn wants(&self, p: &Preference) -> bool {
+    fn matches(&self, p: &Preference) -> bool {
         let judged = |name: &String| p.judge.contains(name) || p.exchanges.iter().any(|e| e.judge.contains(name));
         self.steps.as_ref().is_none_or(|steps| steps.contains(&p.step))
             && self.prompt.as_ref().is_none_or(|prompt| *prompt == p.prompt)
@@ -210,10 +212,10 @@ impl Query {
     }
 }
 
-/// Name of the job's state that adds up what judges cost.
+/// Name under which the job's state holds the total usage of judges.
 const SPENT: &str = "spent";
 
-/// Identity of a prompt in the index.
+/// Hash of a prompt for the index.
 fn hash(prompt: &Prompt) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     match prompt {
@@ -230,35 +232,36 @@ fn hash(prompt: &Prompt) -> [u8; 32] {
 }
 
 impl Store {
-    /// Writes verdicts down. One that is there already, as after a resume, keeps its time; another replaces it.
+    /// Writes preferences. One that is there already, as after a resume, keeps its time; one with other content at the same
+    /// step and index is replaced.
     pub fn log_preferences(&mut self, preferences: &[Preference]) -> Result<()> {
-        let mut changes = Changes::default();
+        let mut batch = WriteBatch::default();
         for p in preferences {
             let key = key::item(key::LEDGER, p.step, p.index);
             let known: Option<Preference> = record::get(&*self.kv, &key, record::LEDGER)?;
             match known {
-                Some(known) if known.same(p) => continue,
-                Some(known) => changes.remove(key::prompt_item(&hash(&known.prompt), p.step, p.index)),
+                Some(known) if known.same_content(p) => continue,
+                Some(known) => batch.remove(key::prompt_item(&hash(&known.prompt), p.step, p.index)),
                 None => {}
             }
-            record::put(&mut changes, key, record::LEDGER, p)?;
-            changes.put(key::prompt_item(&hash(&p.prompt), p.step, p.index), Vec::new());
+            record::put(&mut batch, key, record::LEDGER, p)?;
+            batch.put(key::prompt_item(&hash(&p.prompt), p.step, p.index), Vec::new());
         }
-        if changes.0.is_empty() { Ok(()) } else { self.kv.apply(changes) }
+        if batch.0.is_empty() { Ok(()) } else { self.kv.apply(batch) }
     }
 
-    /// All verdicts, by step.
+    /// All preferences, in the order of steps and indices.
     pub fn preferences(&self) -> Result<impl Iterator<Item = Result<Preference>>> {
         let entries = self.kv.scan(key::LEDGER)?;
         Ok(entries.map(|entry| entry.and_then(|(key, value)| record::decode(&*self.kv, &key, &value, record::LEDGER))))
     }
 
-    /// The verdicts of one step.
+    /// The preferences of one step, in the order of indices.
     pub fn preferences_of_step(&self, step: u64) -> Result<Vec<Preference>> {
         self.of_step(key::LEDGER, step, record::LEDGER)
     }
 
-    /// All verdicts on one prompt, by step.
+    /// All preferences on one prompt, in the order of steps and indices.
     pub fn preferences_of_prompt(&self, prompt: &Prompt) -> Result<Vec<Preference>> {
         let keys: Vec<_> = self
             .kv
@@ -268,45 +271,45 @@ impl Store {
         keys.iter().filter_map(|key| record::get(&*self.kv, key, record::LEDGER).transpose()).collect()
     }
 
-    /// The verdicts that a query wants, by step.
+    /// The preferences that match a query, in the order of steps and indices.
     pub fn query(&self, query: Query) -> Result<impl Iterator<Item = Result<Preference>>> {
         let all: Box<dyn Iterator<Item = Result<Preference>>> = match &query.prompt {
             Some(prompt) => Box::new(self.preferences_of_prompt(prompt)?.into_iter().map(Ok)),
             None => Box::new(self.preferences()?),
         };
-        Ok(all.filter(move |p| p.as_ref().map_or(true, |p| query.wants(p))))
+        Ok(all.filter(move |p| p.as_ref().map_or(true, |p| query.matches(p))))
     }
 
-    /// What a judge said when it was asked the same, by the hash of the question.
-    pub fn recall(&self, key: &str) -> Result<Option<KeptReply>> {
+    /// The cached reply of a judge to a request, by the hash of the request.
+    pub fn cached_reply(&self, key: &str) -> Result<Option<CachedReply>> {
         record::get(&*self.kv, &key::reply(key), record::REPLY)
     }
 
-    /// Keeps what a judge said and adds up what it cost; all of it, or nothing.
-    pub fn remember(&mut self, entries: &[(String, KeptReply)], spent: Usage) -> Result<()> {
-        let mut changes = Changes::default();
-        for (key, said) in entries {
-            record::put(&mut changes, key::reply(key), record::REPLY, said)?;
+    /// Caches replies of judges by the hashes of their requests, and adds `spent` to the total usage. Atomic.
+    pub fn cache_replies(&mut self, entries: &[(String, CachedReply)], spent: Usage) -> Result<()> {
+        let mut batch = WriteBatch::default();
+        for (key, reply) in entries {
+            record::put(&mut batch, key::reply(key), record::REPLY, reply)?;
         }
         let mut total = self.spent()?;
         total += spent;
-        record::put(&mut changes, key::job(SPENT), record::JOB, &total)?;
-        self.kv.apply(changes)
+        record::put(&mut batch, key::job(SPENT), record::JOB, &total)?;
+        self.kv.apply(batch)
     }
 
-    /// What all questions of the job have cost.
+    /// Total usage of all requests that the job has made to judges.
     pub fn spent(&self) -> Result<Usage> {
         Ok(self.get_job(SPENT)?.unwrap_or_default())
     }
 
-    /// Takes a verdict back.
+    /// Deletes a preference, if it exists.
     pub fn retract_preference(&mut self, step: u64, index: u32) -> Result<()> {
         let key = key::item(key::LEDGER, step, index);
         let Some(known) = record::get::<Preference>(&*self.kv, &key, record::LEDGER)? else { return Ok(()) };
-        let mut changes = Changes::default();
-        changes.remove(key::prompt_item(&hash(&known.prompt), step, index));
-        record::remove(&*self.kv, &mut changes, key)?;
-        self.kv.apply(changes)
+        let mut batch = WriteBatch::default();
+        batch.remove(key::prompt_item(&hash(&known.prompt), step, index));
+        record::remove(&*self.kv, &mut batch, key)?;
+        self.kv.apply(batch)
     }
 }
 
@@ -336,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn the_ledger_answers_by_step_and_by_prompt() {
+    fn preferences_are_found_by_step_and_by_prompt() {
         let directory = tempfile::tempdir().unwrap();
         let mut store = store(directory.path());
         let all = [preference(1, "x", [0.0, 2.0]), preference(2, "y", [1.0, 0.0]), preference(300, "x", [0.5, 0.0])];
@@ -365,13 +368,13 @@ mod tests {
     fn a_query_finds_by_judge_step_prompt_and_disagreement() {
         let directory = tempfile::tempdir().unwrap();
         let mut store = store(directory.path());
-        let mut torn = preference(2, "y", [0.5, 0.5]);
-        // Both times the first one shown: the two orders contradict each other.
-        torn.exchanges = vec![asked("gpt at home", [0, 1], 0.9), asked("gpt at home", [1, 0], 0.8)];
-        let mut sure = preference(3, "x", [1.0, 0.0]);
-        sure.exchanges = vec![asked("gpt at home", [0, 1], 0.9), asked("gpt at home", [1, 0], 0.2)];
-        assert!((torn.disagreement() - 0.7).abs() < 1e-12 && (sure.disagreement() - 0.1).abs() < 1e-12);
-        store.log_preferences(&[preference(1, "x", [0.0, 2.0]), torn, sure]).unwrap();
+        let mut contradictory = preference(2, "y", [0.5, 0.5]);
+        // It prefers the first one shown in both orders, which is a contradiction.
+        contradictory.exchanges = vec![asked("gpt at home", [0, 1], 0.9), asked("gpt at home", [1, 0], 0.8)];
+        let mut consistent = preference(3, "x", [1.0, 0.0]);
+        consistent.exchanges = vec![asked("gpt at home", [0, 1], 0.9), asked("gpt at home", [1, 0], 0.2)];
+        assert!((contradictory.disagreement() - 0.7).abs() < 1e-12 && (consistent.disagreement() - 0.1).abs() < 1e-12);
+        store.log_preferences(&[preference(1, "x", [0.0, 2.0]), contradictory, consistent]).unwrap();
         let steps = |query: Query| store.query(query).unwrap().map(|p| p.unwrap().step).collect::<Vec<_>>();
         assert_eq!(steps(Query::default()), [1, 2, 3]);
         assert_eq!(steps(Query { judge: Some("gpt".into()), ..Query::default() }), [2, 3]);
@@ -381,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn a_verdict_taken_back_is_gone_and_one_replaced_leaves_no_trace() {
+    fn a_deleted_or_replaced_preference_leaves_no_index_entry() {
         let directory = tempfile::tempdir().unwrap();
         let mut store = store(directory.path());
         store.log_preferences(&[preference(1, "x", [0.0, 2.0])]).unwrap();
@@ -394,17 +397,17 @@ mod tests {
     }
 
     #[test]
-    fn a_record_of_the_first_version_is_read() {
+    fn a_record_of_version_1_is_read() {
         #[derive(Serialize)]
         struct Old<'a>(u64, u32, u64, u64, Prompt, Vec<&'a str>, Vec<f64>, Vec<&'a str>, Option<(u32, u32)>, u64);
         let directory = tempfile::tempdir().unwrap();
         let mut store = store(directory.path());
         let old =
             Old(7, 1, 3, 7, Prompt::Text("x".into()), vec!["a", "b"], vec![0.0, 1.0], vec![""; 2], Some((1, 0)), 9);
-        let mut changes = Changes::default();
+        let mut batch = WriteBatch::default();
         let first = record::Kind { version: 1, ..record::LEDGER };
-        record::put(&mut changes, key::item(key::LEDGER, 7, 1), first, &old).unwrap();
-        store.kv.apply(changes).unwrap();
+        record::put(&mut batch, key::item(key::LEDGER, 7, 1), first, &old).unwrap();
+        store.kv.apply(batch).unwrap();
         let read = store.preferences_of_step(7).unwrap().remove(0);
         assert_eq!((read.margin(), read.ranks(), read.judge.as_str()), (1.0, vec![2, 1], ""));
     }

@@ -1,10 +1,11 @@
-//! What must survive: checkpoints, rollouts, the preference ledger and job state.
+//! The durable store of a job: checkpoints, rollouts, the preference ledger, cached replies of judges and job state.
 //!
-//! This crate alone knows sled. It holds bytes and records, no tensors: a checkpoint's data are byte slices with a
-//! type, a shape and a name. What a call returned `Ok` for survives the process and the power.
+//! This is the only crate that depends on sled. It stores bytes and records and knows no tensor library: a tensor is a
+//! byte slice with a type, a shape and a name. What a call returned `Ok` for survives a crash and a power loss.
 
 mod checkpoint;
 mod error;
+mod header;
 mod key;
 mod kv;
 mod ledger;
@@ -15,9 +16,10 @@ mod sled_kv;
 
 pub use checkpoint::{CheckpointSummary, LoadedCheckpoint, OwnedTensor, SavedCheckpoint, TensorBytes};
 pub use error::{Error, Result};
-pub use kv::{Changes, KeyValue, MemoryKv};
-pub use ledger::{Exchange, KeptReply, Preference, Prompt, Query, Turn, Usage};
-pub use rollout::{Rollout, Verdict};
+pub use header::ModelCounters;
+pub use kv::{KeyValue, MemoryKv, WriteBatch};
+pub use ledger::{CachedReply, Exchange, Preference, Prompt, Query, Turn, Usage};
+pub use rollout::{RolloutRecord, ScoreRecord};
 
 use std::fs::{self, File, TryLockError};
 use std::io::Write;
@@ -28,21 +30,27 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::error::IoContext;
 use crate::shards::Shards;
 
-/// Something the store repaired or set aside while opening; worth telling the user.
+/// A message for the user about something that the store repaired, set aside or found damaged.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Repair(pub String);
 
-/// The store of one job, in one directory, owned by one process and meant for one thread.
+/// The store of one job in one directory. One process at a time owns it, and one thread uses it.
 pub struct Store {
     kv: Box<dyn KeyValue>,
     shards: Shards,
     directory: PathBuf,
-    /// Held open for the lock.
+    /// Holds the lock on the directory while it is open.
     _lock: Option<File>,
 }
 
 impl Store {
-    /// Opens or creates the store of a job directory, repairing what a killed process may have left.
+    /// Opens or creates the store of a job directory, and repairs what a killed process may have left. Returns messages on
+    /// the repairs.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InUse`] or [`Error::Locked`] if another process uses the directory, [`Error::Lost`] if acknowledged records
+    /// are gone, and I/O errors.
     pub fn open(directory: &Path) -> Result<(Self, Vec<Repair>)> {
         fs::create_dir_all(directory).at(directory)?;
         let lock = lock(directory)?;
@@ -53,11 +61,11 @@ impl Store {
             directory: directory.into(),
             _lock: Some(lock),
         };
-        repairs.extend(store.adopt_orphans()?);
+        repairs.extend(store.restore_manifests()?);
         Ok((store, repairs))
     }
 
-    /// A store over any key-value map, for tests; shards lie in `directory`.
+    /// A store over any key-value map, without a lock, for tests. Shards are files in `directory`.
     pub fn with_kv(kv: Box<dyn KeyValue>, directory: &Path) -> Result<Self> {
         Ok(Self { kv, shards: Shards::open(&directory.join("checkpoints"))?, directory: directory.into(), _lock: None })
     }
@@ -67,56 +75,59 @@ impl Store {
         &self.directory
     }
 
-    /// Keeps a named piece of job state, replacing what had the name.
+    /// Stores a named value of job state, replacing one of the same name.
     pub fn put_job<T: Serialize>(&mut self, name: &str, value: &T) -> Result<()> {
-        let mut changes = Changes::default();
-        record::put(&mut changes, key::job(name), record::JOB, value)?;
-        self.kv.apply(changes)
+        let mut batch = WriteBatch::default();
+        record::put(&mut batch, key::job(name), record::JOB, value)?;
+        self.kv.apply(batch)
     }
 
-    /// A named piece of job state.
+    /// Reads a named value of job state, if there is one.
     pub fn get_job<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>> {
         let plain: Option<record::Plain<T>> = record::get(&*self.kv, &key::job(name), record::JOB)?;
         Ok(plain.map(|p| p.0))
     }
 
-    /// Reads everything back and checks every checksum; returns what is wrong, and how many records are right.
+    /// Reads everything and verifies every checksum. Returns an error message for each damaged record, and the number of
+    /// intact ones.
     pub fn verify(&self) -> Result<(Vec<String>, u64)> {
-        let mut wrong = Vec::new();
-        let mut right = 0;
+        let mut damaged = Vec::new();
+        let mut intact = 0;
         for entry in self.kv.scan(b"")? {
             let (key, value) = entry?;
             if key.first() == Some(&b'#') || key.first() == Some(&b't') || key::is_index(&key) {
-                continue; // parts are checked with the record they belong to, tensors with their checkpoint
+                continue; // parts are verified with their record, tensors with their checkpoint
             }
             match record::check(&*self.kv, &key, &value) {
-                Ok(()) => right += 1,
-                Err(e) => wrong.push(e.to_string()),
+                Ok(()) => intact += 1,
+                Err(e) => damaged.push(e.to_string()),
             }
         }
         for summary in self.checkpoints()? {
             match self.load_checkpoint(summary.step) {
-                Ok(_) => right += 1,
-                Err(e) => wrong.push(e.to_string()),
+                Ok(_) => intact += 1,
+                Err(e) => damaged.push(e.to_string()),
             }
         }
-        Ok((wrong, right))
+        Ok((damaged, intact))
     }
 }
 
-/// Takes the job directory for this process, or says who has it.
+/// Locks the job directory for this process, or returns an error with the owner's process id.
 fn lock(directory: &Path) -> Result<File> {
     let path = directory.join("job.lock");
     let mut file = File::options().create(true).truncate(false).read(true).write(true).open(&path).at(&path)?;
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
-            let owner = fs::read_to_string(&path).unwrap_or_default();
-            return Err(Error::InUse { directory: directory.into(), owner: owner.trim().to_string() });
+            // The owner may not have written its id yet.
+            let owner = fs::read_to_string(&path).ok().map(|id| id.trim().to_string()).filter(|id| !id.is_empty());
+            let owner = owner.unwrap_or_else(|| "(unknown)".into());
+            return Err(Error::InUse { directory: directory.into(), owner });
         }
         Err(TryLockError::Error(source)) => return Err(Error::Io { path, source }),
     }
-    // The number is for people; the lock is what counts.
+    // The id is for the error message only.
     file.set_len(0).at(&path)?;
     writeln!(file, "{}", std::process::id()).at(&path)?;
     Ok(file)

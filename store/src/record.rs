@@ -1,13 +1,14 @@
-//! Versioned, checksummed records: `[layout][version][checksum: 8][payload]`, long payloads in parts.
+//! Versioned records with checksums: `[layout: 1][version: 1][checksum: 8][payload]` in bytes. A long payload is split
+//! into parts under keys of their own, and the record holds the number of parts (4 bytes, big-endian) instead.
 //!
-//! sled keeps values above about 7 KiB in separate files that its flush does not sync; parts stay below that.
+//! sled keeps values above about 7 KiB in separate files that its flush does not sync, so parts are smaller.
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::kv::{Changes, KeyValue};
+use crate::kv::{KeyValue, WriteBatch};
 use crate::{Error, Result, key};
 
-/// What a record is and the newest version this program reads.
+/// A kind of record: its name in messages, and the version that this program writes.
 #[derive(Clone, Copy)]
 pub struct Kind {
     pub name: &'static str,
@@ -17,34 +18,34 @@ pub struct Kind {
 pub const JOB: Kind = Kind { name: "job state", version: 1 };
 pub const CHECKPOINT: Kind = Kind { name: "checkpoint manifest", version: 1 };
 pub const ROLLOUT: Kind = Kind { name: "rollout", version: 1 };
-pub const VERDICT: Kind = Kind { name: "verdict", version: 2 };
+pub const SCORE: Kind = Kind { name: "score", version: 2 };
 pub const REPLY: Kind = Kind { name: "judge's reply", version: 2 };
 pub const LEDGER: Kind = Kind { name: "preference", version: 2 };
 
-/// A record; one that older programs wrote otherwise says how to read theirs.
+/// A type of record, with a decoder for each version of its encoding.
 pub trait Record: DeserializeOwned {
-    /// Decodes what a program that knew `version` wrote.
+    /// Decodes a payload of a version up to the current one.
     fn decode(_version: u8, bytes: &[u8]) -> postcard::Result<Self> {
         postcard::from_bytes(bytes)
     }
 }
 
-/// A record of whatever type.
+/// A record of any serializable type, with a single version.
 #[derive(Deserialize)]
 #[serde(transparent)]
 pub struct Plain<T>(pub T);
 
 impl<T: DeserializeOwned> Record for Plain<T> {}
 
-/// Bytes of a value at most.
+/// Largest size of a value in bytes.
 pub const PART_BYTES: usize = 6 * 1024;
 
 const WHOLE: u8 = 0;
 const SPLIT: u8 = 1;
 const HEADER: usize = 10;
 
-/// Adds a record to `changes`.
-pub fn put<T: Serialize>(changes: &mut Changes, key: Vec<u8>, kind: Kind, value: &T) -> Result<()> {
+/// Adds the writes of a record to `batch`.
+pub fn put<T: Serialize>(batch: &mut WriteBatch, key: Vec<u8>, kind: Kind, value: &T) -> Result<()> {
     let payload = postcard::to_stdvec(value).map_err(|e| Error::Encode(e.to_string()))?;
     let header = |layout: u8| {
         let mut bytes = vec![layout, kind.version];
@@ -54,25 +55,25 @@ pub fn put<T: Serialize>(changes: &mut Changes, key: Vec<u8>, kind: Kind, value:
     if payload.len() + HEADER <= PART_BYTES {
         let mut bytes = header(WHOLE);
         bytes.extend_from_slice(&payload);
-        changes.put(key, bytes);
+        batch.put(key, bytes);
         return Ok(());
     }
     let mut bytes = header(SPLIT);
     bytes.extend_from_slice(&(payload.len().div_ceil(PART_BYTES) as u32).to_be_bytes());
     for (i, part) in payload.chunks(PART_BYTES).enumerate() {
-        changes.put(key::part(&key, i as u32), part.to_vec());
+        batch.put(key::part(&key, i as u32), part.to_vec());
     }
-    changes.put(key, bytes);
+    batch.put(key, bytes);
     Ok(())
 }
 
-/// Adds the removal of a record and its parts to `changes`.
-pub fn remove(kv: &dyn KeyValue, changes: &mut Changes, key: Vec<u8>) -> Result<()> {
+/// Adds the removal of a record and its parts to `batch`.
+pub fn remove(kv: &dyn KeyValue, batch: &mut WriteBatch, key: Vec<u8>) -> Result<()> {
     if let Some(value) = kv.get(&key)? {
         for i in 0..parts(&value) {
-            changes.remove(key::part(&key, i));
+            batch.remove(key::part(&key, i));
         }
-        changes.remove(key);
+        batch.remove(key);
     }
     Ok(())
 }
@@ -95,7 +96,7 @@ pub fn decode<T: Record>(kv: &dyn KeyValue, key: &[u8], value: &[u8], kind: Kind
     T::decode(version, &payload).map_err(|e| Error::Corrupt { what: what(), reason: e.to_string() })
 }
 
-/// Checks a value's checksum without decoding it.
+/// Verifies a value's checksum without decoding it.
 pub fn check(kv: &dyn KeyValue, key: &[u8], value: &[u8]) -> Result<()> {
     payload(kv, key, value).map(|_| ())
 }
@@ -118,7 +119,7 @@ fn payload(kv: &dyn KeyValue, key: &[u8], value: &[u8]) -> Result<(u8, Vec<u8>)>
         _ => return Err(corrupt("its layout is unknown")),
     };
     if checksum(version, &payload) != sum {
-        return Err(corrupt("its checksum does not fit"));
+        return Err(corrupt("its checksum does not match"));
     }
     Ok((version, payload))
 }
@@ -138,7 +139,7 @@ fn checksum(version: u8, payload: &[u8]) -> [u8; 8] {
     sum
 }
 
-/// A key as people can read it.
+/// A key in readable form, for messages.
 fn name(key: &[u8]) -> String {
     let letter = key.first().map_or('?', |&c| c as char);
     match crate::key::step_of(key) {
@@ -154,27 +155,27 @@ mod tests {
 
     fn written(value: &Vec<u8>) -> MemoryKv {
         let mut kv = MemoryKv::default();
-        let mut changes = Changes::default();
-        put(&mut changes, b"j/x".to_vec(), JOB, value).unwrap();
-        kv.apply(changes).unwrap();
+        let mut batch = WriteBatch::default();
+        put(&mut batch, b"j/x".to_vec(), JOB, value).unwrap();
+        kv.apply(batch).unwrap();
         kv
     }
 
     #[test]
-    fn short_and_long_records_read_back_and_vanish_whole() {
+    fn short_and_long_records_are_read_and_removed() {
         for len in [0, 10, PART_BYTES - 20, PART_BYTES, 5 * PART_BYTES + 1] {
             let value: Vec<u8> = (0..len).map(|i| i as u8).collect();
             let mut kv = written(&value);
             assert_eq!(get::<Plain<Vec<u8>>>(&kv, b"j/x", JOB).unwrap().unwrap().0, value);
-            let mut changes = Changes::default();
-            remove(&kv, &mut changes, b"j/x".to_vec()).unwrap();
-            kv.apply(changes).unwrap();
+            let mut batch = WriteBatch::default();
+            remove(&kv, &mut batch, b"j/x".to_vec()).unwrap();
+            kv.apply(batch).unwrap();
             assert_eq!(kv.scan(b"").unwrap().count(), 0);
         }
     }
 
     #[test]
-    fn every_flipped_byte_is_noticed() {
+    fn every_flipped_byte_is_detected() {
         let kv = written(&vec![7; 50]);
         let value = kv.get(b"j/x").unwrap().unwrap();
         for at in 0..value.len() {
@@ -188,9 +189,9 @@ mod tests {
     #[test]
     fn a_newer_version_is_refused_by_name() {
         let mut kv = MemoryKv::default();
-        let mut changes = Changes::default();
-        put(&mut changes, b"j/x".to_vec(), Kind { version: 2, ..JOB }, &1u8).unwrap();
-        kv.apply(changes).unwrap();
+        let mut batch = WriteBatch::default();
+        put(&mut batch, b"j/x".to_vec(), Kind { version: 2, ..JOB }, &1u8).unwrap();
+        kv.apply(batch).unwrap();
         let error = get::<Plain<u8>>(&kv, b"j/x", JOB).err().unwrap().to_string();
         assert!(error.contains("newer version"), "{error}");
     }

@@ -1,42 +1,43 @@
-//! Rollouts as they finish, and what was said of them, so that nothing is generated or judged twice.
+//! The log of a step's rollouts and scores, from which an interrupted step resumes without sampling or scoring again.
 
 use serde::{Deserialize, Serialize};
 
-use crate::kv::Changes;
+use crate::kv::WriteBatch;
 use crate::{Exchange, Result, Store, key, record};
 
-/// A finished completion.
+/// A sampled completion.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Rollout {
+pub struct RolloutRecord {
     pub step: u64,
-    /// Place in the step: prompt by prompt, completion by completion.
+    /// Index in the step: prompt by prompt, and completion by completion in each.
     pub index: u32,
-    /// Address of its random numbers.
+    /// Identifies the completion's stream of random numbers.
     pub id: u64,
-    /// Version of the policy that said it: the number of its updates.
+    /// Version of the policy that sampled it: its number of updates.
     pub policy_version: u64,
     pub tokens: Vec<u32>,
-    /// Log-probability of each token when it was drawn.
+    /// Log-probability of each token when it was sampled.
     pub logprobs: Vec<f32>,
-    /// 0: end of sequence, 1: stop text, 2: length.
+    /// Why it ended: 0 for an end-of-sequence token, 1 for a stop string, 2 for the length limit.
     pub finish: u8,
 }
 
-/// What the reward said of a rollout.
+/// The score of a rollout.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Verdict {
+pub struct ScoreRecord {
     pub step: u64,
+    /// Index of the rollout in the step.
     pub index: u32,
     pub score: f64,
-    /// Why, in the scorer's words.
+    /// Explanation given by the scorer; may be empty.
     pub reason: String,
-    /// What was asked about it, and what the scorer said.
+    /// The requests to judges that led to the score, and their replies.
     pub exchanges: Vec<Exchange>,
 }
 
-impl record::Record for Rollout {}
+impl record::Record for RolloutRecord {}
 
-impl record::Record for Verdict {
+impl record::Record for ScoreRecord {
     fn decode(version: u8, bytes: &[u8]) -> postcard::Result<Self> {
         if version > 1 {
             return postcard::from_bytes(bytes);
@@ -47,48 +48,48 @@ impl record::Record for Verdict {
 }
 
 impl Store {
-    /// Logs finished completions.
-    pub fn log_rollouts(&mut self, rollouts: &[Rollout]) -> Result<()> {
-        let mut changes = Changes::default();
+    /// Logs sampled completions. One with the same step and index is replaced.
+    pub fn log_rollouts(&mut self, rollouts: &[RolloutRecord]) -> Result<()> {
+        let mut batch = WriteBatch::default();
         for r in rollouts {
-            record::put(&mut changes, key::item(key::ROLLOUT, r.step, r.index), record::ROLLOUT, r)?;
+            record::put(&mut batch, key::item(key::ROLLOUT, r.step, r.index), record::ROLLOUT, r)?;
         }
-        self.kv.apply(changes)
+        self.kv.apply(batch)
     }
 
-    /// Logs verdicts.
-    pub fn log_verdicts(&mut self, verdicts: &[Verdict]) -> Result<()> {
-        let mut changes = Changes::default();
-        for v in verdicts {
-            record::put(&mut changes, key::item(key::VERDICT, v.step, v.index), record::VERDICT, v)?;
+    /// Logs scores. One with the same step and index is replaced.
+    pub fn log_scores(&mut self, scores: &[ScoreRecord]) -> Result<()> {
+        let mut batch = WriteBatch::default();
+        for s in scores {
+            record::put(&mut batch, key::item(key::SCORE, s.step, s.index), record::SCORE, s)?;
         }
-        self.kv.apply(changes)
+        self.kv.apply(batch)
     }
 
-    /// The logged completions of a step, in order.
-    pub fn rollouts(&self, step: u64) -> Result<Vec<Rollout>> {
+    /// The logged completions of a step, in the order of their indices.
+    pub fn rollouts(&self, step: u64) -> Result<Vec<RolloutRecord>> {
         self.of_step(key::ROLLOUT, step, record::ROLLOUT)
     }
 
-    /// The logged verdicts of a step, in order.
-    pub fn verdicts(&self, step: u64) -> Result<Vec<Verdict>> {
-        self.of_step(key::VERDICT, step, record::VERDICT)
+    /// The logged scores of a step, in the order of their indices.
+    pub fn scores(&self, step: u64) -> Result<Vec<ScoreRecord>> {
+        self.of_step(key::SCORE, step, record::SCORE)
     }
 
-    /// Forgets rollouts and verdicts of the steps before `step`: a checkpoint has their effect.
-    pub fn forget_rollouts_before(&mut self, step: u64) -> Result<()> {
-        let mut changes = Changes::default();
-        for kind in [key::ROLLOUT, key::VERDICT] {
+    /// Deletes the rollouts and scores of the steps before `step`, which a checkpoint made superfluous.
+    pub fn delete_rollouts_before(&mut self, step: u64) -> Result<()> {
+        let mut batch = WriteBatch::default();
+        for kind in [key::ROLLOUT, key::SCORE] {
             let old: Vec<_> = self
                 .kv
                 .scan(kind)?
                 .take_while(|entry| entry.as_ref().map_or(true, |(k, _)| key::step_of(k) < Some(step)))
                 .collect::<Result<_>>()?;
             for (key, _) in old {
-                record::remove(&*self.kv, &mut changes, key)?;
+                record::remove(&*self.kv, &mut batch, key)?;
             }
         }
-        if changes.0.is_empty() { Ok(()) } else { self.kv.apply(changes) }
+        if batch.0.is_empty() { Ok(()) } else { self.kv.apply(batch) }
     }
 
     pub(crate) fn of_step<T: record::Record>(&self, kind: &[u8], step: u64, record: record::Kind) -> Result<Vec<T>> {
@@ -103,27 +104,33 @@ impl Store {
 mod tests {
     use super::*;
 
-    fn rollout(step: u64, index: u32, tokens: usize) -> Rollout {
+    fn rollout(step: u64, index: u32, tokens: usize) -> RolloutRecord {
         let tokens: Vec<u32> = (0..tokens as u32).collect();
         let logprobs = tokens.iter().map(|&t| -(t as f32)).collect();
-        Rollout { step, index, id: 9, policy_version: step, tokens, logprobs, finish: 0 }
+        RolloutRecord { step, index, id: 9, policy_version: step, tokens, logprobs, finish: 0 }
     }
 
     #[test]
-    fn rollouts_come_back_by_step_and_are_forgotten() {
+    fn rollouts_are_read_by_step_and_deleted() {
         let directory = tempfile::tempdir().unwrap();
         let mut store = Store::with_kv(Box::new(crate::MemoryKv::default()), directory.path()).unwrap();
         for step in 0..3 {
             // The second is long enough to be split.
             store.log_rollouts(&[rollout(step, 0, 5), rollout(step, 1, 4000)]).unwrap();
             store
-                .log_verdicts(&[Verdict { step, index: 0, score: 0.1, reason: "short".into(), exchanges: Vec::new() }])
+                .log_scores(&[ScoreRecord {
+                    step,
+                    index: 0,
+                    score: 0.1,
+                    reason: "short".into(),
+                    exchanges: Vec::new(),
+                }])
                 .unwrap();
         }
         assert_eq!(store.rollouts(1).unwrap(), [rollout(1, 0, 5), rollout(1, 1, 4000)]);
-        store.forget_rollouts_before(2).unwrap();
-        assert!(store.rollouts(1).unwrap().is_empty() && store.verdicts(1).unwrap().is_empty());
+        store.delete_rollouts_before(2).unwrap();
+        assert!(store.rollouts(1).unwrap().is_empty() && store.scores(1).unwrap().is_empty());
         assert_eq!(store.rollouts(2).unwrap().len(), 2);
-        assert_eq!(store.verdicts(2).unwrap()[0].score, 0.1);
+        assert_eq!(store.scores(2).unwrap()[0].score, 0.1);
     }
 }

@@ -1,14 +1,15 @@
-//! sled 0.34.7, with what its use has taught.
+//! The database on sled 0.34.7, with workarounds for sled's defects.
 //!
-//! - `flush()` alone does not survive a power cut: `sync_all` on its `db` file follows.
-//! - A kill during open can leave `snap.*.generating`, and open then fails until it is gone.
-//! - A damaged snapshot can be set aside; a damaged log may panic or silently lose its tail. A sentinel file with
-//!   the last acknowledged sequence number exposes the latter.
-//! - A lock may outlive its holder by a moment, so it is waited for.
-//! - After an I/O error sled refuses everything until it is opened again.
+//! - `flush()` alone does not survive a power loss, so `sync_all` on sled's `db` file follows it.
+//! - A kill during open can leave `snap.*.generating`, with which the next open fails; it is removed first.
+//! - A damaged snapshot can be renamed, and sled rebuilds it from the log. A damaged log may panic, or lose its tail
+//!   without an error; a sentinel file with the sequence number of the last acknowledged write detects the loss.
+//! - A lock may outlive its process by a moment, so opening waits for it.
+//! - After an I/O error sled fails every request until it is opened again.
 
 use std::cell::RefCell;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -16,7 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::error::IoContext;
-use crate::kv::{Changes, Entry, KeyValue};
+use crate::kv::{Entry, KeyValue, WriteBatch};
 use crate::{Error, Repair, Result};
 
 const SEQUENCE: &[u8] = b"!sequence";
@@ -26,13 +27,14 @@ pub struct SledKv {
     path: PathBuf,
     sentinel: File,
     sentinel_path: PathBuf,
-    /// Replaced when sled has to be opened again; one thread owns the store, so nobody waits for the cell.
+    /// Replaced when sled has to be opened again. One thread owns the store, so the cell is never contended.
     state: RefCell<State>,
 }
 
 struct State {
-    /// None after a failed write: sled never recovers from one by itself.
+    /// `None` after a failed write, from which sled does not recover until it is opened again.
     db: Option<Open>,
+    /// Sequence number of the last acknowledged write.
     acknowledged: u64,
 }
 
@@ -49,7 +51,9 @@ impl SledKv {
         let mut repairs = Vec::new();
         let open = match Open::new(&path, &mut repairs) {
             Ok(open) => open,
-            Err(Error::Database { .. }) if set_snapshots_aside(&path, &mut repairs)? => Open::new(&path, &mut repairs)?,
+            Err(Error::Database { .. }) if set_damaged_snapshots_aside(&path, &mut repairs)? => {
+                Open::new(&path, &mut repairs)?
+            }
             Err(e) => return Err(e),
         };
         sync_directories(&path, directory)?;
@@ -61,7 +65,7 @@ impl SledKv {
             .write(true)
             .open(&sentinel_path)
             .at(&sentinel_path)?;
-        let (found, acknowledged) = (open.sequence(&path)?, read_sentinel(&sentinel));
+        let (found, acknowledged) = (open.sequence(&path)?, read_sentinel(&sentinel).at(&sentinel_path)?);
         if found < acknowledged {
             return Err(Error::Lost { path, found, acknowledged });
         }
@@ -69,8 +73,8 @@ impl SledKv {
         Ok((Self { path, sentinel, sentinel_path, state }, repairs))
     }
 
-    /// The open database; after a failed write it is opened again first.
-    fn ready(&self) -> Result<Open> {
+    /// The open database. After a failed write it is opened again first.
+    fn database(&self) -> Result<Open> {
         let mut state = self.state.borrow_mut();
         if let Some(open) = &state.db {
             return Ok(open.clone());
@@ -81,9 +85,9 @@ impl SledKv {
         Ok(open)
     }
 
-    fn write(&self, open: &Open, changes: &Changes, sequence: u64) -> Result<()> {
+    fn write(&self, open: &Open, writes: &WriteBatch, sequence: u64) -> Result<()> {
         let mut batch = sled::Batch::default();
-        for (key, value) in &changes.0 {
+        for (key, value) in &writes.0 {
             match value {
                 Some(value) => batch.insert(key.as_slice(), value.as_slice()),
                 None => batch.remove(key.as_slice()),
@@ -99,7 +103,7 @@ impl SledKv {
 
 impl Open {
     fn new(path: &Path, repairs: &mut Vec<Repair>) -> Result<Self> {
-        remove_half_made_snapshots(path, repairs)?;
+        remove_partial_snapshots(path, repairs)?;
         let db = open_db(path)?;
         let log_path = path.join("db");
         Ok(Self { db, log: Arc::new(File::open(&log_path).at(&log_path)?) })
@@ -111,24 +115,26 @@ impl Open {
     }
 }
 
-fn read_sentinel(sentinel: &File) -> u64 {
+/// The sequence number in the sentinel file; 0 for the empty file of a new store.
+fn read_sentinel(sentinel: &File) -> std::io::Result<u64> {
     let mut bytes = [0; 8];
     match sentinel.read_exact_at(&mut bytes, 0) {
-        Ok(()) => u64::from_be_bytes(bytes),
-        Err(_) => 0, // a new store
+        Ok(()) => Ok(u64::from_be_bytes(bytes)),
+        Err(e) if e.kind() == ErrorKind::UnexpectedEof => Ok(0),
+        Err(e) => Err(e),
     }
 }
 
 impl KeyValue for SledKv {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        let open = self.ready()?;
+        let open = self.database()?;
         Ok(guard(&self.path, || open.db.get(key))?.map(|v| v.to_vec()))
     }
 
-    fn apply(&mut self, changes: Changes) -> Result<()> {
-        let open = self.ready()?;
+    fn apply(&mut self, batch: WriteBatch) -> Result<()> {
+        let open = self.database()?;
         let sequence = self.state.borrow().acknowledged + 1;
-        let written = self.write(&open, &changes, sequence);
+        let written = self.write(&open, &batch, sequence);
         let mut state = self.state.borrow_mut();
         match &written {
             Ok(()) => state.acknowledged = sequence,
@@ -138,12 +144,12 @@ impl KeyValue for SledKv {
     }
 
     fn scan<'a>(&'a self, prefix: &[u8]) -> Result<Box<dyn Iterator<Item = Result<Entry>> + 'a>> {
-        let entries = self.ready()?.db.scan_prefix(prefix);
-        let own = |key: &[u8]| key != SEQUENCE;
+        let entries = self.database()?.db.scan_prefix(prefix);
+        let is_record = |key: &[u8]| key != SEQUENCE;
         Ok(Box::new(
             entries
                 .map(move |entry| guard(&self.path, || entry).map(|(k, v)| (k.to_vec(), v.to_vec())))
-                .filter(move |entry| entry.as_ref().map_or(true, |(k, _)| own(k))),
+                .filter(move |entry| entry.as_ref().map_or(true, |(k, _)| is_record(k))),
         ))
     }
 }
@@ -151,7 +157,7 @@ impl KeyValue for SledKv {
 fn open_db(path: &Path) -> Result<sled::Db> {
     let config =
         sled::Config::new().path(path).cache_capacity(CACHE_BYTES).use_compression(false).flush_every_ms(Some(500));
-    let until = Instant::now() + LOCK_PATIENCE;
+    let until = Instant::now() + LOCK_WAIT;
     loop {
         match guard(path, || config.open()) {
             Err(Error::Locked { .. }) if Instant::now() < until => std::thread::sleep(Duration::from_millis(20)),
@@ -160,17 +166,17 @@ fn open_db(path: &Path) -> Result<sled::Db> {
     }
 }
 
-/// How long a lock that somebody holds is waited for.
+/// How long opening waits for a lock that is held elsewhere.
 ///
-/// A program that this process is just starting holds all its files, this lock too, until it runs; and a process that was
-/// killed holds its own for a moment.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+/// A child process holds this process's files, and with them this lock, between fork and exec; and a killed process
+/// holds its lock until the kernel has released it.
+const LOCK_WAIT: Duration = Duration::from_secs(2);
 
-/// sled reports some damage by panicking; here that is an error like any other.
+/// Calls sled and converts its errors, and the panics by which it reports some kinds of damage.
 fn guard<T>(path: &Path, f: impl FnOnce() -> sled::Result<T>) -> Result<T> {
     match catch_unwind(AssertUnwindSafe(f)) {
         Ok(Ok(value)) => Ok(value),
-        // sled says so in words alone.
+        // sled tells this apart from other errors by its message only.
         Ok(Err(e)) if e.to_string().contains("could not acquire lock") => Err(Error::Locked { path: path.into() }),
         Ok(Err(sled::Error::Io(source))) => Err(source).at(path),
         Ok(Err(e)) if e.to_string().contains("StorageFull") || e.to_string().contains("No space left") => {
@@ -180,7 +186,7 @@ fn guard<T>(path: &Path, f: impl FnOnce() -> sled::Result<T>) -> Result<T> {
         Err(panic) => {
             let reason = panic.downcast_ref::<String>().cloned();
             let reason = reason.or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()));
-            Err(Error::Database { path: path.into(), reason: reason.unwrap_or_else(|| "it panicked".into()) })
+            Err(Error::Database { path: path.into(), reason: reason.unwrap_or_else(|| "sled panicked".into()) })
         }
     }
 }
@@ -199,26 +205,26 @@ fn files(path: &Path, matches: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-fn remove_half_made_snapshots(path: &Path, repairs: &mut Vec<Repair>) -> Result<()> {
+fn remove_partial_snapshots(path: &Path, repairs: &mut Vec<Repair>) -> Result<()> {
     for file in files(path, |name| name.ends_with(".generating"))? {
         fs::remove_file(&file).at(&file)?;
-        repairs.push(Repair(format!("removed {}, which a killed process left half-made", file.display())));
+        repairs.push(Repair(format!("removed {}, a partial snapshot of a killed process", file.display())));
     }
     Ok(())
 }
 
-/// Whether there was a snapshot to set aside; sled then rebuilds it from the log.
-fn set_snapshots_aside(path: &Path, repairs: &mut Vec<Repair>) -> Result<bool> {
+/// Renames snapshots, so that sled rebuilds them from the log. Returns whether there were any.
+fn set_damaged_snapshots_aside(path: &Path, repairs: &mut Vec<Repair>) -> Result<bool> {
     let snapshots = files(path, |name| name.starts_with("snap."))?;
     for file in &snapshots {
         let aside = path.with_file_name(format!("damaged-{}", file.file_name().unwrap_or_default().to_string_lossy()));
         fs::rename(file, &aside).at(file)?;
-        repairs.push(Repair(format!("set the damaged snapshot {} aside and rebuilt it from the log", aside.display())));
+        repairs.push(Repair(format!("renamed a damaged snapshot to {} and rebuilt it from the log", aside.display())));
     }
     Ok(!snapshots.is_empty())
 }
 
-/// The entries of a new store must survive too, not only their contents.
+/// Makes the directory entries of a new store durable, not only the files' contents.
 fn sync_directories(path: &Path, parent: &Path) -> Result<()> {
     let conf = path.join("conf");
     for file in [conf.as_path(), &path.join("blobs"), path, parent] {
@@ -240,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn sled_does_what_a_map_does_over_reopening() {
+    fn sled_agrees_with_a_map_across_reopening() {
         let directory = tempfile::tempdir().unwrap();
         let mut model = MemoryKv::default();
         let mut state = 12345u64;
@@ -250,16 +256,16 @@ mod tests {
         };
         let (mut kv, _) = SledKv::open(directory.path()).unwrap();
         for round in 0..120 {
-            let mut changes = Changes::default();
+            let mut batch = WriteBatch::default();
             for _ in 0..random(6) {
                 let key = format!("{}/{}", ["a", "b", "ab"][random(3) as usize], random(20)).into_bytes();
                 match random(3) {
-                    0 => changes.remove(key),
-                    _ => changes.put(key, vec![round as u8; random(5000) as usize]),
+                    0 => batch.remove(key),
+                    _ => batch.put(key, vec![round as u8; random(5000) as usize]),
                 }
             }
-            model.apply(changes.clone()).unwrap();
-            kv.apply(changes).unwrap();
+            model.apply(batch.clone()).unwrap();
+            kv.apply(batch).unwrap();
             if random(10) == 0 {
                 drop(kv);
                 kv = SledKv::open(directory.path()).unwrap().0;
@@ -275,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_is_waited_for_and_then_named() {
+    fn opening_waits_for_a_lock_and_then_fails() {
         let directory = tempfile::tempdir().unwrap();
         let (held, _) = SledKv::open(directory.path()).unwrap();
         let error = SledKv::open(directory.path()).err().expect("an error");
@@ -289,29 +295,29 @@ mod tests {
     }
 
     #[test]
-    fn a_half_made_snapshot_is_removed() {
+    fn a_partial_snapshot_is_removed() {
         let directory = tempfile::tempdir().unwrap();
         drop(SledKv::open(directory.path()).unwrap());
         let left = directory.path().join("store/snap.0000000000000001.generating");
         fs::write(&left, b"half").unwrap();
         let (_, repairs) = SledKv::open(directory.path()).unwrap();
         assert!(!left.exists());
-        assert!(repairs[0].0.contains("half-made"), "{repairs:?}");
+        assert!(repairs[0].0.contains("partial"), "{repairs:?}");
     }
 
     #[test]
-    fn acknowledged_records_that_are_gone_are_an_error() {
+    fn the_loss_of_acknowledged_writes_is_an_error() {
         let directory = tempfile::tempdir().unwrap();
         let (mut kv, _) = SledKv::open(directory.path()).unwrap();
         for i in 0..3u8 {
-            let mut changes = Changes::default();
-            changes.put(vec![i], vec![i]);
-            kv.apply(changes).unwrap();
+            let mut batch = WriteBatch::default();
+            batch.put(vec![i], vec![i]);
+            kv.apply(batch).unwrap();
         }
         drop(kv);
-        // The database is replaced by an empty one, as by a bad copy; the sentinel remembers.
+        // An empty database in place of the one that the sentinel belongs to, as after an incomplete copy.
         fs::remove_dir_all(directory.path().join("store")).unwrap();
         let error = SledKv::open(directory.path()).err().expect("an error").to_string();
-        assert!(error.contains("stands at 0, 3 were acknowledged"), "{error}");
+        assert!(error.contains("stands at write 0 and 3 were acknowledged"), "{error}");
     }
 }

@@ -6,6 +6,8 @@ use std::process::Command;
 
 use rehearsal::{Config, Error, Job, RewardFn, Sample};
 
+use crate::support::parts::{Part, skip};
+use crate::support::watch::{Phase, Watched};
 use crate::support::{Remains, config, job_file, program, rehearsal, resume, run, run_with, stderr, toml};
 
 fn problems(source: &str) -> String {
@@ -167,20 +169,18 @@ fn a_job_whose_reward_failed_goes_on_once_it_works_and_loses_nothing() {
 fn a_second_process_on_the_same_directory_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (file, directory) = job_file(folder.path(), 2000, "");
-    let mut first =
-        program().args(["run", file.to_str().unwrap()]).stdout(std::process::Stdio::null()).spawn().unwrap();
-    while !directory.join("history.jsonl").exists() {
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
+    // It waits for its log to be read, and so does not end meanwhile.
+    let mut first = Watched::start(&["run", file.to_str().unwrap()]);
+    first.until(Phase::Stepped);
     let second = rehearsal(&["resume", directory.to_str().unwrap()]);
     let status = rehearsal(&["status", directory.to_str().unwrap()]);
-    first.kill().unwrap();
-    first.wait().unwrap();
+    let process = first.id();
+    first.kill();
     assert!(!second.status.success());
     let text = stderr(&second);
-    assert!(text.contains(&format!("in use by process {}", first.id())), "{text}");
+    assert!(text.contains(&format!("in use by process {process}")), "{text}");
     let text = crate::support::stdout(&status);
-    assert!(text.contains(&format!("running as process {}", first.id())), "{text}");
+    assert!(text.contains(&format!("running as process {process}")), "{text}");
 }
 
 #[test]
@@ -191,14 +191,14 @@ fn a_job_is_not_overwritten_and_not_resumed_with_other_settings() {
     let text = run(config(&job, 2, "")).unwrap_err().to_string();
     assert!(text.contains("holds a job already"), "{text}");
     let text = resume(config(&job, 2, "\n[loss]\nbeta = 0.5\n")).unwrap_err().to_string();
-    assert!(text.contains("[loss]") && text.contains("beta: 0.5"), "{text}");
+    assert!(text.contains("loss.beta") && text.contains("now:  0.5"), "{text}");
     let text = resume(config(&folder.path().join("other"), 2, "")).unwrap_err().to_string();
     assert!(text.contains("holds no job"), "{text}");
     let prompts = folder.path().join("prompts.jsonl");
     fs::write(&prompts, GOOD).unwrap();
     let text =
         resume(config(&job, 2, &format!("\n[prompts]\ntrain = \"{}\"\n", prompts.display()))).unwrap_err().to_string();
-    assert!(text.contains("the prompts") && !text.contains("[loss]"), "{text}");
+    assert!(text.contains("the prompts") && !text.contains("loss."), "{text}");
     // More steps are no other settings.
     assert_eq!(resume(config(&job, 4, "")).unwrap().step, 4);
 }
@@ -234,7 +234,7 @@ impl SmallDisk {
             Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(&path).output();
         let ok = mounted.is_ok_and(|o| o.status.success());
         if !ok {
-            crate::support::skipped!("a small disk could not be mounted (that takes root)");
+            skip(Part::Mount, "a small disk could not be mounted (that takes root)");
         }
         ok.then_some(Self(path))
     }
@@ -264,7 +264,7 @@ fn a_full_disk_pauses_the_job_and_it_ends_the_same() {
         loop {
             match events.recv().await {
                 Ok(rehearsal::Event::DiskFull { message }) => {
-                    assert!(message.contains("no room left"), "{message}");
+                    assert!(message.contains("no space left"), "{message}");
                     waited += 1;
                     if waited == 2 {
                         fs::remove_file(&ballast).unwrap();

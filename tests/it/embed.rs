@@ -1,11 +1,11 @@
 //! The library inside a host: its runtime, its recorder, its events, its cancellation.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rehearsal::{CancellationToken, Event, Job, RewardFn, Sample, exporter};
 
-use crate::support::{Remains, config, runtime};
+use crate::support::{PATIENCE, Remains, config, rollout, runtime};
 
 fn brief() -> RewardFn<impl Fn(&Sample) -> Result<f64, String>> {
     RewardFn::new("brief", |s: &Sample| Ok::<_, String>(-(s.tokens as f64)))
@@ -17,7 +17,16 @@ fn a_host_watches_stops_and_resumes_a_job() {
     let directory = folder.path().join("job");
     runtime().block_on(async {
         let cancel = CancellationToken::new();
-        let job = Job::builder(config(&directory, 12, "")).reward(brief()).build().unwrap();
+        // The fourth step's answers are scored once the job is asked to stop, so that it does not end before.
+        let (stopped, scored) = (cancel.clone(), AtomicUsize::new(0));
+        let waits = RewardFn::new("brief", move |s: &Sample| {
+            while scored.load(Ordering::SeqCst) >= 3 * 8 && !stopped.is_cancelled() {
+                std::thread::yield_now();
+            }
+            scored.fetch_add(1, Ordering::SeqCst);
+            Ok::<_, String>(-(s.tokens as f64))
+        });
+        let job = Job::builder(config(&directory, 12, "")).reward(waits).build().unwrap();
         let mut events = job.events();
         let running = tokio::spawn(job.run(cancel.clone()));
         let mut steps = 0;
@@ -27,7 +36,7 @@ fn a_host_watches_stops_and_resumes_a_job() {
             }
         }
         cancel.cancel();
-        let outcome = tokio::time::timeout(Duration::from_secs(60), running).await.unwrap().unwrap().unwrap();
+        let outcome = tokio::time::timeout(PATIENCE, running).await.unwrap().unwrap().unwrap();
         assert!(outcome.stopped && outcome.step >= 3 && outcome.step < 12, "{outcome:?}");
 
         let recorder = Arc::new(exporter::recorder());
@@ -66,8 +75,8 @@ fn the_reward_rises_on_the_embedded_model() {
     let folder = tempfile::tempdir().unwrap();
     let more = "\n[evaluation]\nevery_steps = 25\nprompts = 24\n";
     let mut config = config(&folder.path().join("job"), 25, more);
-    config.rollout.completions_per_prompt = 4;
-    config.optimizer.learning_rate = 3e-4;
+    rollout(&mut config).completions_per_prompt = 4;
+    config.common.optimizer.learning_rate = 3e-4;
     let courteous = RewardFn::new("courteous", |s: &Sample| {
         let text = s.completion.to_lowercase();
         let words = ["thank you", "glad", "lovely", "pleasure", "please", "hope"];

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use rehearsal::Sample;
-use rehearsal::judge::{Devices, Foreign, Form, Judge, JudgeModel, LocalJudge, Template};
+use rehearsal::judge::{Devices, Judge, JudgeModel, LocalJudge, ReplyFormat, Template};
 use rehearsal::lm::{Architecture, Batch, Decoder, Parameters, Sequence};
+use rehearsal::transformers::CausalModel;
 use serde_json::json;
 
 use crate::support::small::weights;
@@ -97,16 +98,16 @@ fn a_gguf_judge_thinks_what_its_weights_think_here() {
     let sample =
         |completion: &str| Sample { prompt: "Who?".into(), completion: completion.into(), ..Sample::default() };
     let question =
-        Template::new("brief", None, Form::Token).unwrap().pair(&sample("The fox."), &sample("I do not know."));
+        Template::new("brief", None, ReplyFormat::Token).unwrap().pair(&sample("The fox."), &sample("I do not know."));
     for family in ["qwen2", "qwen3"] {
         let (architecture, parameters) = model(family);
         let path = folder.path().join(format!("{family}.gguf"));
         write(&path, &architecture, &parameters);
-        assert!(Foreign::is_one(&path));
-        let foreign = Arc::new(Foreign::open(&path).unwrap_or_else(|e| panic!("{e}")));
+        assert!(CausalModel::supports(&path));
+        let model = Arc::new(CausalModel::open(&path).unwrap_or_else(|e| panic!("{e}")));
         let devices = Devices::new(1).unwrap();
         let judge =
-            LocalJudge::new(JudgeModel::Foreign(foreign), Default::default(), Default::default(), &devices).unwrap();
+            LocalJudge::new(JudgeModel::Transformers(model), Default::default(), Default::default(), &devices).unwrap();
 
         let said = format!("system: {}\nuser: {}\nassistant:", question.system, question.text);
         let letters = alphabet();
@@ -135,6 +136,6 @@ fn a_gguf_that_cannot_judge_says_which_can() {
     architecture.model_type = "mamba".into();
     let path = folder.path().join("mamba.gguf");
     write(&path, &architecture, &parameters);
-    let error = Foreign::open(&path).err().unwrap();
+    let error = CausalModel::open(&path).err().unwrap();
     assert!(error.contains("`mamba`") && error.contains("qwen2") && error.contains("mamba.gguf"), "{error}");
 }

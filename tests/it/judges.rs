@@ -2,23 +2,23 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use rehearsal::store::Store;
 use rehearsal::{Config, Event, Job};
 
-use crate::support::{Remains, resume, run, runtime, toml};
+use crate::support::edit::replace_once;
+use crate::support::{Remains, resume, rewarded_by, run, runtime, toml};
 
 /// What the server does with a request.
 enum Act {
     Reply(Value),
     Status(u16),
     Raw(&'static str),
-    /// Longer than a client waits.
+    /// No reply for as long as the client waits.
     Hang,
 }
 
@@ -28,7 +28,8 @@ struct Server {
     requests: Arc<AtomicU64>,
     bodies: Arc<Mutex<Vec<Value>>>,
     headers: Arc<Mutex<Vec<String>>>,
-    down: Arc<AtomicBool>,
+    /// Connections that are closed at once before any is answered.
+    refused: Arc<AtomicU64>,
 }
 
 impl Server {
@@ -40,15 +41,15 @@ impl Server {
             requests: Arc::default(),
             bodies: Arc::default(),
             headers: Arc::default(),
-            down: Arc::default(),
+            refused: Arc::default(),
         };
-        let (requests, bodies, headers, down) =
-            (server.requests.clone(), server.bodies.clone(), server.headers.clone(), server.down.clone());
+        let (requests, bodies, headers, refused) =
+            (server.requests.clone(), server.bodies.clone(), server.headers.clone(), server.refused.clone());
         let act = Arc::new(act);
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                if down.load(Ordering::SeqCst) {
-                    continue; // the connection is closed at once
+                if refused.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok() {
+                    continue;
                 }
                 let n = requests.fetch_add(1, Ordering::SeqCst);
                 let (act, bodies, headers) = (act.clone(), bodies.clone(), headers.clone());
@@ -99,7 +100,7 @@ fn answer(mut stream: TcpStream, act: Act) {
         Act::Reply(value) => send(200, &value.to_string()),
         Act::Status(status) => send(status, "{\"error\": \"later\"}"),
         Act::Raw(text) => send(200, text),
-        Act::Hang => std::thread::sleep(Duration::from_secs(3)),
+        Act::Hang => drop(stream.read(&mut [0])), // until the client closes
     }
 }
 
@@ -121,13 +122,12 @@ fn longer(body: &Value) -> Act {
 }
 
 fn job(folder: &std::path::Path, steps: u64, judge: &str) -> Config {
-    let text = toml(folder, steps, "")
-        .replace("[reward]\nrules = [\"distinct_words\", \"ends_properly\"]\nweights = [0.1, 1.0]\n", judge);
+    let text = rewarded_by(&toml(folder, steps, ""), judge);
     Config::from_toml(&text, std::path::Path::new(".")).unwrap_or_else(|e| panic!("{e}"))
 }
 
 fn api(server: &Server, more: &str) -> String {
-    format!("[judge]\nurl = \"{}\"\napi_model = \"m\"\ntimeout_seconds = 1\nconcurrency = 3\n{more}\n", server.url)
+    format!("[judge]\nurl = \"{}\"\napi_model = \"m\"\ntimeout_seconds = 10\nconcurrency = 3\n{more}\n", server.url)
 }
 
 #[test]
@@ -190,16 +190,12 @@ fn a_resumed_job_asks_nothing_again() {
 #[test]
 fn a_server_that_dies_is_waited_for_or_ends_the_job() {
     let server = Server::start(|_, body| longer(body));
-    server.down.store(true, Ordering::SeqCst);
+    server.refused.store(u64::MAX, Ordering::SeqCst);
     let folder = tempfile::tempdir().unwrap();
     let error = run(job(folder.path(), 1, &api(&server, "retries = 1"))).unwrap_err().to_string();
     assert!(error.contains("after 2 tries"), "{error}");
 
-    let down = server.down.clone();
-    std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(700));
-        down.store(false, Ordering::SeqCst);
-    });
+    server.refused.store(7, Ordering::SeqCst);
     let folder = tempfile::tempdir().unwrap();
     let outcome = run(job(folder.path(), 1, &api(&server, "retries = 0\nunreachable = \"wait\""))).unwrap();
     assert_eq!(outcome.step, 1);
@@ -219,7 +215,7 @@ fn a_refusal_is_a_tie_and_a_wrong_key_is_no_reason_to_try_again() {
 
     let locked = Server::start(|_, _| Act::Status(401));
     let folder = tempfile::tempdir().unwrap();
-    let error = run(job(folder.path(), 1, &api(&locked, "concurrency = 1").replace("concurrency = 3\n", "")))
+    let error = run(job(folder.path(), 1, &replace_once(&api(&locked, ""), "concurrency = 3", "concurrency = 1")))
         .unwrap_err()
         .to_string();
     assert!(error.contains("401") && error.contains("after 1 tries"), "{error}");
@@ -240,7 +236,7 @@ fn a_structured_reply_is_asked_for_and_read() {
     });
     let folder = tempfile::tempdir().unwrap();
     // What stands before `/chat/completions` will do.
-    let judge = api(&server, "reply = \"object\"").replace("/chat/completions", "");
+    let judge = replace_once(&api(&server, "reply = \"object\""), "/chat/completions", "");
     assert_eq!(run(job(folder.path(), 1, &judge)).unwrap().step, 1);
     let (store, _) = Store::open(folder.path()).unwrap();
     for preference in store.preferences().unwrap() {

@@ -10,7 +10,8 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use rehearsal::store::{Preference, Store};
 use serde_json::{Value, json};
 
-use crate::support::{job_file, program, rehearsal, runtime, skipped, stderr};
+use crate::support::parts::{Part, skip};
+use crate::support::{PATIENCE, job_file, program, rehearsal, rewarded_by, runtime, stderr};
 
 /// A process that serves something, killed at the end.
 struct Server {
@@ -91,7 +92,7 @@ impl Person {
 
     /// Waits until a part of the page says something.
     async fn sees(&self, css: &str, wanted: &str) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let text = self.text(css).await;
             if text.contains(wanted) {
@@ -116,7 +117,7 @@ impl Person {
     /// The letter under which an answer is shown.
     async fn letter_of(&self, answer: &str) -> String {
         for row in self.0.find_all(Locator::Css("#answers li")).await.unwrap() {
-            if row.find(Locator::Css(".said")).await.unwrap().text().await.unwrap() == answer {
+            if row.find(Locator::Css(".text")).await.unwrap().text().await.unwrap() == answer {
                 return row.find(Locator::Css(".letter")).await.unwrap().text().await.unwrap().to_lowercase();
             }
         }
@@ -140,7 +141,7 @@ const BACKSPACE: &str = "\u{e003}";
 fn people_rank_tie_undo_reload_and_write_in_a_real_browser() {
     let driver = Command::new("chromedriver").arg("--version").output();
     if driver.is_err() {
-        skipped!("there is no chromedriver; `apt-get install chromium-driver` brings it");
+        skip(Part::Chromium, "there is no chromedriver; `apt-get install chromium-driver` brings it");
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -278,7 +279,7 @@ fn the_page_lets_in_whom_it_should() {
     assert_eq!(status(ureq::get(&next)), 200);
     assert_eq!(status(ureq::get(&next).header("Host", "evil.example")), 403);
     let said = json!({"labeller": "anna", "item": 0}).to_string();
-    let form = ureq::post(&format!("{}api/say", local.url)).header("Content-Type", "text/plain").send(said);
+    let form = ureq::post(&format!("{}api/label", local.url)).header("Content-Type", "text/plain").send(said);
     assert!(matches!(form, Err(ureq::Error::StatusCode(415))), "{form:?}");
     let page = ureq::get(&local.url).call().unwrap();
     let policy = page.headers()["content-security-policy"].to_str().unwrap();
@@ -286,11 +287,11 @@ fn the_page_lets_in_whom_it_should() {
     // What makes no sense is refused with its reason, and nothing is kept.
     for (body, wanted) in [
         (json!({"labeller": "", "item": 0}), "say who you are"),
-        (json!({"labeller": "anna", "item": 9}), "not on the board"),
+        (json!({"labeller": "anna", "item": 9}), "no longer in the queue"),
         (json!({"labeller": "anna", "item": 0, "ranks": [1, 2]}), "2 ranks for 4 completions"),
         (json!({"labeller": "anna", "item": 3, "text": " "}), "the text is empty"),
     ] {
-        let mut answer = ureq::post(&format!("{}api/say", local.url))
+        let mut answer = ureq::post(&format!("{}api/label", local.url))
             .config()
             .http_status_as_error(false)
             .build()
@@ -321,8 +322,7 @@ fn a_job_waits_for_people_and_asks_nothing_again_after_a_kill() {
     let people = "[people]\nlisten = \"127.0.0.1:0\"\n[evaluation]\nevery_steps = 0\n";
     let (file, directory) = job_file(folder.path(), 2, people);
     let text = std::fs::read_to_string(&file).unwrap();
-    let rules = "[reward]\nrules = [\"distinct_words\", \"ends_properly\"]\nweights = [0.1, 1.0]\n";
-    std::fs::write(&file, text.replace(rules, "")).unwrap();
+    std::fs::write(&file, rewarded_by(&text, "")).unwrap();
     let start = |args: &[&str]| {
         let mut command = program();
         command.args(args);
@@ -330,7 +330,7 @@ fn a_job_waits_for_people_and_asks_nothing_again_after_a_kill() {
     };
     // Says that the first answer in the item's order is best; what was shown is returned.
     let say = |server: &Server| -> Option<Value> {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             let found = match ureq::get(&format!("{}api/next?labeller=anna", server.url)).call() {
                 Ok(mut found) => found.body_mut().read_json::<Value>().unwrap(),
@@ -338,12 +338,12 @@ fn a_job_waits_for_people_and_asks_nothing_again_after_a_kill() {
             };
             assert_eq!(found["live"], true);
             if let Some(id) = found["item"]["id"].as_u64() {
-                let _ = post(&server.url, "api/say", json!({"labeller": "anna", "item": id, "ranks": [1, 2]}));
+                let _ = post(&server.url, "api/label", json!({"labeller": "anna", "item": id, "ranks": [1, 2]}));
                 return Some(found["item"]["completions"].clone());
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        panic!("nothing to judge for a minute");
+        panic!("there was nothing to judge");
     };
     let mut judged = Vec::new();
     let server = start(&["run", file.to_str().unwrap()]);
@@ -365,7 +365,7 @@ fn a_job_waits_for_people_and_asks_nothing_again_after_a_kill() {
     let other = tempfile::tempdir().unwrap();
     let (again, directory) = job_file(other.path(), 2, people);
     let text = std::fs::read_to_string(&again).unwrap();
-    std::fs::write(&again, text.replace(rules, "")).unwrap();
+    std::fs::write(&again, rewarded_by(&text, "")).unwrap();
     let mut server = start(&["run", again.to_str().unwrap()]);
     say(&server);
     let signal = Command::new("kill").args(["-TERM", &server.child.id().to_string()]).status().unwrap();

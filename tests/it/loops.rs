@@ -2,11 +2,13 @@
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rehearsal::lm::random::Stream;
 use rehearsal::{Chain, Config, Evaluation, Outcome, RewardFn, Sample};
 
-use crate::crash::killed_run;
+use crate::support::edit::replace_once;
+use crate::support::watch::{Kill, Phase, Victim, spread};
 use crate::support::{Remains, rehearsal, run, run_with, runtime, stderr};
 
 /// Questions with a good answer, which ends politely, and a bad one; some of the answers also ranked by four.
@@ -86,7 +88,7 @@ fn ends(outcome: &Outcome, name: &str) -> (f64, f64) {
 }
 
 /// Runs a job once without and once with kills; the remains are the same to the bit.
-fn survives(algorithm: &str, steps: u64, more: &str, kills_wanted: u32) {
+fn survives(algorithm: &str, steps: u64, more: &str) {
     let (whole, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (file, directory) = job(whole.path(), algorithm, steps, more);
     let output = rehearsal(&["run", file.to_str().unwrap()]);
@@ -94,8 +96,9 @@ fn survives(algorithm: &str, steps: u64, more: &str, kills_wanted: u32) {
     let want = Remains::of(&directory);
     assert_eq!((want.step, want.history.len() as u64), (steps, steps));
     let (file, directory) = job(broken.path(), algorithm, steps, more);
-    let kills = killed_run(&file, &directory, kills_wanted + 2, 350.0);
-    assert!(kills >= kills_wanted, "only {kills} kills hit a running {algorithm} job");
+    let offline = ["sft", "reward_model", "dpo"].contains(&algorithm);
+    let phases: &[Phase] = if offline { &Phase::OF_DATA } else { &Phase::OF_ROLLOUTS };
+    Victim { file: &file, directory: &directory, stages: &[] }.survives(&spread(0, steps, 6, phases));
     Remains::of(&directory).assert_same(&want);
 }
 
@@ -110,7 +113,7 @@ fn sft_lowers_the_held_out_loss() {
 
 #[test]
 fn sft_killed_ends_the_same() {
-    survives("sft", 40, &format!("{SFT}{OFFLINE}"), 4);
+    survives("sft", 40, &format!("{SFT}{OFFLINE}"));
 }
 
 const RANKINGS: &str = "[data]\ntrain = [\"rankings.jsonl\", \"preferences.jsonl\"]\n";
@@ -128,7 +131,7 @@ fn a_reward_model_learns_the_order_and_is_normalised() {
 
 #[test]
 fn a_reward_model_killed_ends_the_same() {
-    survives("reward_model", 40, &format!("{RANKINGS}{OFFLINE}"), 4);
+    survives("reward_model", 40, &format!("{RANKINGS}{OFFLINE}"));
 }
 
 const PAIRS: &str = "[data]\ntrain = [\"preferences.jsonl\"]\n";
@@ -185,7 +188,7 @@ fn reward_aware_losses_need_scores_and_say_so() {
 
 #[test]
 fn dpo_killed_ends_the_same() {
-    survives("dpo", 40, &format!("{PAIRS}{OFFLINE}"), 4);
+    survives("dpo", 40, &format!("{PAIRS}{OFFLINE}"));
 }
 
 const PPO: &str = "
@@ -206,7 +209,7 @@ minibatches = 2
 
 #[test]
 fn ppo_killed_in_all_its_phases_ends_the_same() {
-    survives("ppo", 24, &format!("{ROLLOUTS}{PPO}"), 6);
+    survives("ppo", 24, &format!("{ROLLOUTS}{PPO}"));
 }
 
 #[test]
@@ -215,16 +218,15 @@ fn rloo_and_grpo_killed_end_the_same() {
         "ppo",
         16,
         &format!("{ROLLOUTS}[ppo]\nadvantages = \"grpo\"\naggregation = \"sequence_mean\"\nkl_loss_coef = 0.02\n"),
-        3,
     );
-    survives("ppo", 16, &format!("{ROLLOUTS}[ppo]\nadvantages = \"rloo\"\nratio = \"sequence_sum\"\n"), 3);
+    survives("ppo", 16, &format!("{ROLLOUTS}[ppo]\nadvantages = \"rloo\"\nratio = \"sequence_sum\"\n"));
 }
 
 #[test]
 fn rounds_killed_end_the_same() {
     let update = "[update]\nepochs = 2\nminibatches = 2\n";
-    survives("iterative_dpo", 16, &format!("{ROLLOUTS}{update}"), 3);
-    survives("rso", 16, &format!("{ROLLOUTS}{update}[rso]\nkeep = 2\n[loss]\nkind = \"hinge\"\n"), 3);
+    survives("iterative_dpo", 16, &format!("{ROLLOUTS}{update}"));
+    survives("rso", 16, &format!("{ROLLOUTS}{update}[rso]\nkeep = 2\n[loss]\nkind = \"hinge\"\n"));
 }
 
 /// Rewards courtesy, which the embedded model shows now and then.
@@ -238,11 +240,14 @@ fn courteous() -> RewardFn<impl Fn(&Sample) -> Result<f64, String>> {
 
 #[test]
 fn policy_gradients_and_rounds_raise_the_reward() {
-    let rollouts = ROLLOUTS
-        .replace("prompts_per_step = 4", "prompts_per_step = 8")
-        .replace("max_new_tokens = 16", "max_new_tokens = 24")
-        .replace("1e-4", "5e-4")
-        .replace("every_steps = 6\nprompts = 6", "every_steps = 100\nprompts = 24");
+    let rollouts = [
+        ("prompts_per_step = 4", "prompts_per_step = 8"),
+        ("max_new_tokens = 16", "max_new_tokens = 24"),
+        ("1e-4", "5e-4"),
+        ("every_steps = 6\nprompts = 6", "every_steps = 100\nprompts = 24"),
+    ]
+    .iter()
+    .fold(ROLLOUTS.to_string(), |text, (from, to)| replace_once(&text, from, to));
     for (algorithm, more) in [
         ("ppo", "[update]\nepochs = 2\n[ppo]\nkl_coef = 0.01\n"),
         ("ppo", "[ppo]\nadvantages = \"rloo\"\nkl_coef = 0.01\n"),
@@ -260,7 +265,7 @@ fn policy_gradients_and_rounds_raise_the_reward() {
 
 #[test]
 fn sampling_filters_do_not_leak_into_the_update() {
-    let filtered = ROLLOUTS.replace("temperature = 1.0", "temperature = 0.8\ntop_p = 0.6\ntop_k = 20");
+    let filtered = replace_once(ROLLOUTS, "temperature = 1.0", "temperature = 0.8\ntop_p = 0.6\ntop_k = 20");
     let (folder, _) = outcome("ppo", 4, &filtered);
     let history = std::fs::read_to_string(folder.path().join("job/history.jsonl")).unwrap();
     for line in history.lines() {
@@ -292,7 +297,7 @@ fn accumulated_micro_batches_are_the_large_batch() {
     let remains = |micro: u64| {
         let folder = tempfile::tempdir().unwrap();
         let mut config = config(folder.path(), "sft", 3, &format!("{SFT}{OFFLINE}"));
-        config.optimizer.micro_batch_tokens = micro as usize;
+        config.common.optimizer.micro_batch_tokens = micro as usize;
         run(config).unwrap();
         Remains::of(&folder.path().join("job"))
     };
@@ -344,8 +349,15 @@ fn a_chain_killed_in_any_stage_ends_the_same() {
     };
     let output = rehearsal(&["run", write(whole.path()).to_str().unwrap()]);
     assert!(output.status.success(), "{}", stderr(&output));
-    let kills = killed_run(&write(broken.path()), &broken.path().join("chain"), 12, 350.0);
-    assert!(kills >= 4, "only {kills} kills hit a running chain");
+    // In every stage: at work, once its last checkpoint is durable and its model is exported, and between two stages.
+    let file = write(broken.path());
+    let at = |stage, phase, step| Kill { stage, phase, step, delay: Duration::ZERO };
+    let mut kills = spread(0, 8, 4, &Phase::OF_DATA);
+    kills.extend([at(0, Phase::Saved, 8), at(1, Phase::Started, 0)]);
+    kills.extend(spread(1, 10, 4, &Phase::OF_DATA));
+    kills.push(at(1, Phase::Finished, 10));
+    kills.extend(spread(2, 8, 6, &Phase::OF_ROLLOUTS));
+    Victim { file: &file, directory: &broken.path().join("chain"), stages: &stages }.survives(&kills);
     for stage in stages {
         let remains = |folder: &Path| Remains::of(&folder.join("chain").join(stage));
         remains(broken.path()).assert_same(&remains(whole.path()));
@@ -362,11 +374,11 @@ fn a_chain_killed_in_any_stage_ends_the_same() {
 
 #[test]
 fn a_chain_is_checked_whole_before_it_starts() {
-    let wrong = CHAIN.replace("algorithm = \"reward_model\"", "algorithm = \"reward_modell\"");
+    let wrong = replace_once(CHAIN, "algorithm = \"reward_model\"", "algorithm = \"reward_modell\"");
     let error = Chain::from_toml(&wrong, Path::new("/nowhere")).map(|_| ()).unwrap_err().to_string();
     assert!(error.contains("did you mean `reward_model`?"), "{error}");
     assert!(error.contains("/nowhere/demonstrations.jsonl"), "{error}");
-    let wrong = CHAIN.replace("[stage.rollout]", "[stage.model]\nreference = \"stage:sftt\"\n[stage.rollout]");
+    let wrong = replace_once(CHAIN, "[stage.rollout]", "[stage.model]\nreference = \"stage:sftt\"\n[stage.rollout]");
     let error = Chain::from_toml(&wrong, Path::new("/nowhere")).map(|_| ()).unwrap_err().to_string();
     assert!(error.contains("the stage `sftt`"), "{error}");
 }
@@ -421,7 +433,8 @@ fn conversations_are_learned_turn_by_turn() {
 #[test]
 fn a_loss_that_is_no_number_stops_the_job_and_keeps_what_came_before() {
     let folder = tempfile::tempdir().unwrap();
-    let more = format!("{SFT}{}", OFFLINE.replace("5e-4", "1e38").replace("every_steps = 3", "every_steps = 1"));
+    let more =
+        format!("{SFT}{}", replace_once(&replace_once(OFFLINE, "5e-4", "1e38"), "every_steps = 3", "every_steps = 1"));
     let config = config(folder.path(), "sft", 30, &more);
     let error = run(config).unwrap_err().to_string();
     assert!(error.contains("offending-batch-") && error.contains("nothing was changed"), "{error}");
@@ -455,7 +468,7 @@ fn settings_out_of_range_are_named() {
 #[test]
 fn a_language_model_is_no_reward_model() {
     let folder = tempfile::tempdir().unwrap();
-    let more = ROLLOUTS.replace("rules = [", "models = [\"embedded\"]\nrules = [");
+    let more = replace_once(ROLLOUTS, "rules = [", "models = [\"embedded\"]\nrules = [");
     let error = run(config(folder.path(), "ppo", 1, &more)).unwrap_err().to_string();
     assert!(error.contains("no `score` head") && error.contains("reward_model"), "{error}");
 }
@@ -475,7 +488,7 @@ const LORA: &str = "[lora]\nrank = 4\nalpha = 16\n";
 
 #[test]
 fn adapters_learn_leave_the_base_alone_and_survive_kills() {
-    let more = format!("{SFT}{}{LORA}", OFFLINE.replace("5e-4", "5e-3"));
+    let more = format!("{SFT}{}{LORA}", replace_once(OFFLINE, "5e-4", "5e-3"));
     let (folder, outcome) = outcome("sft", 24, &more);
     let (before, after) = ends(&outcome, "loss");
     assert!(after < 0.6 * before, "{before} -> {after}");
@@ -487,17 +500,17 @@ fn adapters_learn_leave_the_base_alone_and_survive_kills() {
     let config: serde_json::Value =
         serde_json::from_slice(&std::fs::read(model.join("adapter/adapter_config.json")).unwrap()).unwrap();
     assert_eq!((&config["peft_type"], &config["r"]), (&"LORA".into(), &4.into()));
-    survives("sft", 30, &more, 3);
+    survives("sft", 30, &more);
 }
 
 #[test]
 fn a_critic_and_a_policy_of_adapters_survive_kills() {
-    survives("ppo", 16, &format!("{ROLLOUTS}{PPO}{LORA}"), 3);
+    survives("ppo", 16, &format!("{ROLLOUTS}{PPO}{LORA}"));
 }
 
 #[test]
 fn adapters_go_on_from_adapters() {
-    let more = format!("{SFT}{}{LORA}", OFFLINE.replace("5e-4", "5e-3").replace("ema_decay = 0.5\n", ""));
+    let more = format!("{SFT}{}{LORA}", replace_once(&replace_once(OFFLINE, "5e-4", "5e-3"), "ema_decay = 0.5\n", ""));
     let (folder, first) = outcome("sft", 16, &more);
     let adapter = folder.path().join("job/model/adapter");
     let more = format!("{SFT}{OFFLINE}[lora]\nadapter = \"{}\"\n", adapter.display());

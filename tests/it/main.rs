@@ -1,5 +1,6 @@
 //! The one integration binary: golden values, real models, loops, crashes, real Prometheus.
 
+mod architecture;
 mod bad_input;
 mod chat;
 mod cli;
@@ -7,6 +8,7 @@ mod crash;
 mod docs;
 mod embed;
 mod evaluate;
+mod fixtures;
 mod gguf_judge;
 mod golden;
 mod gpu;

@@ -8,7 +8,8 @@ use rehearsal_actors::{RewardModel, RewardModels};
 use rehearsal_learn::reward::Ensemble;
 use rehearsal_lm::{Batch, Checkpoint, Message, Precision, Sequence};
 
-use crate::support::{Remains, config, run_with};
+use crate::support::edit::set;
+use crate::support::{Remains, config, rewarded_by, rollout, run_with, toml};
 
 /// Writes down how much it is asked at a time, and says where it computes.
 struct Counting {
@@ -21,7 +22,7 @@ impl Reward for Counting {
         "counting"
     }
 
-    fn occupies(&self) -> Vec<Placement> {
+    fn placements(&self) -> Vec<Placement> {
         self.occupies.clone()
     }
 
@@ -38,14 +39,15 @@ fn a_reward_elsewhere_is_asked_while_the_policy_generates_and_the_result_is_the_
         let asked: Arc<Mutex<Vec<usize>>> = Arc::default();
         // One completion after the other, so that the first prompt's are there long before the last.
         let mut config = config(folder.path(), 3, "");
-        config.rollout.batch = 1;
+        rollout(&mut config).batch = 1;
+        rollout(&mut config).prompts_per_step = 8;
         run_with(config, Counting { asked: asked.clone(), occupies }).unwrap();
         let asked = asked.lock().unwrap().clone();
         (asked, Remains::of(folder.path()))
     };
     let ((apart, early), (together, late)) = (one(vec![]), one(vec![Placement::Cpu]));
-    assert_eq!(together, [8, 8, 8], "a reward on the policy's device waits for its turn");
-    assert!(apart.len() > 3 && apart.iter().sum::<usize>() == 24, "nothing was asked early: {apart:?}");
+    assert_eq!(together, [16; 3], "a reward on the policy's device waits for its turn");
+    assert!(apart.len() > 3 && apart.iter().sum::<usize>() == 48, "nothing was asked early: {apart:?}");
     assert!(apart.iter().all(|n| n.is_multiple_of(2)), "a prompt's answers are compared together: {apart:?}");
     assert!(early.tensors == late.tensors);
 }
@@ -94,9 +96,8 @@ fn a_reward_model_with_a_tokenizer_of_its_own_reads_the_conversation() {
     // And a whole job with it, in which the critic is the policy's own trunk.
     let job = tempfile::tempdir().unwrap();
     let models = format!("models = [\"{}\"]", folder.path().display());
-    let text = crate::support::toml(job.path(), 1, "")
-        .replace("rules = [\"distinct_words\", \"ends_properly\"]\nweights = [0.1, 1.0]", &models);
-    let text = text.replace("[job]", "[job]\nalgorithm = \"ppo\"");
+    let text = rewarded_by(&toml(job.path(), 1, ""), &format!("[reward]\n{models}\n"));
+    let text = set(&text, "job.algorithm", "ppo");
     let config = rehearsal::Config::from_toml(&text, std::path::Path::new(".")).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(crate::support::run(config).unwrap().step, 1);
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use rehearsal::{CancellationToken, Event, Job, RewardFn, Sample};
 
-use crate::support::{Remains, config, run, run_with, runtime};
+use crate::support::{Remains, config, rollout, run, run_with, runtime};
 
 #[test]
 fn threads_batches_and_checkpointing_change_no_bit() {
@@ -13,12 +13,12 @@ fn threads_batches_and_checkpointing_change_no_bit() {
         let folder = tempfile::tempdir().unwrap();
         let (one, two) = (folder.path().join("one"), folder.path().join("two"));
         let mut first = config(&one, 4, more);
-        first.placement.threads = 1;
-        first.rollout.batch = 1;
+        first.common.placement.threads = 1;
+        rollout(&mut first).batch = 1;
         let mut second = config(&two, 4, more);
-        second.placement.threads = 3;
-        second.rollout.batch = 8;
-        second.optimizer.gradient_checkpointing = true;
+        second.common.placement.threads = 3;
+        rollout(&mut second).batch = 8;
+        second.common.optimizer.gradient_checkpointing = true;
         run(first).unwrap();
         run(second).unwrap();
         Remains::of(&one).assert_same(&Remains::of(&two));

@@ -5,7 +5,8 @@ use std::process::Command;
 use rehearsal::lm::Checkpoint;
 use serde_json::Value;
 
-use crate::support::{job_file, python, rehearsal, stderr};
+use crate::support::parts::Part;
+use crate::support::{job_file, python, python_with, rehearsal, stderr};
 
 const LOGITS: &str = "
 import json, sys, torch
@@ -167,11 +168,7 @@ fn adapters_go_to_peft_and_back() {
     }
     lora.save(&base, &path("adapter")).unwrap();
     let merged = lora.merged(&base, &Device::Cpu).unwrap();
-    let Some(python) = python() else { return };
-    if !Command::new(&python).args(["-c", "import peft"]).output().is_ok_and(|o| o.status.success()) {
-        crate::support::skipped!("{python} has no peft");
-        return;
-    }
+    let Some(python) = python_with(Part::Peft, "transformers, torch, peft") else { return };
     let folders = [path("base"), path("adapter"), path("theirs")];
     let output = Command::new(python).args(["-c", PEFT]).args(&folders).output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
@@ -196,13 +193,10 @@ pandas.DataFrame([
 
 #[test]
 fn parquet_files_are_read_like_json_lines() {
-    let Some(python) = python() else { return };
+    let Some(python) = python_with(Part::Parquet, "pandas, pyarrow") else { return };
     let folder = tempfile::tempdir().unwrap();
     let output = Command::new(python).args(["-c", PARQUET]).arg(folder.path()).output().unwrap();
-    if !output.status.success() {
-        crate::support::skipped!("no Parquet file could be made: {}", stderr(&output));
-        return;
-    }
+    assert!(output.status.success(), "{}", stderr(&output));
     for (algorithm, file) in [("sft", "messages.parquet"), ("dpo", "pairs.parquet")] {
         let job = format!(
             "[job]\ndirectory = \"{algorithm}\"\nalgorithm = \"{algorithm}\"\nsteps = 2\n[data]\ntrain = [\"{file}\"]\n"
@@ -244,11 +238,7 @@ fn an_exported_ledger_is_a_preference_dataset() {
         }
         assert!(row["score_chosen"].as_f64() > row["score_rejected"].as_f64(), "{row}");
     }
-    let Some(python) = python() else { return };
-    if !Command::new(&python).args(["-c", "import datasets, trl"]).output().is_ok_and(|o| o.status.success()) {
-        crate::support::skipped!("{python} has no datasets and trl");
-        return;
-    }
+    let Some(python) = python_with(Part::Trl, "datasets, trl") else { return };
     let output = Command::new(python).args(["-c", DATASET]).arg(&out).output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), lines.len().to_string());
@@ -293,7 +283,7 @@ print(json.dumps(out))
 
 #[test]
 fn encoders_score_as_transformers_does() {
-    use rehearsal::{Reward, Sample, encoder::Encoder};
+    use rehearsal::{Reward, Sample, judge::Devices, rewards::EncoderReward, transformers::BertEncoder};
     let Some(python) = python() else { return };
     let folder = tempfile::tempdir().unwrap();
     let samples: Vec<Sample> = [
@@ -319,7 +309,8 @@ fn encoders_score_as_transformers_does() {
     assert!(output.status.success(), "{}", stderr(&output));
     let wanted: Value = serde_json::from_slice(&output.stdout).unwrap();
     for name in ["similarity", "one", "two"] {
-        let encoder = Encoder::open(&folder.path().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let encoder = BertEncoder::open(&folder.path().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let encoder = EncoderReward::new(encoder.into(), Devices::new(1).unwrap());
         let scores = encoder.score(&samples).unwrap();
         for (got, want) in scores.iter().zip(wanted[name].as_array().unwrap()) {
             let want = want.as_f64().unwrap();
@@ -330,7 +321,7 @@ fn encoders_score_as_transformers_does() {
     }
 }
 
-const FOREIGN: &str = "
+const CAUSAL_MODELS: &str = "
 import json, sys, torch
 from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, decoders
@@ -373,26 +364,28 @@ print(json.dumps(out))
 #[test]
 fn models_that_cannot_be_trained_judge_as_they_do_in_transformers() {
     use rehearsal::Sample;
-    use rehearsal::judge::{Foreign, Form, Judge, JudgeModel, LocalJudge, Template};
+    use rehearsal::judge::{Judge, JudgeModel, LocalJudge, ReplyFormat, Template};
+    use rehearsal::transformers::CausalModel;
     use std::sync::Arc;
     let Some(python) = python() else { return };
     let folder = tempfile::tempdir().unwrap();
     let sample =
         |completion: &str| Sample { prompt: "Who?".into(), completion: completion.into(), ..Sample::default() };
     let question =
-        Template::new("brief", None, Form::Token).unwrap().pair(&sample("The fox."), &sample("I do not know."));
+        Template::new("brief", None, ReplyFormat::Token).unwrap().pair(&sample("The fox."), &sample("I do not know."));
     let messages = serde_json::json!([
         {"role": "system", "content": question.system}, {"role": "user", "content": question.text}
     ]);
     let file = folder.path().join("messages.json");
     std::fs::write(&file, messages.to_string()).unwrap();
-    let output = Command::new(python).args(["-c", FOREIGN]).arg(folder.path()).arg(&file).output().unwrap();
+    let output = Command::new(python).args(["-c", CAUSAL_MODELS]).arg(folder.path()).arg(&file).output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     let wanted: Value = serde_json::from_slice(&output.stdout).unwrap();
     for (kind, want) in wanted.as_object().unwrap() {
         let directory = folder.path().join(kind);
-        assert!(Foreign::is_one(&directory));
-        let model = JudgeModel::Foreign(Arc::new(Foreign::open(&directory).unwrap_or_else(|e| panic!("{kind}: {e}"))));
+        assert!(CausalModel::supports(&directory));
+        let model =
+            JudgeModel::Transformers(Arc::new(CausalModel::open(&directory).unwrap_or_else(|e| panic!("{kind}: {e}"))));
         let devices = rehearsal::judge::Devices::new(1).unwrap();
         let judge = LocalJudge::new(model, Default::default(), Default::default(), &devices).unwrap();
         // Asked twice: nothing of the first question is left for the second.

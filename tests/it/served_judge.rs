@@ -1,14 +1,14 @@
 //! A judge behind a real server that speaks the OpenAI-compatible API over a real model: `transformers serve`.
 
-use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Child, Command};
 
 use rehearsal::Config;
 use rehearsal::store::Store;
 
-use crate::support::{job_file, program, python, rehearsal, resume, skipped, stderr, toml};
+use crate::support::parts::Part;
+use crate::support::watch::{Phase, Watched};
+use crate::support::{free_port, job_file, python_with, rehearsal, resume, rewarded_by, stderr, toml};
 
 struct Served(Child);
 
@@ -38,48 +38,36 @@ impl Drop for Served {
 
 #[test]
 fn a_served_model_judges_dies_returns_and_is_paid_once() {
-    let Some(python) = python() else { return };
-    if !Command::new(&python).args(["-c", "import fastapi, uvicorn"]).output().is_ok_and(|o| o.status.success()) {
-        skipped!("{python} has no fastapi and uvicorn, which `transformers serve` needs");
-        return;
-    }
+    let Some(python) = python_with(Part::Serve, "transformers, torch, fastapi, uvicorn") else { return };
     let folder = tempfile::tempdir().unwrap();
     // A model for the server: the embedded one, as `transformers` reads it.
     let (file, directory) = job_file(folder.path(), 1, "");
     assert!(rehearsal(&["run", file.to_str().unwrap()]).status.success());
     let model = directory.join("model");
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port();
     let judge = format!(
         "[judge]\nurl = \"http://127.0.0.1:{port}/v1/chat/completions\"\napi_model = \"{}\"\ntokens_max = 8\n\
          unreachable = \"wait\"\nprice_input = 1.0\nprice_output = 2.0\n[evaluation]\nevery_steps = 0\n",
         model.display()
     );
     let judged = folder.path().join("judged");
-    let rules = "[reward]\nrules = [\"distinct_words\", \"ends_properly\"]\nweights = [0.1, 1.0]\n";
-    let text = toml(&judged, 3, "").replace(rules, &judge);
+    let text = rewarded_by(&toml(&judged, 3, ""), &judge);
     let file = folder.path().join("judged.toml");
     std::fs::write(&file, &text).unwrap();
 
     // The job begins before its server is there, and the server dies on the way.
-    let mut job = program().args(["run", file.to_str().unwrap()]).stdout(Stdio::null()).spawn().unwrap();
-    let mut server = Some(Served::start(&python, port, folder.path()));
-    let deadline = Instant::now() + Duration::from_secs(240);
-    let mut died = false;
-    let status = loop {
-        if let Some(status) = job.try_wait().unwrap() {
-            break status;
-        }
-        assert!(Instant::now() < deadline, "{}", std::fs::read_to_string(folder.path().join("serve.log")).unwrap());
-        let steps = std::fs::read_to_string(judged.join("history.jsonl")).map_or(0, |text| text.lines().count());
-        if steps >= 1 && !died {
-            died = true;
-            drop(server.take());
-            std::thread::sleep(Duration::from_millis(500));
-            server = Some(Served::start(&python, port, folder.path()));
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    };
-    assert!(status.success() && died, "{status}");
+    let mut job = Watched::start(&["run", file.to_str().unwrap()]);
+    let server = Served::start(&python, port, folder.path());
+    job.until(Phase::Stepped);
+    drop(server);
+    // The job goes on, to questions that nobody answers, while the server starts again.
+    let server = std::thread::scope(|scope| {
+        let end = scope.spawn(|| job.end());
+        let server = Served::start(&python, port, folder.path());
+        let status = end.join().unwrap();
+        assert!(status.success(), "{}", std::fs::read_to_string(folder.path().join("serve.log")).unwrap());
+        server
+    });
 
     let (store, _) = Store::open(&judged).unwrap();
     let verdicts: Vec<_> = store.preferences().unwrap().map(Result::unwrap).collect();

@@ -1,211 +1,123 @@
-//! What a step of a trained model minimises: each objective carries its data through the model, micro-batch by
-//! micro-batch, and leaves gradients and statistics behind.
+//! Objectives: what an optimizer step minimizes. Each carries its own data and runs it through the model, micro-batch
+//! by micro-batch.
 
 mod demonstrations;
 mod pairs;
+mod pass;
 mod rankings;
 mod rollouts;
 mod values;
 
-use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::fmt;
 
-use candle_core::{DType, Tensor, Var};
-use rehearsal_lm::{Batch, Decoder, Forward, Gradients, Recording};
-use tokio_util::sync::CancellationToken;
+use candle_core::{DType, Tensor};
 
-pub use demonstrations::{Demonstrations, Marked};
+pub use demonstrations::{Demonstrations, MaskedSequence};
 pub use pairs::{PairTokens, Pairs};
+pub use pass::{Pass, Stats, StepTimes};
 pub use rankings::{Ranking, Rankings};
 pub use rollouts::{RolloutTokens, Rollouts};
 pub use values::{ValueTokens, Values};
 
 use crate::{Error, Result, Tokens};
 
-/// What a step minimises.
-#[derive(Debug, Clone)]
-pub enum Objective {
-    /// Supervised fine-tuning.
-    Demonstrations(Demonstrations),
-    /// The DPO family.
-    Pairs(Pairs),
-    /// PPO, RLOO, GRPO.
-    Rollouts(Rollouts),
-    /// A reward model's choices.
-    Rankings(Rankings),
-    /// A critic's returns.
-    Values(Values),
+/// The loss of one optimizer step together with the data that it is computed on.
+///
+/// The trained model calls [`Objective::accumulate`] once for each step, on the thread that owns the model, and applies
+/// the accumulated gradients when it returns `Ok`. An error, or a loss or gradient norm that is not finite, leaves the
+/// weights and the optimizer state unchanged. `Debug` is what a job writes into its report when that happens.
+///
+/// The objectives of this crate are [`Demonstrations`], [`Pairs`], [`Rollouts`], [`Rankings`] and [`Values`]. Another one
+/// needs nothing but the public methods of [`Pass`]. For resume to be exact, `accumulate` must be a function of
+/// the objective's fields, the weights and the temperature: no clock, no shared random number generator.
+///
+/// # Example
+///
+/// Unlikelihood training (Welleck et al. 2020): minimizes the mean of `−log(1 − p)` over the tokens of unwanted
+/// completions.
+///
+/// ```no_run
+/// use std::sync::Arc;
+///
+/// use rehearsal_actors::{Objective, Pass, PolicyHandle, Result, StepReport, Tokens, UpdateBatch};
+/// use rehearsal_lm::Batch;
+///
+/// #[derive(Debug)]
+/// struct Unlikelihood {
+///     unwanted: Vec<Tokens>,
+/// }
+///
+/// impl Objective for Unlikelihood {
+///     fn accumulate(&self, pass: &mut Pass<'_>) -> Result<()> {
+///         let total: usize = self.unwanted.iter().map(|t| t.completion.len()).sum();
+///         let size = |t: &Tokens| t.prompt.len() + t.completion.len();
+///         for micro_batch in pass.micro_batches(&self.unwanted, size) {
+///             let batch = Batch::new(micro_batch?.iter().map(Tokens::sequence));
+///             pass.micro_step(
+///                 batch.tokens(),
+///                 |model, temperature| model.forward(&batch, temperature),
+///                 |pass, logprobs| {
+///                     let losses = (1.0 - logprobs.exp()?)?.log()?.neg()?;
+///                     let sum = losses.sum_all()?;
+///                     pass.add("unlikelihood", f64::from(sum.to_scalar::<f32>()?), batch.scored());
+///                     Ok((sum / total as f64)?)
+///                 },
+///             )?;
+///         }
+///         Ok(())
+///     }
+/// }
+///
+/// # async fn f(policy: PolicyHandle, unwanted: Vec<Tokens>) -> Result<StepReport> {
+/// let objective = Arc::new(Unlikelihood { unwanted });
+/// let batch = UpdateBatch { objective, learning_rate: 1e-6, temperature: 1.0 };
+/// policy.step(batch, Default::default()).await
+/// # }
+/// ```
+pub trait Objective: fmt::Debug + Send + Sync + 'static {
+    /// Runs the data through the model and adds its loss, gradients and statistics to `pass`.
+    ///
+    /// The shares that the micro-batches return add up to the loss of the whole step, so a mean is divided by the
+    /// number of sequences or tokens of the step, not of the micro-batch.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Cancelled`](crate::Error::Cancelled) from [`Pass::micro_batches`] once the step is cancelled, and
+    /// whatever the model, the loss or a check of the data returns.
+    fn accumulate(&self, pass: &mut Pass<'_>) -> Result<()>;
 }
 
-/// Means by name, as metrics and the history have them.
-pub type Stats = BTreeMap<&'static str, f64>;
-
-/// Where the time of a step went.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct StepTimes {
-    pub forward: Duration,
-    pub backward: Duration,
-    pub optimizer: Duration,
-}
-
-impl StepTimes {
-    /// Adds those of another step.
-    pub fn add(&mut self, other: &StepTimes) {
-        self.forward += other.forward;
-        self.backward += other.backward;
-        self.optimizer += other.optimizer;
-    }
-}
-
-/// One pass over a step's data, under way.
-pub(crate) struct Pass<'a> {
-    pub decoder: &'a Decoder,
-    pub temperature: f64,
-    /// Tokens of a micro-batch at most; what belongs together is never split.
-    pub budget: usize,
-    pub cancel: &'a CancellationToken,
-    /// What the weights computed of completions that they have just generated.
-    pub recording: Option<Recording>,
-    pub gradients: Gradients,
-    /// The loss of the batch: shares of micro-batches added up.
-    pub loss: f64,
-    /// Tokens that went through forward and backward.
-    pub tokens: usize,
-    pub times: StepTimes,
-    sums: BTreeMap<&'static str, (f64, f64)>,
-}
-
-impl<'a> Pass<'a> {
-    pub fn new(decoder: &'a Decoder, temperature: f64, budget: usize, cancel: &'a CancellationToken) -> Self {
-        Self {
-            decoder,
-            temperature,
-            budget,
-            cancel,
-            recording: None,
-            gradients: Gradients::default(),
-            loss: 0.0,
-            tokens: 0,
-            times: StepTimes::default(),
-            sums: BTreeMap::new(),
-        }
-    }
-
-    /// Runs an objective to its gradients.
-    pub fn run(&mut self, objective: &Objective) -> Result<()> {
-        match objective {
-            Objective::Demonstrations(o) => o.run(self, 1.0),
-            Objective::Pairs(o) => o.run(self),
-            Objective::Rollouts(o) => o.run(self),
-            Objective::Rankings(o) => o.run(self),
-            Objective::Values(o) => o.run(self),
-        }
-    }
-
-    /// Adds to the sum that a statistic is the mean of.
-    fn add(&mut self, name: &'static str, sum: f64, count: usize) {
-        let entry = self.sums.entry(name).or_default();
-        entry.0 += sum;
-        entry.1 += count as f64;
-    }
-
-    /// The statistics' means.
-    pub fn stats(&self) -> Stats {
-        self.sums.iter().map(|(name, (sum, n))| (*name, if *n > 0.0 { sum / n } else { 0.0 })).collect()
-    }
-
-    /// [`Pass::micro_step`] on completions, of which what generation computed is used where it was kept. After the `last`
-    /// it is given up layer by layer.
-    fn completions_step(
-        &mut self,
-        batch: &Batch,
-        last: bool,
-        loss: impl FnOnce(&mut Self, &Tensor) -> Result<Tensor>,
-    ) -> Result<()> {
-        let recording = if last { self.recording.take() } else { self.recording.clone() };
-        let forward = |model: &'a Decoder, temperature| match recording {
-            Some(recording) => model.forward_recalled(batch, temperature, recording),
-            None => model.forward(batch, temperature),
-        };
-        self.micro_step(batch.tokens(), forward, loss)
-    }
-
-    /// Forward, loss, backward of one micro-batch: `loss` gives the micro-batch's share of the batch's loss as a
-    /// function of the model's output.
-    fn micro_step(
-        &mut self,
-        tokens: usize,
-        forward: impl FnOnce(&'a Decoder, f64) -> rehearsal_lm::Result<Forward<'a>>,
-        loss: impl FnOnce(&mut Self, &Tensor) -> Result<Tensor>,
-    ) -> Result<()> {
-        let start = Instant::now();
-        let forward = forward(self.decoder, self.temperature)?;
-        let output = Var::from_tensor(&forward.output())?;
-        let loss = loss(self, &output)?;
-        self.loss += loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-        self.tokens += tokens;
-        self.times.forward += start.elapsed();
-
-        let start = Instant::now();
-        let grad = loss.backward()?.remove(&output);
-        let grad = grad.ok_or_else(|| rehearsal_lm::Error::NoGradient("(the model's output)".into()))?;
-        forward.backward(&grad, &mut self.gradients)?;
-        self.times.backward += start.elapsed();
-        Ok(())
-    }
-}
-
-/// Consecutive items of at most `budget` tokens together, and at least one; ends with an error once cancelled.
-fn micro_batches<'a, T>(
-    items: &'a [T],
-    budget: usize,
-    cancel: &CancellationToken,
-    size: impl Fn(&T) -> usize,
-) -> impl Iterator<Item = Result<&'a [T]>> {
-    let mut rest = items;
-    std::iter::from_fn(move || {
-        let mut tokens = 0;
-        let fitting = rest.iter().take_while(|item| {
-            tokens += size(item);
-            tokens <= budget
-        });
-        let n = fitting.count().max(1).min(rest.len());
-        let (now, later) = rest.split_at(n);
-        rest = later;
-        (!now.is_empty()).then(|| if cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(now) })
-    })
-}
-
-/// Length of a sequence that shares nothing.
+/// Number of tokens of a sequence that shares no prompt.
 fn length(tokens: &Tokens) -> usize {
     tokens.prompt.len() + tokens.completion.len()
 }
 
-fn numbers(t: &Tensor) -> Result<Vec<f64>> {
+/// Number of completion tokens that the model gives a log-probability or a value for: all, except that without a prompt
+/// nothing predicts the first one.
+fn scored_tokens(tokens: &Tokens) -> usize {
+    tokens.completion.len().saturating_sub(usize::from(tokens.prompt.is_empty()))
+}
+
+/// Checks that `item`'s list `name` has `len` entries, one for each scored token.
+fn check_per_token(kind: &str, item: usize, name: &str, len: usize, tokens: &Tokens) -> Result<()> {
+    let wanted = scored_tokens(tokens);
+    if len == wanted {
+        return Ok(());
+    }
+    Err(Error::Data(format!("{kind} {item} of the batch has {len} `{name}` for {wanted} completion tokens")))
+}
+
+/// The values of a tensor `[n]`, as f64.
+fn values_f64(t: &Tensor) -> Result<Vec<f64>> {
     Ok(t.to_dtype(DType::F64)?.to_vec1()?)
 }
 
-fn total(t: &Tensor) -> Result<f64> {
+/// The sum of a tensor's values, accumulated in f64.
+fn sum_f64(t: &Tensor) -> Result<f64> {
     Ok(t.to_dtype(DType::F64)?.sum_all()?.to_scalar()?)
 }
 
-/// Values beside the model's output, in its type.
-fn column(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
+/// A tensor `[n]` of `values`, with the type and the device of `like`.
+fn tensor_like(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
     Ok(Tensor::new(values, like.device())?.to_dtype(like.dtype())?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn micro_batches_fill_the_budget_and_keep_the_order() {
-        let sizes = |items: &[usize], budget: usize| -> Vec<usize> {
-            let cancel = CancellationToken::new();
-            micro_batches(items, budget, &cancel, |n| *n).map(|b| b.unwrap().len()).collect()
-        };
-        assert_eq!(sizes(&[40, 50, 30, 200, 10, 90], 100), [2, 1, 1, 2]);
-        assert_eq!(sizes(&[40, 50], usize::MAX), [2]);
-        assert_eq!(sizes(&[], 100), [0usize; 0]);
-    }
 }

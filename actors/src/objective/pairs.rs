@@ -1,11 +1,11 @@
-//! Preference losses on pairs of completions.
+//! Preference losses on pairs of completions: the DPO family.
 
 use candle_core::Tensor;
 use rehearsal_learn::preference::chosen_nll;
-use rehearsal_learn::{PreferenceConfig, PreferenceLogprobs, Whole, preference_loss, token};
+use rehearsal_learn::{BatchTotals, PreferenceConfig, PreferenceLogprobs, preference_loss, token};
 use rehearsal_lm::Batch;
 
-use super::{Pass, column, micro_batches, numbers, total};
+use super::{Objective, Pass, check_per_token, sum_f64, tensor_like, values_f64};
 use crate::{Result, Tokens};
 
 /// A preferred and a dispreferred completion of one prompt.
@@ -13,41 +13,67 @@ use crate::{Result, Tokens};
 pub struct PairTokens {
     pub chosen: Tokens,
     pub rejected: Tokens,
-    /// Log-probabilities when they were sampled, token by token; empty for completions of others.
+    /// Log-probability of each token when the policy sampled it; empty for completions that it did not sample.
     pub sampler_chosen: Vec<f32>,
     pub sampler_rejected: Vec<f32>,
-    /// Log-probabilities under the reference, token by token; empty for losses without one.
+    /// Log-probability of each token under the reference; empty for losses without a reference.
     pub ref_chosen: Vec<f32>,
     pub ref_rejected: Vec<f32>,
-    /// Score of the chosen minus score of the rejected, for losses that know of rewards.
+    /// Score of the chosen completion minus that of the rejected one, for losses that use scores.
     pub score_gap: Option<f64>,
 }
 
 impl PairTokens {
-    /// Tokens that go through the model: a pair shares its prompt.
+    /// Number of tokens that go through the model; the two completions share the prompt.
     fn size(&self) -> usize {
         self.chosen.prompt.len() + self.chosen.completion.len() + self.rejected.completion.len()
     }
 }
 
-/// One step's worth of pairs.
+/// A preference loss on the pairs of one step.
+///
+/// Statistics, as means over pairs: `preference_accuracy` (share of pairs with a positive margin), `margin`,
+/// `chosen_reward`, `rejected_reward` (implicit rewards), `chosen_logprob`, `rejected_logprob` (sums over tokens); and over
+/// tokens `mismatch_kl`, for completions that the policy sampled.
 #[derive(Debug, Clone)]
 pub struct Pairs {
     pub pairs: Vec<PairTokens>,
     pub loss: PreferenceConfig,
 }
 
-impl Pairs {
-    pub(super) fn run(&self, pass: &mut Pass<'_>) -> Result<()> {
-        let whole =
-            Whole { sequences: self.pairs.len(), tokens: self.pairs.iter().map(|p| p.chosen.completion.len()).sum() };
-        let mut parts = micro_batches(&self.pairs, pass.budget, pass.cancel, PairTokens::size).peekable();
+impl Objective for Pairs {
+    fn accumulate(&self, pass: &mut Pass<'_>) -> Result<()> {
+        self.check()?;
+        let whole = BatchTotals {
+            sequences: self.pairs.len(),
+            tokens: self.pairs.iter().map(|p| p.chosen.completion.len()).sum(),
+        };
+        let mut parts = pass.micro_batches(&self.pairs, PairTokens::size).peekable();
         while let Some(part) = parts.next() {
             let pairs = part?;
-            // A pair's completions stand side by side, so that they share their prompt.
+            // The completions of a pair are adjacent, so that they share their prompt.
             let batch = Batch::new(pairs.iter().flat_map(|p| [p.chosen.sequence(), p.rejected.sequence()]));
             let last = parts.peek().is_none();
             pass.completions_step(&batch, last, |pass, logprobs| self.loss(pass, pairs, &batch, logprobs, whole))?;
+        }
+        Ok(())
+    }
+}
+
+impl Pairs {
+    fn check(&self) -> Result<()> {
+        for (i, p) in self.pairs.iter().enumerate() {
+            let lists = [
+                ("ref_chosen", &p.ref_chosen, &p.chosen, self.loss.needs_reference()),
+                ("ref_rejected", &p.ref_rejected, &p.rejected, self.loss.needs_reference()),
+                ("sampler_chosen", &p.sampler_chosen, &p.chosen, false),
+                ("sampler_rejected", &p.sampler_rejected, &p.rejected, false),
+            ];
+            for (name, list, tokens, needed) in lists {
+                if needed || !list.is_empty() {
+                    check_per_token("pair", i, name, list.len(), tokens)?;
+                }
+            }
         }
         Ok(())
     }
@@ -58,47 +84,47 @@ impl Pairs {
         pairs: &[PairTokens],
         batch: &Batch,
         logprobs: &Tensor,
-        whole: Whole,
+        whole: BatchTotals,
     ) -> Result<Tensor> {
         let n = pairs.len();
         let sums = token::span_sums(logprobs, batch.spans())?;
         let half = |t: &Tensor, which: usize| t.reshape((n, 2))?.narrow(1, which, 1)?.squeeze(1);
         let sum = |x: &Vec<f32>| x.iter().map(|&x| f64::from(x)).sum::<f64>() as f32;
         let lengths = batch.spans().windows(2).map(|w| (w[1] - w[0]) as f32).collect();
-        let lengths = column(lengths, logprobs)?;
+        let lengths = tensor_like(lengths, logprobs)?;
         let gaps: Option<Vec<f32>> = pairs.iter().map(|p| p.score_gap.map(|g| g as f32)).collect();
-        let gaps = gaps.map(|gaps| column(gaps, logprobs)).transpose()?;
+        let gaps = gaps.map(|gaps| tensor_like(gaps, logprobs)).transpose()?;
         let (chosen, rejected) = (half(&sums, 0)?, half(&sums, 1)?);
         let loss = preference_loss(
             &PreferenceLogprobs {
                 policy_chosen: &chosen,
                 policy_rejected: &rejected,
-                ref_chosen: &column(pairs.iter().map(|p| sum(&p.ref_chosen)).collect(), logprobs)?,
-                ref_rejected: &column(pairs.iter().map(|p| sum(&p.ref_rejected)).collect(), logprobs)?,
+                ref_chosen: &tensor_like(pairs.iter().map(|p| sum(&p.ref_chosen)).collect(), logprobs)?,
+                ref_rejected: &tensor_like(pairs.iter().map(|p| sum(&p.ref_rejected)).collect(), logprobs)?,
                 chosen_tokens: &half(&lengths, 0)?,
                 rejected_tokens: &half(&lengths, 1)?,
                 score_gap: gaps.as_ref(),
             },
             &self.loss,
         )?;
-        let right = numbers(&loss.margins()?)?.iter().filter(|&&m| m > 0.0).count();
-        pass.add("preference_accuracy", right as f64, n);
-        pass.add("margin", total(&loss.margins()?)?, n);
-        pass.add("chosen_reward", total(&loss.chosen_rewards)?, n);
-        pass.add("rejected_reward", total(&loss.rejected_rewards)?, n);
-        pass.add("chosen_logprob", total(&chosen)?, n);
-        pass.add("rejected_logprob", total(&rejected)?, n);
+        let correct = values_f64(&loss.margins()?)?.iter().filter(|&&m| m > 0.0).count();
+        pass.add("preference_accuracy", correct as f64, n);
+        pass.add("margin", sum_f64(&loss.margins()?)?, n);
+        pass.add("chosen_reward", sum_f64(&loss.chosen_rewards)?, n);
+        pass.add("rejected_reward", sum_f64(&loss.rejected_rewards)?, n);
+        pass.add("chosen_logprob", sum_f64(&chosen)?, n);
+        pass.add("rejected_logprob", sum_f64(&rejected)?, n);
         mismatch(pass, logprobs, pairs.iter().flat_map(|p| [&p.sampler_chosen, &p.sampler_rejected]))?;
         let share = (loss.losses.sum_all()? / whole.sequences as f64)?;
         let Some(term) = &self.loss.sft else { return Ok(share) };
-        let (tokens, spans) = every_other(logprobs, batch.spans())?;
+        let (tokens, spans) = chosen_tokens(logprobs, batch.spans())?;
         let nll = chosen_nll(&tokens, &spans, term, whole)?;
         Ok((share + (nll * term.weight)?)?)
     }
 }
 
-/// The tokens of sequences 0, 2, 4, ...: the chosen ones.
-fn every_other(logprobs: &Tensor, spans: &[usize]) -> Result<(Tensor, Vec<usize>)> {
+/// The log-probabilities of the chosen completions, which are sequences 0, 2, 4, ..., and their spans.
+fn chosen_tokens(logprobs: &Tensor, spans: &[usize]) -> Result<(Tensor, Vec<usize>)> {
     let (mut parts, mut kept) = (Vec::new(), vec![0]);
     for w in spans.windows(2).step_by(2) {
         parts.push(logprobs.narrow(0, w[0], w[1] - w[0])?);
@@ -107,17 +133,17 @@ fn every_other(logprobs: &Tensor, spans: &[usize]) -> Result<(Tensor, Vec<usize>
     Ok((Tensor::cat(&parts, 0)?, kept))
 }
 
-/// k3 estimate of KL(sampler ‖ trainer) per token, for completions that come with what the sampler said: rounding
-/// noise when both agree.
+/// Adds the k3 estimate of KL(sampler ‖ trainer) per token, for completions that come with the sampler's
+/// log-probabilities. It is rounding error if sampler and trainer compute the same distribution.
 pub(super) fn mismatch<'a>(
     pass: &mut Pass<'_>,
     logprobs: &Tensor,
     sampler: impl Iterator<Item = &'a Vec<f32>>,
 ) -> Result<()> {
     let sampler: Vec<f64> = sampler.flatten().map(|&x| f64::from(x)).collect();
-    let trainer = numbers(&logprobs.detach())?;
+    let trainer = values_f64(&logprobs.detach())?;
     if sampler.len() != trainer.len() {
-        return Ok(()); // completions of others
+        return Ok(()); // some completions were not sampled by the policy
     }
     let of = |(trainer, sampler): (&f64, &f64)| {
         let d = trainer - sampler;

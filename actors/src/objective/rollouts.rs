@@ -1,39 +1,47 @@
-//! Policy gradients: clipped losses on sampled completions, with a pretraining mix.
+//! Policy gradients: clipped losses on sampled completions, with an optional pretraining mix.
 
 use candle_core::Tensor;
-use rehearsal_learn::Whole;
+use rehearsal_learn::BatchTotals;
 use rehearsal_learn::ppo::{PolicyLossConfig, PolicyTokens, policy_loss};
 use rehearsal_lm::Batch;
 
-use super::{Demonstrations, Pass, column, length, micro_batches, total};
+use super::{Demonstrations, Objective, Pass, check_per_token, length, sum_f64, tensor_like};
 use crate::{Result, Tokens};
 
-/// A completion with what is known of each of its tokens.
+/// A sampled completion with one value per token in each list.
 #[derive(Debug, Clone)]
 pub struct RolloutTokens {
     pub tokens: Tokens,
-    /// By the trainer, before the update.
+    /// Log-probabilities under the policy before the update, computed by the trainer.
     pub old_logprobs: Vec<f32>,
     pub advantages: Vec<f32>,
     pub ref_logprobs: Vec<f32>,
 }
 
-/// One minibatch of rollouts.
+/// The clipped policy loss of PPO, RLOO or GRPO on one minibatch.
+///
+/// Statistics, as means over tokens: `clip_fraction`, `approx_kl`, `policy_kl`, `ratio`, and `policy_entropy` where the loss
+/// has an entropy term; with a pretraining mix also its `nll`.
 #[derive(Debug, Clone)]
 pub struct Rollouts {
     pub rollouts: Vec<RolloutTokens>,
     pub loss: PolicyLossConfig,
-    /// Text whose likelihood is to stay high, and its weight γ (InstructGPT, eq. 2).
+    /// Pretraining text and the weight γ of its negative log-likelihood (InstructGPT, eq. 2).
     pub pretraining: Option<(Demonstrations, f64)>,
 }
 
-impl Rollouts {
-    pub(super) fn run(&self, pass: &mut Pass<'_>) -> Result<()> {
-        let whole = Whole {
+impl Objective for Rollouts {
+    fn accumulate(&self, pass: &mut Pass<'_>) -> Result<()> {
+        for (i, r) in self.rollouts.iter().enumerate() {
+            check_per_token("rollout", i, "old_logprobs", r.old_logprobs.len(), &r.tokens)?;
+            check_per_token("rollout", i, "advantages", r.advantages.len(), &r.tokens)?;
+            check_per_token("rollout", i, "ref_logprobs", r.ref_logprobs.len(), &r.tokens)?;
+        }
+        let whole = BatchTotals {
             sequences: self.rollouts.len(),
             tokens: self.rollouts.iter().map(|r| r.tokens.completion.len()).sum(),
         };
-        let mut parts = micro_batches(&self.rollouts, pass.budget, pass.cancel, |r| length(&r.tokens)).peekable();
+        let mut parts = pass.micro_batches(&self.rollouts, |r| length(&r.tokens)).peekable();
         while let Some(part) = parts.next() {
             let (rollouts, last) = (part?, parts.peek().is_none());
             let mut batch = Batch::new(rollouts.iter().map(|r| r.tokens.sequence()));
@@ -43,24 +51,26 @@ impl Rollouts {
             pass.completions_step(&batch, last, |pass, output| self.loss(pass, rollouts, &batch, output, whole))?;
         }
         match &self.pretraining {
-            Some((text, weight)) => text.run(pass, *weight),
+            Some((text, weight)) => text.accumulate_weighted(pass, *weight),
             None => Ok(()),
         }
     }
+}
 
+impl Rollouts {
     fn loss(
         &self,
         pass: &mut Pass<'_>,
         rollouts: &[RolloutTokens],
         batch: &Batch,
         output: &Tensor,
-        whole: Whole,
+        whole: BatchTotals,
     ) -> Result<Tensor> {
         let n = batch.scored();
         let logprobs = &output.narrow(0, 0, n)?;
         let entropies = if self.loss.entropy > 0.0 { Some(output.narrow(0, n, n)?) } else { None };
         let all = |of: fn(&RolloutTokens) -> &Vec<f32>| {
-            column(rollouts.iter().flat_map(|r| of(r).iter().copied()).collect(), logprobs)
+            tensor_like(rollouts.iter().flat_map(|r| of(r).iter().copied()).collect(), logprobs)
         };
         let reference = all(|r| &r.ref_logprobs)?;
         let tokens = PolicyTokens {
@@ -73,7 +83,7 @@ impl Rollouts {
         };
         let loss = policy_loss(&tokens, &self.loss, whole)?;
         if let Some(entropies) = &entropies {
-            pass.add("policy_entropy", total(&entropies.detach())?, n);
+            pass.add("policy_entropy", sum_f64(&entropies.detach())?, n);
         }
         pass.add("clip_fraction", loss.clipped, n);
         pass.add("approx_kl", loss.approx_kl, n);

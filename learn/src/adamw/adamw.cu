@@ -1,9 +1,6 @@
-// AdamW: parameter and moments in one pass. Moments in f32, in bf16 held as its bits, or in eight bits with a scale for each block
-// of 256; fewer bits are rounded at random, by the same numbers as on the CPU.
-typedef unsigned int u32;
-typedef unsigned short bf16;
+// AdamW: updates parameter and moments in one pass. Moments are f32, bf16, or eight bits with a scale per block of 256. bf16 and
+// eight bits are rounded stochastically, with the same random numbers as on the CPU.
 typedef unsigned char u8;
-#define INLINE __device__ __forceinline__
 
 struct Rule { float beta1, beta2, decay, rate, root, eps, scale; u32 salt1, salt2; };
 
@@ -21,7 +18,7 @@ INLINE float moved(const Rule& r, float p, float m, float v) {
     return p * r.decay - r.rate * m / (sqrtf(v) / r.root + r.eps);
 }
 
-extern "C" __global__ void adamw_f32(float* p, float* m, float* v, const float* g, size_t n, Rule r) {
+KERNEL adamw_f32(float* p, float* m, float* v, const float* g, size_t n, Rule r) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     float first = m[i], second = v[i];
@@ -31,20 +28,19 @@ extern "C" __global__ void adamw_f32(float* p, float* m, float* v, const float* 
     p[i] = moved(r, p[i], first, second);
 }
 
-INLINE float wide(bf16 x) { return __uint_as_float((u32)x << 16); }
-INLINE bf16 at_random(float x, u32 seed) {
+INLINE bf16 round_stochastic(float x, u32 seed) {
     u32 bits = __float_as_uint(x);
     bool finite = (bits & 0x7f800000u) != 0x7f800000u;
     return (bf16)((finite ? bits + (scramble(seed) & 0xffffu) : bits) >> 16);
 }
-extern "C" __global__ void adamw_bf16(float* p, bf16* m, bf16* v, const float* g, size_t n, Rule r) {
+KERNEL adamw_bf16(float* p, bf16* m, bf16* v, const float* g, size_t n, Rule r) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
-    float first = wide(m[i]), second = wide(v[i]);
+    float first = load(m + i), second = load(v + i);
     blend(r, g[i], &first, &second);
-    m[i] = at_random(first, (u32)i ^ r.salt1);
-    v[i] = at_random(second, (u32)i ^ r.salt2);
-    p[i] = moved(r, p[i], wide(m[i]), wide(v[i]));
+    m[i] = round_stochastic(first, (u32)i ^ r.salt1);
+    v[i] = round_stochastic(second, (u32)i ^ r.salt2);
+    p[i] = moved(r, p[i], load(m + i), load(v + i));
 }
 
 INLINE float decode(u32 code, u32 levels) { return code == 0 ? 0.f : __uint_as_float((code + 0x3f8u - levels) << 20); }
@@ -60,8 +56,8 @@ INLINE float with_sign(u8 code) {
     float size = decode(code & 127u, 127);
     return code & 128u ? -size : size;
 }
-// One block of 256 threads for each block of numbers.
-extern "C" __global__ void adamw_int8(
+// One block of 256 threads per block of 256 moments.
+KERNEL adamw_int8(
     float* p, u8* m, float* m_scales, u8* v, float* v_scales, const float* g, size_t n, Rule r) {
     __shared__ float m_tops[256], v_tops[256];
     size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;

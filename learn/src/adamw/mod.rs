@@ -1,24 +1,23 @@
 //! AdamW (Loshchilov & Hutter 2019), updated in place, with moments that can be saved.
 
-#[cfg(feature = "cuda")]
-mod cuda;
+mod gpu;
 mod moments;
 mod update;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use candle_core::{CpuStorage, DType, Tensor, Var};
 use rayon::prelude::*;
+use rehearsal_kernels::gpu::{self as backends, GpuBackend};
 
 use crate::{Error, Result};
+pub use gpu::SOURCE as GPU_SOURCE;
 pub use moments::MomentType;
 use moments::{Moment, Moments};
 use update::Rule;
 
-/// The kernels of AdamW for a CUDA device, to be compiled by NVRTC.
-pub const ADAMW_CUDA: &str = include_str!("adamw.cu");
-
-/// Elements of the gradient norm that a task takes at a time: it fixes the order of summation.
+/// Elements of a gradient that are summed as one block of the gradient norm. This fixes the order of summation.
 const BLOCK: usize = 64 * 1024;
 
 /// Settings of [`AdamW`].
@@ -32,13 +31,13 @@ pub struct AdamWConfig {
     pub eps: f64,
     /// Decoupled weight decay, on matrices only: norms and biases are left alone.
     pub weight_decay: f64,
-    /// What the moments are stored as.
+    /// Type in which the moments are stored.
     pub moments: MomentType,
-    /// Where `eps` is added.
+    /// Where `eps` is added to the denominator.
     pub rule: AdamRule,
 }
 
-/// Where Adam adds its `eps`; the two differ in the first steps.
+/// Where `eps` is added. The two variants differ in the first steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum AdamRule {
     /// `lr · m̂ / (√v̂ + eps)`, with both moments corrected (PyTorch).
@@ -67,6 +66,8 @@ pub struct AdamW {
     config: AdamWConfig,
     step: u64,
     moments: BTreeMap<String, Moments>,
+    /// The GPU that the variables are on.
+    backend: Option<Arc<dyn GpuBackend>>,
 }
 
 impl AdamW {
@@ -74,7 +75,15 @@ impl AdamW {
     pub fn new(variables: &BTreeMap<String, Var>, config: AdamWConfig) -> Result<Self> {
         let zeros = |(name, var): (&String, &Var)| Ok((name.clone(), Moments::zeros(var, config.moments)?));
         let moments = variables.iter().map(zeros).collect::<Result<_>>()?;
-        Ok(Self { config, step: 0, moments })
+        let device = variables.values().next().map(|var| var.device());
+        let backend = device.map_or(Ok(None), backends::for_device)?;
+        Ok(Self { config, step: 0, moments, backend })
+    }
+
+    /// Runs the steps on a GPU backend, which must be able to access the variables.
+    pub fn with_gpu_backend(mut self, backend: Arc<dyn GpuBackend>) -> Self {
+        self.backend = Some(backend);
+        self
     }
 
     /// Steps taken.
@@ -82,8 +91,8 @@ impl AdamW {
         self.step
     }
 
-    /// Moments by name, `exp_avg.NAME` and `exp_avg_sq.NAME`, and in eight bits `exp_avg_scale.NAME` and
-    /// `exp_avg_sq_scale.NAME`; they share storage with the optimiser.
+    /// The optimizer state by name: moments `exp_avg.NAME` and `exp_avg_sq.NAME`, and the scales of eight-bit moments,
+    /// `exp_avg_scale.NAME` and `exp_avg_sq_scale.NAME`. The tensors share storage with the optimizer.
     pub fn state(&self) -> BTreeMap<String, Tensor> {
         let mut state = BTreeMap::new();
         for (name, Moments { first, second }) in &self.moments {
@@ -97,7 +106,7 @@ impl AdamW {
         state
     }
 
-    /// Takes over what [`AdamW::state`] and [`AdamW::steps`] gave.
+    /// Restores the optimizer state from [`AdamW::steps`] and [`AdamW::state`].
     pub fn restore(&mut self, steps: u64, state: &BTreeMap<String, Tensor>) -> Result<()> {
         let mut restored = BTreeMap::new();
         for (name, moments) in &self.moments {
@@ -106,15 +115,16 @@ impl AdamW {
                 if found.dims() != like.dims() {
                     return Err(Error::Moments(format!("`{key}` is {:?}, wanted {:?}", found.dims(), like.dims())));
                 }
-                // Codes of eight bits mean nothing in another type.
+                // Eight-bit codes cannot be converted to another type.
                 if found.dtype() != like.dtype() && [found.dtype(), like.dtype()].contains(&DType::U8) {
                     return Err(Error::Moments(format!(
-                        "`{key}` is kept in {:?}, and the configuration wants {:?}; resume with the `moments` it was begun with",
+                        "`{key}` is stored as {:?}, but the configuration asks for {:?}; \
+                         resume with the setting `moments` that the job was started with",
                         found.dtype(),
                         like.dtype()
                     )));
                 }
-                // A copy: the optimiser writes in place.
+                // A copy, since the optimizer updates in place.
                 Ok(found.to_device(like.device())?.to_dtype(like.dtype())?.copy()?)
             };
             let moment = |kind: &str, like: &Moment| -> Result<Moment> {
@@ -131,8 +141,10 @@ impl AdamW {
         Ok(())
     }
 
-    /// One step at a learning rate, with every gradient times `scale` ([`clip_scale`], or 1). Every variable must have
-    /// a gradient, and every gradient a variable.
+    /// Updates the variables by one step at a learning rate. Gradients are multiplied by `scale` (from [`clip_scale`], or 1).
+    ///
+    /// # Errors
+    /// If a variable has no gradient, or a gradient no variable; then nothing is changed.
     pub fn step(
         &mut self,
         variables: &BTreeMap<String, Var>,
@@ -161,33 +173,31 @@ impl AdamW {
             let salt = (self.step as u32).wrapping_mul(0x9e37_79b9);
             let rule = Rule { beta1, beta2, decay, rate, root, eps, scale, salts: [salt, salt ^ 0x5bd1_e995] };
             let parameter = var.as_detached_tensor();
-            #[cfg(feature = "cuda")]
-            if var.device().is_cuda() {
-                cuda::update(&parameter, moments, &gradient, rule)?;
-                continue;
+            match &self.backend {
+                Some(backend) => gpu::update(&**backend, &parameter, moments, &gradient, rule)?,
+                None => update::update(&parameter, moments, &gradient, rule)?,
             }
-            update::update(&parameter, moments, &gradient, rule)?;
         }
         Ok(())
     }
 }
 
-/// Euclidean norm over all gradients, summed in f64 in a fixed order. A device is waited for once.
+/// Euclidean norm of all gradients together, summed in f64 in a fixed order. Synchronises with a GPU once.
 pub fn global_norm(gradients: &BTreeMap<String, Tensor>) -> Result<f64> {
-    let (mut total, mut coming) = (0.0, Vec::new());
+    let (mut total, mut pending) = (0.0, Vec::new());
     for gradient in gradients.values() {
         match sum_of_squares(gradient) {
             Some(sum) => total += sum,
-            None => coming.push(gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?),
+            None => pending.push(gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?),
         }
     }
-    if !coming.is_empty() {
-        total += Tensor::stack(&coming, 0)?.to_vec1::<f64>()?.iter().sum::<f64>();
+    if !pending.is_empty() {
+        total += Tensor::stack(&pending, 0)?.to_vec1::<f64>()?.iter().sum::<f64>();
     }
     Ok(total.sqrt())
 }
 
-/// That of an f32 tensor on the CPU.
+/// Sum of the squares of an f32 tensor on the CPU; `None` for other tensors.
 fn sum_of_squares(x: &Tensor) -> Option<f64> {
     if !x.device().is_cpu() {
         return None;
@@ -203,8 +213,8 @@ fn sum_of_squares(x: &Tensor) -> Option<f64> {
     }
 }
 
-/// What gradients of a global norm are to be multiplied by so that it is at most `max_norm`:
-/// `min(1, max_norm / (norm + 1e-6))`.
+/// Factor that clips gradients of global norm `norm` to `max_norm`: `min(1, max_norm / (norm + 1e-6))`; 1 without a
+/// `max_norm`.
 pub fn clip_scale(norm: f64, max_norm: Option<f64>) -> f64 {
     max_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0))
 }
@@ -222,15 +232,15 @@ mod tests {
     #[test]
     fn a_missing_or_stray_gradient_is_an_error_and_changes_nothing() {
         let variables = variables();
-        let mut optimiser = AdamW::new(&variables, AdamWConfig::default()).unwrap();
+        let mut optimizer = AdamW::new(&variables, AdamWConfig::default()).unwrap();
         let mut gradients: BTreeMap<_, _> = [("a".to_string(), variables["a"].as_tensor().clone())].into();
-        let error = optimiser.step(&variables, &gradients, 0.1, 1.0).unwrap_err().to_string();
+        let error = optimizer.step(&variables, &gradients, 0.1, 1.0).unwrap_err().to_string();
         assert!(error.contains("`b`"), "{error}");
         gradients.insert("b".into(), variables["b"].as_tensor().clone());
         gradients.insert("c".into(), variables["b"].as_tensor().clone());
-        assert!(optimiser.step(&variables, &gradients, 0.1, 1.0).is_err());
+        assert!(optimizer.step(&variables, &gradients, 0.1, 1.0).is_err());
         assert_eq!(variables["a"].to_vec1::<f32>().unwrap(), [1.0, 2.0]);
-        assert_eq!(optimiser.steps(), 0);
+        assert_eq!(optimizer.steps(), 0);
     }
 
     #[test]
@@ -259,15 +269,15 @@ mod tests {
             let var = Var::zeros(n, DType::F32, &Device::Cpu).unwrap();
             let variables = BTreeMap::from([("w".to_string(), var)]);
             let config = AdamWConfig { moments, ..Default::default() };
-            let mut optimiser = AdamW::new(&variables, config).unwrap();
+            let mut optimizer = AdamW::new(&variables, config).unwrap();
             for step in 0..400 {
                 let size = if step < 200 { 1.0 } else { 0.1 };
                 let gradients =
                     BTreeMap::from([("w".to_string(), Tensor::full(size as f32, n, &Device::Cpu).unwrap())]);
-                optimiser.step(&variables, &gradients, 1e-3, 1.0).unwrap();
+                optimizer.step(&variables, &gradients, 1e-3, 1.0).unwrap();
             }
             let mean = |t: &Tensor| t.to_dtype(DType::F64).unwrap().mean_all().unwrap().to_scalar::<f64>().unwrap();
-            let state = optimiser.state();
+            let state = optimizer.state();
             (mean(&state["exp_avg_sq.w"]), variables["w"].to_vec1::<f32>().unwrap())
         };
         let ((full, _), (half, weights)) = (run(MomentType::Full), run(MomentType::Bf16));
@@ -276,23 +286,23 @@ mod tests {
         assert_eq!(weights, run(MomentType::Bf16).1);
     }
 
-    /// Noisy steps down a bowl, from moments of a type.
+    /// Noisy steps on a quadratic bowl, with moments of a type.
     fn descend(kind: MomentType, restart: bool) -> Vec<f32> {
         let n = 1000;
         let start: Vec<f32> = (0..n).map(|i| (i as f32 * 0.37).sin()).collect();
         let variables = BTreeMap::from([("w".to_string(), Var::new(start.as_slice(), &Device::Cpu).unwrap())]);
         let config = AdamWConfig { moments: kind, ..Default::default() };
-        let mut optimiser = AdamW::new(&variables, config).unwrap();
+        let mut optimizer = AdamW::new(&variables, config).unwrap();
         for step in 0..300u32 {
             let noise: Vec<f32> =
                 (0..n).map(|i| moments::scramble(step * 1000 + i as u32) as f32 / u32::MAX as f32 - 0.5).collect();
             let noise = Tensor::new(noise.as_slice(), &Device::Cpu).unwrap();
             let gradient = (variables["w"].as_detached_tensor() + (noise * 0.1).unwrap()).unwrap();
-            optimiser.step(&variables, &[("w".to_string(), gradient)].into(), 1e-2, 1.0).unwrap();
+            optimizer.step(&variables, &[("w".to_string(), gradient)].into(), 1e-2, 1.0).unwrap();
             if restart && step % 100 == 50 {
                 let mut next = AdamW::new(&variables, config).unwrap();
-                next.restore(optimiser.steps(), &optimiser.state()).unwrap();
-                optimiser = next;
+                next.restore(optimizer.steps(), &optimizer.state()).unwrap();
+                optimizer = next;
             }
         }
         variables["w"].to_vec1().unwrap()

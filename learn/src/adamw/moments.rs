@@ -1,23 +1,23 @@
-//! What AdamW remembers of each parameter, in 32, 16 or 8 bits.
+//! AdamW's moments of each parameter, in 32, 16 or 8 bits.
 //!
-//! Fewer bits are rounded up or down at random in proportion to what is cut off, so that small changes add up to what they
-//! should. The random bits are a function of the step and the element alone.
+//! Moments of 16 and 8 bits are rounded stochastically: up with a probability proportional to the part that is cut off, so
+//! that small changes are right on average. The random bits are a function of the step and the element's index alone.
 
 use candle_core::{DType, Tensor, Var};
 
 use crate::Result;
 
-/// What moments are stored as.
+/// Type in which moments are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum MomentType {
-    /// As the parameter is.
+    /// The type of the parameter.
     #[default]
     Full,
     /// bfloat16.
     Bf16,
-    /// Eight bits and, for each block of 256 numbers, the largest of them (block-wise, after Dettmers et al. 2022): a
-    /// sign, four bits of exponent and three of fraction for the first moment, five and three for the second, which has
-    /// no sign.
+    /// Eight bits, with the largest magnitude of each block of 256 moments as its scale (block-wise, after Dettmers et al.
+    /// 2022). The first moment has a sign, four bits of exponent and three of fraction; the second has no sign, five bits of
+    /// exponent and three of fraction.
     Int8,
 }
 
@@ -32,7 +32,7 @@ impl MomentType {
     }
 }
 
-/// Numbers that share a scale.
+/// Elements of a block that shares a scale.
 pub const QUANTUM: usize = 256;
 
 /// Both moments of one parameter.
@@ -41,7 +41,7 @@ pub struct Moments {
     pub second: Moment,
 }
 
-/// One moment: its numbers, and the scales of their blocks where they are in eight bits.
+/// One moment: its values, and the scales of their blocks if the values are eight-bit codes.
 pub struct Moment {
     pub values: Tensor,
     pub scales: Option<Tensor>,
@@ -63,13 +63,13 @@ impl Moment {
 }
 
 impl Moments {
-    /// Zeros for a variable.
+    /// Zero moments of a variable.
     pub fn zeros(var: &Var, kind: MomentType) -> Result<Self> {
         Ok(Self { first: Moment::zeros(var, kind)?, second: Moment::zeros(var, kind)? })
     }
 }
 
-/// Thirty-two random bits of a seed: the finaliser of MurmurHash3.
+/// Thirty-two random bits from a seed: the finaliser of MurmurHash3.
 #[inline(always)]
 pub fn scramble(seed: u32) -> u32 {
     let mut h = seed;
@@ -78,9 +78,9 @@ pub fn scramble(seed: u32) -> u32 {
     h ^ (h >> 16)
 }
 
-/// The bits of one of the two bfloat16 numbers around `x`, each with the probability that makes the mean `x`; `seed` decides.
+/// Rounds `x` to one of the two nearest bfloat16 numbers, such that the mean over seeds is `x`, and returns its bits.
 #[inline(always)]
-pub fn round_at_random(x: f32, seed: u32) -> u16 {
+pub fn round_stochastic(x: f32, seed: u32) -> u16 {
     let bits = x.to_bits();
     let up = bits.wrapping_add(scramble(seed) & 0xffff);
     (if x.is_finite() { up } else { bits } >> 16) as u16
@@ -89,14 +89,14 @@ pub fn round_at_random(x: f32, seed: u32) -> u16 {
 /// The upper twelve bits of 1.0: sign, exponent and three bits of fraction.
 const ONE: u32 = 0x3f8;
 
-/// A magnitude from 0 to 1 as one of `levels + 1` codes, 0 for zero, `levels` for 1; neighbours are an eighth of their
-/// power of two apart. One of the two around it at random.
+/// Rounds a magnitude from 0 to 1 stochastically to one of `levels + 1` codes: 0 is zero, `levels` is 1, and neighbours differ
+/// by an eighth of their power of two.
 #[inline(always)]
 pub fn encode(x: f32, levels: u32, seed: u32) -> u32 {
     let base = ONE - levels;
     let random = scramble(seed);
     let least = decode(1, levels);
-    // Below the least, nothing or the least.
+    // Below the smallest magnitude: zero or the smallest.
     let small = u32::from((random >> 8) as f32 * (1.0 / (1u32 << 24) as f32) < x / least);
     let code = ((x.to_bits() + (random & 0xf_ffff)) >> 20).saturating_sub(base).clamp(1, levels);
     if x < least { small } else { code }
@@ -108,7 +108,7 @@ pub fn decode(code: u32, levels: u32) -> f32 {
     if code == 0 { 0.0 } else { f32::from_bits((code + ONE - levels) << 20) }
 }
 
-/// Codes of magnitudes beside a sign, and of those that fill the byte.
+/// Levels of codes that share the byte with a sign, and of codes that use the whole byte.
 pub const SIGNED: u32 = 127;
 pub const UNSIGNED: u32 = 255;
 

@@ -1,4 +1,4 @@
-//! AdamW's arithmetic on the CPU: parameter and moments in one pass over memory.
+//! AdamW's arithmetic on the CPU: updates parameter and moments in one pass over memory.
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -7,35 +7,34 @@ use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Tensor, bail}
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
+use rehearsal_kernels::per_isa;
 
-use crate::wide::wide;
+use super::moments::{Moment, Moments, QUANTUM, SIGNED, UNSIGNED, decode, encode, round_stochastic};
 
-use super::moments::{Moment, Moments, QUANTUM, SIGNED, UNSIGNED, decode, encode, round_at_random};
-
-/// Elements a task takes at a time; whole blocks of eight-bit moments.
+/// Elements per task: a multiple of the block of eight-bit moments.
 const BLOCK: usize = 64 * 1024;
 
-/// One step's numbers.
+/// The constants of a step.
 #[derive(Debug, Clone, Copy)]
 pub struct Rule {
     pub beta1: f64,
     pub beta2: f64,
-    /// Of the parameter.
+    /// Factor on the parameter (weight decay).
     pub decay: f64,
     pub rate: f64,
-    /// Divides the root of the second moment.
+    /// Divisor of the root of the second moment (bias correction).
     pub root: f64,
     pub eps: f64,
-    /// Of the gradient.
+    /// Factor on the gradient (clipping).
     pub scale: f64,
-    /// Seeds of random rounding, of the first and the second moment.
+    /// Seeds of stochastic rounding of the first and the second moment.
     pub salts: [u32; 2],
 }
 
 /// Updates a parameter and its moments in place.
 pub fn update(parameter: &Tensor, moments: &Moments, gradient: &Tensor, rule: Rule) -> Result<()> {
     let (storage, layout) = gradient.storage_and_layout();
-    let Storage::Cpu(gradient) = &*storage else { bail!("a gradient is on another device than its parameter") };
+    let Storage::Cpu(gradient) = &*storage else { bail!("a gradient is not on the device of its parameter") };
     let g = range(layout)?;
     change(parameter, |p, pr| {
         change(&moments.first.values, |m, mr| {
@@ -61,7 +60,7 @@ pub fn update(parameter: &Tensor, moments: &Moments, gradient: &Tensor, rule: Ru
                         })
                     })
                 }
-                _ => bail!("parameters, moments and gradients of types that do not go together"),
+                _ => bail!("types of a parameter, its moments and its gradient do not match"),
             })
         })
     })
@@ -70,7 +69,7 @@ pub fn update(parameter: &Tensor, moments: &Moments, gradient: &Tensor, rule: Ru
 macro_rules! full {
     ($name:ident, $t:ty) => {
         fn $name(p: &mut [$t], m: &mut [$t], v: &mut [$t], g: &[$t], rule: Rule) {
-            wide! {
+            per_isa! {
                 fn chunk(p: &mut [$t], m: &mut [$t], v: &mut [$t], g: &[$t], r: Numbers<$t>) {
                     for (((p, m), v), &g) in p.iter_mut().zip(m).zip(v).zip(g) {
                         (*m, *v) = r.blend(*m, *v, g);
@@ -88,14 +87,14 @@ full!(full_f32, f32);
 full!(full_f64, f64);
 
 fn half(p: &mut [f32], m: &mut [bf16], v: &mut [bf16], g: &[f32], rule: Rule) {
-    wide! {
+    per_isa! {
         fn chunk(p: &mut [f32], m: &mut [u16], v: &mut [u16], g: &[f32], r: Numbers<f32>, from: u32, salts: [u32; 2]) {
             for (i, (((p, m), v), &g)) in p.iter_mut().zip(m).zip(v).zip(g).enumerate() {
                 let seed = from.wrapping_add(i as u32);
                 let widened = |x: u16| f32::from_bits((x as u32) << 16);
                 let (first, second) = r.blend(widened(*m), widened(*v), g);
-                *m = round_at_random(first, seed ^ salts[0]);
-                *v = round_at_random(second, seed ^ salts[1]);
+                *m = round_stochastic(first, seed ^ salts[0]);
+                *v = round_stochastic(second, seed ^ salts[1]);
                 *p = r.moved(*p, widened(*m), widened(*v));
             }
         }
@@ -108,11 +107,11 @@ fn half(p: &mut [f32], m: &mut [bf16], v: &mut [bf16], g: &[f32], rule: Rule) {
     });
 }
 
-/// The codes of a block of a moment, and its scale.
+/// Eight-bit codes of a moment, and the scales of their blocks.
 type Codes<'a> = (&'a mut [u8], &'a mut [f32]);
 
 fn eight(p: &mut [f32], (m, ms): Codes<'_>, (v, vs): Codes<'_>, g: &[f32], rule: Rule) {
-    wide! {
+    per_isa! {
         fn block(p: &mut [f32], m: (&mut [u8], &mut f32), v: (&mut [u8], &mut f32), g: &[f32], r: Numbers<f32>, from: u32, salts: [u32; 2]) {
             let n = p.len().min(QUANTUM);
             let ((m, m_scale), (v, v_scale)) = ((&mut m.0[..n], m.1), (&mut v.0[..n], v.1));
@@ -146,7 +145,7 @@ fn eight(p: &mut [f32], (m, ms): Codes<'_>, (v, vs): Codes<'_>, g: &[f32], rule:
     });
 }
 
-/// The largest magnitude: the same in any order, so lanes may share the work.
+/// The largest magnitude. It does not depend on the order, so it is computed in lanes.
 #[inline(always)]
 fn largest(x: &[f32]) -> f32 {
     let (whole, rest) = x.as_chunks::<16>();
@@ -159,14 +158,14 @@ fn largest(x: &[f32]) -> f32 {
     lanes.iter().chain(rest).fold(0.0, |top, x| if x.abs() > top { x.abs() } else { top })
 }
 
-/// A code beside its sign.
+/// The value of a code with a sign bit.
 #[inline(always)]
 fn signed(code: u8) -> f32 {
     let size = decode(u32::from(code & 127), SIGNED);
     if code & 128 == 0 { size } else { -size }
 }
 
-/// A step's numbers in the type of the parameter.
+/// The constants of a step in the type of the parameter.
 #[derive(Clone, Copy)]
 struct Numbers<T> {
     keep: [T; 2],
@@ -193,14 +192,14 @@ macro_rules! numbers {
                 }
             }
 
-            /// The moments after a gradient.
+            /// The moments, updated by a gradient.
             #[inline(always)]
             fn blend(&self, m: $t, v: $t, g: $t) -> ($t, $t) {
                 let g = g * self.scale;
                 (self.keep[0] * m + self.take[0] * g, self.keep[1] * v + self.take[1] * (g * g))
             }
 
-            /// The parameter after a step.
+            /// The parameter, updated by the moments.
             #[inline(always)]
             fn moved(&self, p: $t, m: $t, v: $t) -> $t {
                 p * self.decay - self.rate * m / (v.sqrt() / self.root + self.eps)
@@ -214,20 +213,20 @@ numbers!(f64);
 fn range(layout: &Layout) -> Result<Range<usize>> {
     match layout.contiguous_offsets() {
         Some((from, to)) => Ok(from..to),
-        None => bail!("an optimiser's tensor must be contiguous"),
+        None => bail!("a tensor of the optimizer is not contiguous"),
     }
 }
 
-/// The scales of a moment in eight bits.
+/// Runs `f` on the scales of an eight-bit moment.
 fn scaled(moment: &Moment, f: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
-    let Some(scales) = &moment.scales else { bail!("a moment in eight bits has no scales") };
+    let Some(scales) = &moment.scales else { bail!("an eight-bit moment has no scales") };
     change(scales, |storage, range| match storage {
         CpuStorage::F32(scales) => f(&mut scales[range]),
         _ => bail!("scales must be f32"),
     })
 }
 
-/// Runs `f` on a tensor's storage, to change it in place.
+/// Runs `f` on a tensor's storage and range, to update it in place.
 fn change(tensor: &Tensor, f: impl FnOnce(&mut CpuStorage, Range<usize>) -> Result<()>) -> Result<()> {
     tensor.inplace_op1(&Change(Cell::new(Some(f))))
 }
@@ -242,7 +241,7 @@ impl<F: FnOnce(&mut CpuStorage, Range<usize>) -> Result<()>> InplaceOp1 for Chan
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
         match self.0.take() {
             Some(f) => f(storage, range(layout)?),
-            None => bail!("an in-place change runs once"),
+            None => bail!("an in-place update ran twice"),
         }
     }
 }

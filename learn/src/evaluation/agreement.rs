@@ -1,7 +1,7 @@
-//! How far labellers agree beyond chance.
+//! Inter-annotator agreement beyond chance.
 
-/// Cohen's κ (1960) of two labellers on the same items: `(p_o - p_e) / (1 - p_e)`. `None` without items, or when both
-/// only ever used one and the same label.
+/// Cohen's κ (1960) of two labellers on the same items: `(p_o - p_e) / (1 - p_e)`. `None` without items, or if both
+/// used only one and the same label.
 pub fn cohen<L: PartialEq>(first: &[L], second: &[L]) -> Option<f64> {
     let n = first.len().min(second.len());
     if n == 0 {
@@ -19,8 +19,8 @@ pub fn cohen<L: PartialEq>(first: &[L], second: &[L]) -> Option<f64> {
     (expected < 1.0).then(|| (observed - expected) / (1.0 - expected))
 }
 
-/// Fleiss' κ (1971): `counts[item][label]` labellers gave `label`, equally many on every item. `None` with fewer than
-/// two labellers, unequal numbers of them, or a single label.
+/// Fleiss' κ (1971), where `counts[item][label]` labellers gave `item` that label. `None` if there are fewer than two
+/// labellers or unequal numbers of them per item, or if only one label was used.
 pub fn fleiss(counts: &[Vec<u32>]) -> Option<f64> {
     let raters = f64::from(counts.first()?.iter().sum::<u32>());
     if raters < 2.0 || counts.iter().any(|c| f64::from(c.iter().sum::<u32>()) != raters) {

@@ -1,4 +1,4 @@
-//! Arithmetic of evaluations: verdicts of judges, win rates, ratings, reward-model benchmarks, agreement.
+//! Evaluation metrics: judge verdicts, win rates, ratings, reward-model accuracy, inter-annotator agreement.
 
 pub mod agreement;
 pub mod judge;

@@ -1,8 +1,8 @@
-//! Ratings of many models from games between two: Elo, in order, and the Bradley–Terry maximum likelihood, without one.
+//! Ratings of models from pairwise games: Elo, which depends on their order, and Bradley–Terry, which does not.
 
 use crate::{Error, Result};
 
-/// A game: two models and what the first made of it, 1 for a win, ½ for a tie, 0 for a loss.
+/// A game between two models; the outcome for the first is 1 for a win, ½ for a tie, 0 for a loss.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Game {
     pub first: usize,
@@ -10,12 +10,12 @@ pub struct Game {
     pub outcome: f64,
 }
 
-/// The scale of ratings: 400 points are a factor of 10 in the odds.
+/// Scale of ratings: a difference of `points` is a factor of `base` in the odds (400 and 10 by default).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scale {
     pub points: f64,
     pub base: f64,
-    /// Rating of the average model.
+    /// Initial Elo rating, and the Bradley–Terry rating of an average model.
     pub start: f64,
 }
 
@@ -25,7 +25,9 @@ impl Default for Scale {
     }
 }
 
-/// Elo ratings after the games in their order (Elo 1978; as in FastChat).
+/// Elo ratings after the games in the given order, with update factor `k` (Elo 1978; as in FastChat).
+///
+/// Fails if a game names a model that does not exist, or one model twice.
 pub fn elo(games: &[Game], models: usize, k: f64, scale: &Scale) -> Result<Vec<f64>> {
     check(games, models)?;
     let mut ratings = vec![scale.start; models];
@@ -39,24 +41,27 @@ pub fn elo(games: &[Game], models: usize, k: f64, scale: &Scale) -> Result<Vec<f
     Ok(ratings)
 }
 
-/// Strengths by maximum likelihood.
+/// Bradley–Terry strengths of models.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BradleyTerry {
-    /// Log-odds, of mean 0: the first beats the second with `σ(θ_first - θ_second)`.
+    /// Strengths in log-odds, with mean 0: `P(first beats second) = σ(θ_first - θ_second)`.
     pub theta: Vec<f64>,
     /// Negative log-likelihood, summed over games.
     pub nll: f64,
 }
 
 impl BradleyTerry {
-    /// Strengths on the scale of Elo.
+    /// Strengths as ratings on an Elo scale.
     pub fn ratings(&self, scale: &Scale) -> Vec<f64> {
         self.theta.iter().map(|t| scale.start + t * scale.points / scale.base.ln()).collect()
     }
 }
 
-/// Bradley–Terry strengths (Bradley & Terry 1952), by Newton's method; a tie is half a win each. Every model must be
-/// connected to every other by wins in both directions, or its strength has no bound: that is an error.
+/// Fits Bradley–Terry strengths (Bradley & Terry 1952) by maximum likelihood with Newton's method; a tie is half a win
+/// for each.
+///
+/// Fails like [`elo`], and if a model is not connected to every other by chains of wins or ties in both directions: its
+/// strength would be unbounded.
 pub fn bradley_terry(games: &[Game], models: usize) -> Result<BradleyTerry> {
     check(games, models)?;
     connected(games, models)?;
@@ -64,7 +69,7 @@ pub fn bradley_terry(games: &[Game], models: usize) -> Result<BradleyTerry> {
     let mut theta = vec![0.0; models];
     for _ in 0..200 {
         let mut gradient = vec![0.0; models];
-        // The all-ones direction is free; adding it to the Hessian fixes the mean.
+        // The likelihood does not depend on the mean; adding the all-ones matrix to the Hessian fixes it.
         let mut hessian = vec![vec![1.0; models]; models];
         for g in games {
             let p = probability(&theta, g);
@@ -100,19 +105,20 @@ pub fn bradley_terry(games: &[Game], models: usize) -> Result<BradleyTerry> {
 
 fn check(games: &[Game], models: usize) -> Result<()> {
     match games.iter().find(|g| g.first.max(g.second) >= models || g.first == g.second) {
-        Some(g) => {
-            Err(Error::Ratings(format!("a game of model {} against model {} among {models}", g.first, g.second)))
-        }
+        Some(g) => Err(Error::Ratings(format!(
+            "a game of model {} against model {} is invalid: the models must differ and be below {models}",
+            g.first, g.second
+        ))),
         None => Ok(()),
     }
 }
 
-/// That wins (or ties) lead from model 0 to every other and back.
+/// Checks that chains of wins or ties lead from model 0 to every other and back.
 fn connected(games: &[Game], models: usize) -> Result<()> {
     for forwards in [true, false] {
         let mut reached = vec![false; models];
-        let mut waiting = vec![0];
-        while let Some(model) = waiting.pop() {
+        let mut stack = vec![0];
+        while let Some(model) = stack.pop() {
             if std::mem::replace(&mut reached[model], true) {
                 continue;
             }
@@ -121,16 +127,16 @@ fn connected(games: &[Game], models: usize) -> Result<()> {
                 for (winner, loser, won) in edges.into_iter().filter(|e| e.2) {
                     let (from, to) = if forwards { (winner, loser) } else { (loser, winner) };
                     if won && from == model {
-                        waiting.push(to);
+                        stack.push(to);
                     }
                 }
             }
         }
-        if let Some(apart) = reached.iter().position(|r| !r) {
+        if let Some(isolated) = reached.iter().position(|r| !r) {
             let what = if forwards { "loses to" } else { "wins against" };
             return Err(Error::Ratings(format!(
-                "model {apart} never {what} the others, directly or by way of them, so its strength has no bound; \
-                 play more games, or leave it out"
+                "model {isolated} never {what} the others, directly or through other models, so its strength is \
+                 unbounded; play more games, or leave it out"
             )));
         }
     }

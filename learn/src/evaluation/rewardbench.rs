@@ -1,8 +1,8 @@
-//! Accuracy of reward models by subset and section, as RewardBench counts it (Lambert et al. 2024).
+//! Accuracy of reward models by subset and section, as in RewardBench (Lambert et al. 2024).
 
 use std::collections::BTreeMap;
 
-/// Accuracy, and how often the scores tie; a tie is wrong.
+/// Counts of correctly ordered pairs and of ties; a tie is not correct.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Accuracy {
     pub right: usize,
@@ -16,7 +16,7 @@ impl Accuracy {
         self.right as f64 / self.pairs.max(1) as f64
     }
 
-    /// Counts a pair.
+    /// Counts a pair by its scores.
     pub fn add(&mut self, chosen: f64, rejected: f64) {
         self.pairs += 1;
         self.right += usize::from(chosen > rejected);
@@ -24,8 +24,8 @@ impl Accuracy {
     }
 }
 
-/// The four sections with their subsets and the examples each counts for. `math-prm` counts 984, as much as the six
-/// code subsets of 164.
+/// The four sections, with the weight of each subset: its number of examples. `math-prm` weighs 984, as much as the six
+/// code subsets of 164 together.
 pub const SECTIONS: [(&str, &[(&str, f64)]); 4] = [
     (
         "Chat",
@@ -72,8 +72,8 @@ pub const SECTIONS: [(&str, &[(&str, f64)]); 4] = [
     ),
 ];
 
-/// Accuracy of each section: its subsets' accuracies, weighted by the examples they count for. Subsets without data
-/// are left out, and so is a section without subsets.
+/// Accuracy of each section: the weighted mean of its subsets' accuracies. Subsets that `subsets` lacks are left out,
+/// and so are sections without subsets.
 pub fn sections(subsets: &BTreeMap<String, f64>) -> BTreeMap<&'static str, f64> {
     let of = |&(section, parts): &(&'static str, &[(&str, f64)])| {
         let found = parts.iter().filter_map(|(name, count)| Some((subsets.get(*name)?, count)));
@@ -83,7 +83,7 @@ pub fn sections(subsets: &BTreeMap<String, f64>) -> BTreeMap<&'static str, f64> 
     SECTIONS.iter().filter_map(of).collect()
 }
 
-/// The benchmark's score: the plain mean of the sections.
+/// Score of the benchmark: the unweighted mean of the sections.
 pub fn score(sections: &BTreeMap<&'static str, f64>) -> f64 {
     sections.values().sum::<f64>() / sections.len().max(1) as f64
 }

@@ -1,9 +1,10 @@
-//! Win rates: MT-bench's rule for two orders (Zheng et al. 2023), bootstrap intervals, and the length-controlled rate
-//! in the manner of AlpacaEval 2 (Dubois et al. 2024).
+//! Win rates: MT-bench's rule for two orders (Zheng et al. 2023), bootstrap intervals, and a length-controlled rate
+//! like AlpacaEval 2's (Dubois et al. 2024).
 
 use std::cmp::Ordering;
 
-/// A model wins when both orders say so; anything else is a tie. Verdicts are 1, 0 or -1 from the model's view.
+/// Combines the verdicts of both orders: equal ones stand, others are a tie. Verdicts are 1 (win), 0 (tie) or -1
+/// (loss).
 pub fn agree(first: i8, second: i8) -> i8 {
     if first == second { first } else { 0 }
 }
@@ -17,7 +18,7 @@ pub struct WinRate {
 }
 
 impl WinRate {
-    /// From verdicts of 1, 0 and -1.
+    /// Shares of verdicts of 1 (win), 0 (tie) and -1 (loss).
     pub fn of(verdicts: &[i8]) -> Self {
         let share = |which: Ordering| {
             verdicts.iter().filter(|v| v.cmp(&&0) == which).count() as f64 / verdicts.len().max(1) as f64
@@ -25,14 +26,14 @@ impl WinRate {
         Self { win: share(Ordering::Greater), tie: share(Ordering::Equal), loss: share(Ordering::Less) }
     }
 
-    /// Wins plus a share of the ties, usually half.
+    /// Win rate in which a tie counts as `tie_weight` of a win, usually ½.
     pub fn rate(&self, tie_weight: f64) -> f64 {
         self.win + tie_weight * self.tie
     }
 }
 
-/// Percentile bootstrap interval of a mean: resamples the values `resamples` times. `uniform(n)` is the n-th random
-/// number in [0, 1).
+/// Percentile bootstrap interval `(low, high)` of the mean of `values`, from `resamples` resamples. `uniform(n)` is the
+/// n-th random number in [0, 1).
 pub fn bootstrap(values: &[f64], confidence: f64, resamples: usize, uniform: impl Fn(u64) -> f64) -> (f64, f64) {
     let n = values.len();
     if n == 0 || resamples == 0 {
@@ -48,20 +49,21 @@ pub fn bootstrap(values: &[f64], confidence: f64, resamples: usize, uniform: imp
     (at(0.5 - confidence / 2.0), at(0.5 + confidence / 2.0))
 }
 
-/// A win rate at equal lengths.
+/// A win rate at equal lengths, with the regression it comes from.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LengthControlled {
     /// Coefficient of `tanh(length difference / its standard deviation)`.
     pub coefficient: f64,
     pub intercept: f64,
-    /// Unbiased.
+    /// Unbiased standard deviation of the length differences.
     pub deviation: f64,
-    /// `σ(intercept)`: what is left when the difference is 0.
+    /// Win rate at a length difference of 0: `σ(intercept)`.
     pub rate: f64,
 }
 
-/// Logistic regression of preferences (0 to 1) on the length difference and an intercept, by Newton's method. `ridge`
-/// penalises both. `None` without at least two different lengths.
+/// Length-controlled win rate: logistic regression of preferences (0 to 1) on the length difference and an intercept,
+/// by Newton's method. `ridge` penalises both coefficients. `None` if all differences are equal, or counts do not
+/// match.
 pub fn length_controlled(preferences: &[f64], differences: &[f64], ridge: f64) -> Option<LengthControlled> {
     let deviation = crate::group::deviation(differences);
     if preferences.len() != differences.len() || deviation == 0.0 {
@@ -83,7 +85,7 @@ pub fn length_controlled(preferences: &[f64], differences: &[f64], ridge: f64) -
         }
         let determinant = h[0] * h[2] - h[1] * h[1];
         if determinant <= f64::MIN_POSITIVE {
-            break; // preferences that the lengths separate have no finite optimum
+            break; // no finite optimum: the lengths separate the preferences
         }
         let step = [(h[2] * g[0] - h[1] * g[1]) / determinant, (h[0] * g[1] - h[1] * g[0]) / determinant];
         slope -= step[0];
@@ -101,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn intervals_hold_the_mean() {
+    fn intervals_contain_the_mean() {
         let values: Vec<f64> = (0..100).map(|i| f64::from(i % 2)).collect();
         let random = |n: u64| ((n.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 11) as f64) / (1u64 << 53) as f64;
         let (low, high) = bootstrap(&values, 0.95, 1000, random);

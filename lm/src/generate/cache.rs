@@ -1,11 +1,12 @@
-//! Keys and values of the sequences being generated, preallocated: one slot a sequence.
+//! KV cache of the sequences in flight, preallocated: one slot per sequence.
 
-use crate::kernels::Shared;
-use crate::kernels::attention::{Heads, KEY_BLOCK};
-use crate::kernels::team::for_each;
+use rehearsal_kernels::Shared;
+use rehearsal_kernels::attention::{Heads, KEY_BLOCK};
+use rehearsal_kernels::team::for_each;
+
 use crate::model::Architecture;
 
-/// One token of one sequence on its way through the model.
+/// A row of a forward pass: one token of one sequence.
 #[derive(Debug, Clone, Copy)]
 pub struct Row {
     pub slot: usize,
@@ -14,21 +15,21 @@ pub struct Row {
     pub wants_logits: bool,
 }
 
-/// Keys (`[length / KEY_BLOCK][dim][KEY_BLOCK]`) and values (`[length][dim]`) of every layer, slot and key head.
+/// KV cache: keys `[length / KEY_BLOCK][dim][KEY_BLOCK]` and values `[length][dim]` of every layer, slot and key head.
 pub struct Cache {
     keys: Vec<f32>,
     values: Vec<f32>,
-    places: Places,
+    layout: CacheLayout,
 }
 
-/// Where a head of a slot of a layer lies in keys and values alike.
-struct Places {
+/// Offsets into the keys and the values, which are the same for both.
+struct CacheLayout {
     heads: Heads,
-    /// Tokens before each slot, in all slots of a layer at the end.
+    /// First token of each slot within a layer, and at the end the number of tokens of a layer.
     starts: Vec<usize>,
 }
 
-impl Places {
+impl CacheLayout {
     fn slots(&self) -> usize {
         self.starts.len() - 1
     }
@@ -46,7 +47,7 @@ impl Places {
 }
 
 impl Cache {
-    /// Slots for sequences of these lengths.
+    /// Allocates slots for sequences of these lengths in tokens.
     pub fn new(architecture: &Architecture, lengths: &[usize]) -> Self {
         let heads = architecture.attention(0);
         let mut starts = vec![0];
@@ -56,23 +57,23 @@ impl Cache {
             end
         }));
         let floats = architecture.layers * end * heads.key_width();
-        Self { keys: vec![0.0; floats], values: vec![0.0; floats], places: Places { heads, starts } }
+        Self { keys: vec![0.0; floats], values: vec![0.0; floats], layout: CacheLayout { heads, starts } }
     }
 
-    /// Whether this cache has slots of these lengths.
+    /// Whether the slots are large enough for sequences of these lengths.
     pub fn fits(&self, lengths: &[usize]) -> bool {
-        lengths.len() <= self.places.slots() && lengths.iter().enumerate().all(|(i, &n)| n <= self.places.length(i))
+        lengths.len() <= self.layout.slots() && lengths.iter().enumerate().all(|(i, &n)| n <= self.layout.length(i))
     }
 
-    /// Keys and values of one head of one sequence.
+    /// Keys and values of a key head of a slot.
     pub fn head(&self, layer: usize, slot: usize, head: usize) -> (&[f32], &[f32]) {
-        let range = self.places.range(layer, slot, head);
+        let range = self.layout.range(layer, slot, head);
         (&self.keys[range.clone()], &self.values[range])
     }
 
     /// Stores the keys and values of rows `[queries | keys | values]` at their positions.
     pub fn append(&mut self, layer: usize, rows: &[Row], qkv: &[f32]) {
-        let (places, heads) = (&self.places, self.places.heads);
+        let (layout, heads) = (&self.layout, self.layout.heads);
         let (dim, width) = (heads.dim, heads.width());
         let (q, kv) = (heads.query_width(), heads.key_width());
         let (all_keys, all_values) = (Shared::new(&mut self.keys), Shared::new(&mut self.values));
@@ -80,9 +81,9 @@ impl Cache {
             let (keys, values) = qkv[i * width + q..(i + 1) * width].split_at(kv);
             let (block, place) = (rows[i].position / KEY_BLOCK, rows[i].position % KEY_BLOCK);
             for head in 0..heads.keys {
-                let start = places.range(layer, rows[i].slot, head).start;
+                let start = layout.range(layer, rows[i].slot, head).start;
                 let columns = head * dim..(head + 1) * dim;
-                // SAFETY: no two rows have the same slot and position, so this place belongs to this task.
+                // SAFETY: no two rows have the same slot and position, so no other task writes these elements.
                 unsafe {
                     for (d, &k) in keys[columns.clone()].iter().enumerate() {
                         all_keys.slice(start + (block * dim + d) * KEY_BLOCK + place, 1)[0] = k;
@@ -93,14 +94,14 @@ impl Cache {
         });
     }
 
-    /// Copies the first `len` tokens of a slot to another: completions of one prompt compute it once.
+    /// Copies the first `len` tokens of a slot to another, so that completions share the prefill of their prompt.
     pub fn copy_prefix(&mut self, layers: usize, from: usize, to: usize, len: usize) {
-        let (places, dim) = (&self.places, self.places.heads.dim);
-        // Whole blocks: what lies past the last token is written before it is read.
+        let (layout, dim) = (&self.layout, self.layout.heads.dim);
+        // Keys are copied in whole blocks; positions from `len` on are overwritten before they are read.
         let keys = len.div_ceil(KEY_BLOCK) * KEY_BLOCK * dim;
         for layer in 0..layers {
-            for head in 0..places.heads.keys {
-                let [source, target] = [from, to].map(|slot| places.range(layer, slot, head).start);
+            for head in 0..layout.heads.keys {
+                let [source, target] = [from, to].map(|slot| layout.range(layer, slot, head).start);
                 self.keys.copy_within(source..source + keys, target);
                 self.values.copy_within(source..source + len * dim, target);
             }

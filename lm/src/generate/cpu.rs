@@ -1,20 +1,22 @@
-//! The forward pass of generation on the CPU: rows of any sequences against a preallocated cache.
+//! The forward pass of generation on the CPU: rows of any sequences over a preallocated KV cache.
 //!
-//! Weights are packed once per policy version; nothing is allocated per token but small scratch rows.
+//! Weights are packed once per policy version; a pass allocates only small scratch buffers.
 
 use std::sync::Arc;
 
-use super::cache::{Cache, Row};
-use crate::error::Result;
-use crate::kernels::Shared;
-use crate::kernels::attention::{self, Heads, KEY_BLOCK};
-use crate::kernels::gemm::{Packed, View, gemm};
-use crate::kernels::math::softcap;
-use crate::kernels::team::{for_each_chunk, lend};
-use crate::model::Decoder;
-use crate::pass::{Buffers, Cpu, Norm, Ops, PreparedBlock, Recorder, Rows, norm, pack_into};
+use rehearsal_kernels::Shared;
+use rehearsal_kernels::attention::{self, Heads, KEY_BLOCK};
+use rehearsal_kernels::gemm::{Packed, View, gemm};
+use rehearsal_kernels::math::softcap;
+use rehearsal_kernels::team::{for_each_chunk, lend};
 
-/// All weights of a decoder, packed.
+use super::cache::{Cache, Row};
+use crate::cpu::{Cpu, Recorder, pack_into};
+use crate::error::Result;
+use crate::model::Decoder;
+use crate::pass::{Buffers, Norm, Ops, PreparedBlock, Rows, norm};
+
+/// The weights of a decoder, packed for GEMM.
 pub struct PackedWeights {
     ops: Cpu,
     blocks: Vec<PreparedBlock<Cpu>>,
@@ -23,7 +25,7 @@ pub struct PackedWeights {
 }
 
 impl PackedWeights {
-    /// Packs a decoder's weights as they are now.
+    /// Packs a decoder's current weights.
     pub fn new(decoder: &Decoder) -> Result<Self> {
         let (layers, ops) = (decoder.layers(), Cpu(decoder.precision()));
         let mut head = Packed::empty(decoder.precision());
@@ -46,8 +48,8 @@ impl Room {
     }
 }
 
-/// Runs rows through the model, appends their keys and values to the cache, and returns the logits of the rows
-/// that want them, in order. What is computed on the way goes to the recorder, if there is one.
+/// Runs rows through the model, appends their keys and values to the cache, and returns the logits of the rows that
+/// want them, in order, softcapped. The recorder, if there is one, records the activations.
 pub fn forward<'a>(
     decoder: &Decoder,
     weights: &PackedWeights,
@@ -89,7 +91,7 @@ pub fn forward<'a>(
     Ok(&room.logits)
 }
 
-/// One task for each row and key head, whose query heads are neighbours in the output.
+/// Attention over the cache, one task per row and key head; the query heads of a key head are adjacent in the output.
 fn attend(cache: &Cache, layer: usize, rows: &[Row], qkv: &[f32], heads: &Heads, out: &mut [f32], lse: &mut [f32]) {
     let width = heads.group() * heads.dim;
     let lse = Shared::new(lse);
@@ -104,7 +106,7 @@ fn attend(cache: &Cache, layer: usize, rows: &[Row], qkv: &[f32], heads: &Heads,
             let seen = heads.first_key(row.position) / KEY_BLOCK * KEY_BLOCK..row.position + 1;
             &cache.head(layer, row.slot, next_head).0[seen.start * heads.dim..seen.end * heads.dim]
         });
-        // SAFETY: the query heads of a task are its own.
+        // SAFETY: no two tasks have the same query heads.
         let lse = unsafe { lse.slice(task * heads.group(), heads.group()) };
         lend!(Vec<f32>, |scores: &mut Vec<f32>| {
             scores.resize(values.len() / heads.dim, 0.0);

@@ -1,38 +1,41 @@
-//! Generation on a GPU: a recorded step draws a token for every sequence, and the host looks only every few tokens.
+//! Generation on a GPU: a recorded step samples a token for every sequence, and the host checks every [`STEPS`] steps.
 //!
-//! A prompt goes into its slot of the cache at once, all but its last token, which is the first step's. What a step reads
-//! and writes (tokens, positions, who goes on, what was drawn) stays on the device.
+//! A prompt is prefilled into its slot of the KV cache at once, all but its last token, which the first step reads.
+//! What a step reads and writes (tokens, positions, active flags, sampled tokens) stays on the device.
 
 use std::collections::VecDeque;
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::sync::Arc;
 
+use rehearsal_kernels::attention::{Family, Heads};
+use rehearsal_kernels::gpu::{Buffer, DECODE, Fields, KernelArgument, LaunchGraph, Layout, SAMPLE};
+
 use super::{Active, Call, Completion, Options, Request};
 use crate::error::{Error, Result};
-use crate::gpu::{Buffer, Fields, Gpu, Layout, Numbers, Pass, Recorded, int, shape};
-use crate::kernels::attention::{Family, Heads};
+use crate::gpu::{Gpu, Numbers, int, shape};
 use crate::model::Decoder;
 use crate::pass::{Buffers, Norm, Ops, PreparedBlock, Rows, norm};
 
-/// Tokens between two looks of the host.
+/// Steps, of a token per sequence, between two checks by the host.
 const STEPS: usize = 16;
 
-/// Tokens of prompts that go through the model in one pass, unless one prompt has more.
+/// Most prompt tokens in one prefill pass; a longer prompt has a pass of its own.
 const PREFILL_TOKENS: usize = 8192;
 
-/// Tokens that may end a completion, as the kernel has room for them.
-const ENDS_MAX: usize = 16;
+/// Most end-of-sequence tokens: the size of the kernel's array.
+const EOS_MAX: usize = 16;
 
-/// Threads of a draw, and of attention against the cache, as the kernels have them.
+/// Threads per block of the sampling kernel and of the cache kernels, and keys per block of decode attention: the
+/// kernels' own constants.
 const SAMPLE_THREADS: u32 = 1024;
 const ATTEND_THREADS: u32 = 128;
 const SPAN: usize = 128;
 
-/// A decoder's weights of one version, with a cache.
+/// A decoder's weights of one version, with a KV cache.
 pub struct GpuGenerator {
     gpu: Gpu,
     weights: Weights,
-    /// For prompts.
+    /// Buffers of prefill passes.
     buffers: Buffers<Gpu>,
     cache: Cache,
 }
@@ -43,45 +46,45 @@ struct Weights {
     head: Buffer,
 }
 
-/// A recorded step for some rows, with everything it reads and writes.
+/// A recorded decoding step for a fixed number of rows, with everything it reads and writes.
 struct Step {
-    recorded: Box<dyn Recorded>,
-    state: State,
+    recorded: Box<dyn LaunchGraph>,
+    state: StepState,
     _pass: Rows<Gpu>,
     _buffers: Buffers<Gpu>,
     _logits: Buffer,
 }
 
-/// Keys and values: for each layer `[slots][key heads][capacity][dim]`.
+/// KV cache: keys and values of each layer, `[slots][key heads][capacity][dim]`.
 struct Cache {
     layers: Vec<(Buffer, Buffer)>,
     slots: usize,
     capacity: usize,
 }
 
-/// What a step reads and writes, for some rows.
-struct State {
+/// Device state of a decoding step, one entry per row. Sampled tokens and log-probabilities are `[steps][rows]`.
+struct StepState {
     rows: usize,
     slots: Buffer,
     ids: Buffer,
     tokens: Buffer,
     positions: Buffer,
-    drawn: Buffer,
+    sampled: Buffer,
     active: Buffer,
     step: Buffer,
-    drawn_tokens: Buffer,
-    drawn_logprobs: Buffer,
+    sampled_tokens: Buffer,
+    sampled_logprobs: Buffer,
 }
 
-/// Which rows a pass of the cache has.
-struct Places<'a> {
+/// Slots and positions of the rows of a pass in the KV cache; rows that are not `active` are skipped.
+struct CacheRows<'a> {
     slots: &'a Buffer,
     positions: &'a Buffer,
     active: Option<&'a Buffer>,
 }
 
 impl GpuGenerator {
-    /// Prepares a decoder's weights as they are now.
+    /// Prepares a decoder's current weights.
     pub fn new(gpu: Gpu, decoder: &Decoder) -> Result<Self> {
         let layers = decoder.layers();
         let blocks = layers.blocks.iter().map(|b| PreparedBlock::new(&gpu, b)).collect::<candle_core::Result<_>>()?;
@@ -100,28 +103,31 @@ impl GpuGenerator {
         decoder: &Decoder,
         Call { requests, options, text, cancelled, finished }: Call<'_>,
     ) -> Result<()> {
-        if options.eos.len() > ENDS_MAX {
-            let message = format!("{} tokens end a completion; on a GPU {ENDS_MAX} may", options.eos.len());
+        if options.eos.len() > EOS_MAX {
+            let message = format!(
+                "{} end-of-sequence tokens are given, and generation on a GPU supports {EOS_MAX}; remove some",
+                options.eos.len()
+            );
             return Err(Error::Sampling(message));
         }
-        let (slots, longest) = super::room(&requests, options);
+        let (slots, longest) = super::cache_shape(&requests, options);
         self.reserve(decoder, slots, longest)?;
 
-        let mut waiting: VecDeque<Request> = requests.into();
+        let mut queue: VecDeque<Request> = requests.into();
         let mut free: Vec<usize> = (0..slots).rev().collect();
         let mut active: Vec<Active> = Vec::new();
-        // Prompts that slots hold, also of sequences that have ended.
-        let mut held: Vec<Option<Arc<Vec<u32>>>> = vec![None; slots];
+        // Prompt in the cache of each slot, also after its sequence has ended.
+        let mut cached_prompts: Vec<Option<Arc<Vec<u32>>>> = vec![None; slots];
         let mut steps: BTreeMap<usize, Step> = BTreeMap::new();
-        while !(waiting.is_empty() && active.is_empty()) {
+        while !(queue.is_empty() && active.is_empty()) {
             if cancelled() {
                 return Err(Error::Cancelled);
             }
-            let come = free.len().min(waiting.len());
-            let come: Vec<(usize, Request)> =
-                free.split_off(free.len() - come).into_iter().zip(waiting.drain(..come)).collect();
-            self.admit(decoder, come.iter().map(|(slot, request)| (*slot, &request.prompt)), &mut held)?;
-            for (slot, request) in come {
+            let admitted = free.len().min(queue.len());
+            let admitted: Vec<(usize, Request)> =
+                free.split_off(free.len() - admitted).into_iter().zip(queue.drain(..admitted)).collect();
+            self.admit(decoder, admitted.iter().map(|(slot, request)| (*slot, &request.prompt)), &mut cached_prompts)?;
+            for (slot, request) in admitted {
                 let cached = request.prompt.len() - 1;
                 active.push(Active::new(request, slot, cached, options.seed));
             }
@@ -131,12 +137,12 @@ impl GpuGenerator {
                 Entry::Vacant(entry) => entry.insert(self.record(decoder, rows, options)?),
             };
             step.state.upload(&self.gpu, &active)?;
-            let looks = STEPS.min(options.max_new_tokens);
-            for _ in 0..looks {
-                step.recorded.run()?;
+            let step_count = STEPS.min(options.max_new_tokens);
+            for _ in 0..step_count {
+                step.recorded.replay()?;
             }
-            step.state.download(&self.gpu, &mut active, looks, options)?;
-            let mut going = Vec::with_capacity(active.len());
+            step.state.download(&self.gpu, &mut active, step_count, options)?;
+            let mut running = Vec::with_capacity(active.len());
             for mut a in active {
                 match a.first_end(options, text)? {
                     Some((length, finish)) => {
@@ -145,10 +151,10 @@ impl GpuGenerator {
                         free.push(a.slot);
                         finished(Completion { id: a.request.id, tokens: a.tokens, logprobs: a.logprobs, finish });
                     }
-                    None => going.push(a),
+                    None => running.push(a),
                 }
             }
-            active = going;
+            active = running;
         }
         Ok(())
     }
@@ -170,26 +176,27 @@ impl GpuGenerator {
         Ok(())
     }
 
-    /// Puts prompts, all but their last tokens, into slots: from others that hold them, or through the model, together.
+    /// Fills slots with the keys and values of prompts, all but their last tokens: copied from a slot that holds the
+    /// same prompt, else by prefill.
     fn admit<'a>(
         &mut self,
         decoder: &Decoder,
-        come: impl Iterator<Item = (usize, &'a Arc<Vec<u32>>)>,
-        held: &mut [Option<Arc<Vec<u32>>>],
+        admitted: impl Iterator<Item = (usize, &'a Arc<Vec<u32>>)>,
+        cached_prompts: &mut [Option<Arc<Vec<u32>>>],
     ) -> Result<()> {
         let mut fresh: Vec<(usize, &[u32])> = Vec::new();
-        let mut twins: Vec<(usize, usize, usize)> = Vec::new();
-        for (slot, prompt) in come {
+        let mut copies: Vec<(usize, usize, usize)> = Vec::new();
+        for (slot, prompt) in admitted {
             let n = prompt.len() - 1;
-            let twin = held.iter().position(|p| p.as_ref().is_some_and(|p| Arc::ptr_eq(p, prompt)));
-            held[slot] = Some(prompt.clone());
-            let coming = |from| fresh.iter().any(|f| f.0 == from) || twins.iter().any(|t| t.1 == from);
-            match twin {
+            let holder = cached_prompts.iter().position(|p| p.as_ref().is_some_and(|p| Arc::ptr_eq(p, prompt)));
+            cached_prompts[slot] = Some(prompt.clone());
+            let pending = |from| fresh.iter().any(|f| f.0 == from) || copies.iter().any(|t| t.1 == from);
+            match holder {
                 _ if n == 0 => {}
                 Some(from) if from == slot => {}
-                // One that comes now, too, has to go through the model first. What another has left behind is copied at
-                // once: its slot may be given to the next.
-                Some(from) if coming(from) => twins.push((from, slot, n)),
+                // A prompt admitted in this call must be prefilled before it can be copied. One cached by an earlier
+                // call is copied at once, because its slot may be assigned to the next prompt.
+                Some(from) if pending(from) => copies.push((from, slot, n)),
                 Some(from) => self.copy_prefix(decoder, from, slot, n)?,
                 None => fresh.push((slot, &prompt[..n])),
             }
@@ -205,21 +212,21 @@ impl GpuGenerator {
             self.prefill(decoder, now)?;
             rest = later;
         }
-        twins.into_iter().try_for_each(|(from, to, n)| self.copy_prefix(decoder, from, to, n))
+        copies.into_iter().try_for_each(|(from, to, n)| self.copy_prefix(decoder, from, to, n))
     }
 
-    /// Copies the first `n` tokens of a slot to another.
+    /// Copies the keys and values of the first `n` tokens of a slot to another.
     fn copy_prefix(&self, decoder: &Decoder, from: usize, to: usize, n: usize) -> Result<()> {
         let heads = decoder.architecture().attention(0);
         for cache in self.cache.layers.iter().flat_map(|(keys, values)| [keys, values]) {
             let (from, to, keys) = (from as u32, to as u32, int(heads.keys));
-            let arguments: [&dyn Pass; 6] = [cache, &keys, &int(self.cache.capacity), &from, &to, &int(n)];
-            self.gpu.launcher.rows("decode", "copy_prefix", heads.keys, 256, &arguments)?;
+            let arguments: [&dyn KernelArgument; 6] = [cache, &keys, &int(self.cache.capacity), &from, &to, &int(n)];
+            self.gpu.launcher.rows(&DECODE, "copy_prefix", heads.keys, 256, &arguments)?;
         }
         Ok(())
     }
 
-    /// Carries prompts through the model, as training does, and leaves their keys and values in their slots.
+    /// Runs prompts through the model, as training does, and stores their keys and values in their slots.
     fn prefill(&mut self, decoder: &Decoder, prompts: &[(usize, &[u32])]) -> Result<()> {
         let (mut ids, mut slots, mut positions, mut families) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for &(slot, prompt) in prompts {
@@ -231,26 +238,27 @@ impl GpuGenerator {
         let rows = Rows::new(&self.gpu, decoder, &positions, &Arc::new(families))?;
         let up = |x: &[u32]| self.gpu.launcher.upload(x);
         let (ids, slots, positions) = (up(&ids)?, up(&slots)?, up(&positions)?);
-        let places = Places { slots: &slots, positions: &positions, active: None };
+        let cache_rows = CacheRows { slots: &slots, positions: &positions, active: None };
         let (cache, gpu) = (&self.cache, &self.gpu);
-        self.weights.pass(gpu, decoder, &rows, &ids, places.positions, &mut self.buffers, |layer, qkv, out, lse| {
-            cache.append(gpu, layer, rows.heads(layer), &places, qkv)?;
+        self.weights.pass(gpu, decoder, &rows, &ids, cache_rows.positions, &mut self.buffers, |layer, qkv, out, lse| {
+            cache.append(gpu, layer, rows.heads(layer), &cache_rows, qkv)?;
             gpu.attention(qkv, &rows.layout, rows.heads(layer), out, lse)
         })
     }
 
-    /// One step for so many rows, recorded.
+    /// Records a decoding step for `rows` rows.
     fn record(&self, decoder: &Decoder, rows: usize, options: &Options) -> Result<Step> {
-        let state = State::new(&self.gpu, rows, STEPS)?;
+        let state = StepState::new(&self.gpu, rows, STEPS)?;
         let layout = Layout::at(self.gpu.launcher.upload(&vec![0; rows])?, &self.gpu.launcher)?;
         let pass = Rows::with_layout(&self.gpu, decoder, layout, rows)?;
         let settings = settings(decoder, options);
         let (mut buffers, mut logits) = (Buffers::new(&self.gpu), self.gpu.wide());
         let mut step = || self.step(decoder, &pass, &state, &settings, &mut buffers, &mut logits);
-        // Once as it is, with nobody drawing, so that everything is compiled and has its room.
+        // Run once unrecorded, with no active row: it compiles the kernels and allocates the buffers, which a recording
+        // must not do.
         step()?;
         let mut failed = None;
-        let recorded = self.gpu.launcher.board.record(&mut || {
+        let recorded = self.gpu.launcher.backend.capture(&mut || {
             step().map_err(|e| {
                 let message = e.to_string();
                 failed = Some(e);
@@ -269,41 +277,41 @@ impl GpuGenerator {
         &self,
         decoder: &Decoder,
         pass: &Rows<Gpu>,
-        state: &State,
+        state: &StepState,
         settings: &Fields,
         b: &mut Buffers<Gpu>,
         logits: &mut Buffer,
     ) -> Result<()> {
         let gpu = &self.gpu;
-        // The rotation reads where the rows stand now.
+        // RoPE reads the positions of the layout.
         gpu.overwrite(&state.positions, &pass.layout.positions)?;
-        let places = Places { slots: &state.slots, positions: &state.positions, active: Some(&state.active) };
-        self.weights.pass(gpu, decoder, pass, &state.tokens, places.positions, b, |layer, qkv, out, _| {
-            self.cache.append(gpu, layer, pass.heads(layer), &places, qkv)?;
-            self.cache.attend(gpu, layer, pass.heads(layer), &places, qkv, out)
+        let cache_rows = CacheRows { slots: &state.slots, positions: &state.positions, active: Some(&state.active) };
+        self.weights.pass(gpu, decoder, pass, &state.tokens, cache_rows.positions, b, |layer, qkv, out, _| {
+            self.cache.append(gpu, layer, pass.heads(layer), &cache_rows, qkv)?;
+            self.cache.attend(gpu, layer, pass.heads(layer), &cache_rows, qkv, out)
         })?;
         gpu.norm(&b.x, &self.weights.norm, &mut b.normed)?;
         let arch = decoder.architecture();
         gpu.logits_into(&b.normed, &self.weights.head, (arch.vocab, arch.hidden), logits)?;
-        let arguments: [&dyn Pass; 10] = [
+        let arguments: [&dyn KernelArgument; 10] = [
             &*logits,
             settings,
             &state.ids,
             &state.tokens,
             &state.positions,
-            &state.drawn,
+            &state.sampled,
             &state.active,
             &state.step,
-            &state.drawn_tokens,
-            &state.drawn_logprobs,
+            &state.sampled_tokens,
+            &state.sampled_logprobs,
         ];
-        gpu.launcher.rows("sample", "sample", state.rows, SAMPLE_THREADS, &arguments)?;
-        Ok(gpu.launcher.rows("sample", "next_step", 1, 1, &[&state.step])?)
+        gpu.launcher.rows(&SAMPLE, "sample", state.rows, SAMPLE_THREADS, &arguments)?;
+        Ok(gpu.launcher.rows(&SAMPLE, "next_step", 1, 1, &[&state.step])?)
     }
 }
 
 impl Weights {
-    /// Carries rows through all blocks; `attend` fills a layer's attention from its queries, keys and values.
+    /// Runs rows through all blocks; `attend` computes a layer's attention from its queries, keys and values.
     #[allow(clippy::too_many_arguments)]
     fn pass(
         &self,
@@ -324,56 +332,56 @@ impl Weights {
 }
 
 impl Cache {
-    /// Puts the rows' keys and values into the cache.
+    /// Stores the rows' keys and values in the cache.
     fn append(
         &self,
         gpu: &Gpu,
         layer: usize,
         heads: &Heads,
-        places: &Places<'_>,
+        cache_rows: &CacheRows<'_>,
         qkv: &Buffer,
     ) -> candle_core::Result<()> {
-        self.with_arguments(layer, heads, places, qkv, |arguments| {
-            gpu.launcher.rows("decode", "append", qkv.len() / heads.width(), ATTEND_THREADS, arguments)
+        self.with_arguments(layer, heads, cache_rows, qkv, |arguments| {
+            gpu.launcher.rows(&DECODE, "append", qkv.len() / heads.width(), ATTEND_THREADS, arguments)
         })
     }
 
-    /// Fills the attention's output of rows, one a sequence, from the cache that has their keys and values.
+    /// Computes the attention of rows, one per sequence, over the cache, which already has their own keys and values.
     fn attend(
         &self,
         gpu: &Gpu,
         layer: usize,
         heads: &Heads,
-        places: &Places<'_>,
+        cache_rows: &CacheRows<'_>,
         qkv: &Buffer,
         out: &mut Buffer,
     ) -> candle_core::Result<()> {
         let rows = qkv.len() / heads.width();
         gpu.room(out, rows * heads.query_width())?;
         let shared = 4 * heads.group() * (2 * heads.dim + SPAN + 3);
-        self.with_arguments(layer, heads, places, qkv, |arguments| {
+        self.with_arguments(layer, heads, cache_rows, qkv, |arguments| {
             let arguments = [arguments, &[&*out]].concat();
-            gpu.launcher.run("decode", "attend", (rows, heads.keys), (ATTEND_THREADS, 1), shared, &arguments)
+            gpu.launcher.run(&DECODE, "attend", (rows, heads.keys), (ATTEND_THREADS, 1), shared, &arguments)
         })
     }
 
-    /// What the kernels of the cache are given.
+    /// Calls `launch` with the arguments that the cache kernels share.
     fn with_arguments<T>(
         &self,
         layer: usize,
         heads: &Heads,
-        places: &Places<'_>,
+        cache_rows: &CacheRows<'_>,
         qkv: &Buffer,
-        launch: impl FnOnce(&[&dyn Pass]) -> T,
+        launch: impl FnOnce(&[&dyn KernelArgument]) -> T,
     ) -> T {
         let (keys, values) = &self.layers[layer];
         let (shape, capacity) = (shape(heads), int(self.capacity));
-        let active = places.active.map_or(0, Buffer::pointer);
-        launch(&[qkv, places.slots, places.positions, &active, &shape, &capacity, keys, values])
+        let active = cache_rows.active.map_or(0, Buffer::pointer);
+        launch(&[qkv, cache_rows.slots, cache_rows.positions, &active, &shape, &capacity, keys, values])
     }
 }
 
-/// `Settings` of the kernel.
+/// The sampling kernel's `Settings` structure.
 fn settings(decoder: &Decoder, options: &Options) -> Fields {
     let (arch, s) = (decoder.architecture(), &options.sampling);
     let mut fields = Fields::new()
@@ -387,14 +395,14 @@ fn settings(decoder: &Decoder, options: &Options) -> Fields {
         .int(options.min_new_tokens)
         .int(options.eos.len())
         .int(options.max_new_tokens);
-    for i in 0..ENDS_MAX {
+    for i in 0..EOS_MAX {
         fields = fields.int(options.eos.get(i).copied().unwrap_or(0) as usize);
     }
-    // The structure's size is a multiple of eight.
+    // Padding: the structure's size is a multiple of eight bytes.
     fields.int(0)
 }
 
-impl State {
+impl StepState {
     fn new(gpu: &Gpu, rows: usize, steps: usize) -> Result<Self> {
         let zeros = |n: usize| gpu.launcher.upload(&vec![0; n]);
         Ok(Self {
@@ -403,15 +411,15 @@ impl State {
             ids: zeros(2 * rows)?,
             tokens: zeros(rows)?,
             positions: zeros(rows)?,
-            drawn: zeros(rows)?,
+            sampled: zeros(rows)?,
             active: zeros(rows)?,
             step: zeros(1)?,
-            drawn_tokens: zeros(rows * steps)?,
-            drawn_logprobs: zeros(rows * steps)?,
+            sampled_tokens: zeros(rows * steps)?,
+            sampled_logprobs: zeros(rows * steps)?,
         })
     }
 
-    /// Where the sequences stand.
+    /// Writes the state of the sequences to the device; unused rows are inactive.
     fn upload(&self, gpu: &Gpu, active: &[Active]) -> Result<()> {
         let column = |f: &dyn Fn(&Active) -> u32| {
             let mut all: Vec<u32> = active.iter().map(f).collect();
@@ -426,23 +434,23 @@ impl State {
             (ids, &self.ids),
             (column(&token), &self.tokens),
             (column(&|a| place(a) as u32), &self.positions),
-            (column(&|a| a.tokens.len() as u32), &self.drawn),
+            (column(&|a| a.tokens.len() as u32), &self.sampled),
             (column(&|_| 1), &self.active),
             (vec![0], &self.step),
         ] {
             if !values.is_empty() {
-                gpu.launcher.board.upload(bytemuck::cast_slice(&values), buffer.pointer())?;
+                gpu.launcher.backend.upload(bytemuck::cast_slice(&values), buffer.pointer())?;
             }
         }
         Ok(())
     }
 
-    /// Takes over what was drawn in so many steps, up to the ends.
+    /// Appends the tokens sampled in `steps` steps to their sequences, up to the end of each.
     fn download(&self, gpu: &Gpu, active: &mut [Active], steps: usize, options: &Options) -> Result<()> {
         let (mut tokens, mut logprobs) = (vec![0u32; self.rows * steps], vec![0.0f32; self.rows * steps]);
-        let board = &gpu.launcher.board;
-        board.download(self.drawn_tokens.pointer(), bytemuck::cast_slice_mut(&mut tokens))?;
-        board.download(self.drawn_logprobs.pointer(), bytemuck::cast_slice_mut(&mut logprobs))?;
+        let backend = &gpu.launcher.backend;
+        backend.download(self.sampled_tokens.pointer(), bytemuck::cast_slice_mut(&mut tokens))?;
+        backend.download(self.sampled_logprobs.pointer(), bytemuck::cast_slice_mut(&mut logprobs))?;
         for (row, a) in active.iter_mut().enumerate() {
             for step in 0..steps {
                 let ended = a.tokens.last().is_some_and(|t| options.eos.contains(t));

@@ -1,8 +1,8 @@
-//! Generation with continuous batching: a finished sequence leaves, the next prompt takes its slot.
+//! Generation with continuous batching: when a sequence finishes, the next request takes its slot of the KV cache.
 //!
-//! A completion is a function of (weights, prompt, seed, rollout id, settings) alone. Batch size, order, thread
-//! count and the neighbours in a batch change nothing: rows are batch-invariant ([`crate::kernels`]), and random
-//! numbers are addressed by rollout and position ([`crate::random`]).
+//! A completion depends only on (weights, prompt, seed, rollout id, settings), not on batch size, the order of
+//! requests, the thread count or the other sequences of a batch: kernels are batch-invariant ([`rehearsal_kernels`]), and
+//! random numbers are addressed by rollout and position ([`rehearsal_kernels::random`]).
 
 mod cache;
 mod cpu;
@@ -15,13 +15,15 @@ pub use sampling::{Sampling, Scratch};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use rehearsal_kernels::head::logprob;
+use rehearsal_kernels::math::log_sum_exp;
+use rehearsal_kernels::random::Stream;
+use rehearsal_kernels::team::{for_each_chunk, with_team};
+
+use crate::cpu::{Recorder, Recording, Trail};
 use crate::error::{Error, Result};
-use crate::kernels::head::logprob;
-use crate::kernels::math::log_sum_exp;
-use crate::kernels::team::{awake, for_each_chunk};
+use crate::forward::{Machine, machine};
 use crate::model::Decoder;
-use crate::pass::{Machine, Recorder, Recording, Trail, machine};
-use crate::random::Stream;
 use crate::text::Text;
 use cache::{Cache, Row};
 use cpu::{PackedWeights, Room};
@@ -30,39 +32,39 @@ use gpu::GpuGenerator;
 /// One completion to generate.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// Addresses the random numbers; unique in a run.
+    /// Rollout id; selects the random numbers, so it is unique in a run.
     pub id: u64,
-    /// Tokens of the prompt; completions of one prompt share it when they are asked for side by side.
+    /// Prompt tokens, at least one. Requests with the same `Arc`, side by side in a call, share the prefix cache.
     pub prompt: Arc<Vec<u32>>,
 }
 
-/// Settings shared by the completions of a call.
+/// Settings shared by the requests of a call.
 #[derive(Debug, Clone)]
 pub struct Options {
     pub sampling: Sampling,
-    /// Tokens at most.
+    /// Most tokens of a completion; 1 or more.
     pub max_new_tokens: usize,
-    /// No end-of-sequence token before this many.
+    /// Fewest tokens of a completion before an end-of-sequence token may be sampled.
     pub min_new_tokens: usize,
-    /// Tokens that end a completion; they are part of it.
+    /// End-of-sequence tokens; the one that ends a completion is part of it.
     pub eos: Vec<u32>,
-    /// Texts that end a completion; its text stops before them, its tokens include them.
+    /// Stop strings: text that ends a completion. Its tokens include them, [`completion_text`] does not.
     pub stop: Vec<String>,
     /// Seed of the run.
     pub seed: u64,
-    /// Sequences in flight at most.
+    /// Most sequences in flight.
     pub batch: usize,
 }
 
-/// Why a completion ended.
+/// Finish reason of a completion.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Finish {
-    /// An end-of-sequence token.
+    /// An end-of-sequence token was sampled.
     #[default]
     Eos,
-    /// A stop text.
+    /// The text contains a stop string.
     Stop,
-    /// The token limit.
+    /// `max_new_tokens` was reached.
     Length,
 }
 
@@ -71,12 +73,12 @@ pub enum Finish {
 pub struct Completion {
     pub id: u64,
     pub tokens: Vec<u32>,
-    /// Log-probability of each token under the unfiltered distribution at the sampling temperature.
+    /// Log-probability of each token at [`Sampling::logprob_temperature`], before top-k, top-p and min-p.
     pub logprobs: Vec<f32>,
     pub finish: Finish,
 }
 
-/// Prompt tokens that go through the model in one pass, so that a long prompt does not hold up the others.
+/// Most prompt tokens in one forward pass, so that prefill of a long prompt does not delay the other sequences.
 const PREFILL_ROWS: usize = 512;
 
 enum Backend {
@@ -85,37 +87,40 @@ enum Backend {
     Gpu(Box<GpuGenerator>),
 }
 
-/// Weights of one version with the buffers and cache that passes reuse.
+/// Packed weights of one version, with the KV cache and the buffers that passes reuse.
 struct PackedBackend {
     weights: PackedWeights,
     room: Room,
     cache: Cache,
 }
 
-/// Generates from the weights a decoder had when this was made.
+/// Generates completions with the weights that the decoder had when the generator was created.
 pub struct Generator {
     decoder: Decoder,
     backend: Backend,
-    /// What the call under way computes, if it is to be kept.
+    /// Records the activations of the current call, if they were asked for.
     recorder: Option<Recorder>,
 }
 
+/// A sequence in flight.
 struct Active {
     request: Request,
+    /// Its slot of the KV cache.
     slot: usize,
-    /// Tokens whose keys and values are in the cache.
+    /// Tokens whose keys and values are in the KV cache.
     cached: usize,
     stream: Stream,
     tokens: Vec<u32>,
     logprobs: Vec<f32>,
-    /// Log-sum-exp of the logits that each token was drawn from.
+    /// Log-sum-exp of the logits that each token was sampled from.
     lse: Vec<f32>,
+    /// Its rows in the recording.
     trail: Trail,
     scratch: Scratch,
 }
 
 impl Active {
-    /// A sequence that begins, with so many tokens of its prompt in the cache.
+    /// A new sequence, the first `cached` tokens of whose prompt are in the KV cache.
     fn new(request: Request, slot: usize, cached: usize, seed: u64) -> Self {
         let stream = Stream::new(seed, request.id);
         Self {
@@ -148,10 +153,11 @@ impl Generator {
         Ok(Self { decoder: decoder.clone(), backend, recorder: None })
     }
 
-    /// Generates every request and hands each completion to `finished` as it ends.
+    /// Generates a completion for every request and passes each to `finished` when it ends, in no fixed order.
     ///
-    /// `text` is needed for stop texts only. When `cancelled` turns true the call ends with [`Error::Cancelled`];
-    /// completions handed over by then stand.
+    /// `text` is needed for stop strings only. Once `cancelled` returns true, the call fails with [`Error::Cancelled`];
+    /// completions passed to `finished` before remain valid. Fails before generating anything if a setting is out of
+    /// range, or if a prompt is empty, exceeds the context or has a token outside the vocabulary.
     pub fn generate(
         &mut self,
         requests: Vec<Request>,
@@ -165,13 +171,15 @@ impl Generator {
         let call = Call { requests, options, text, cancelled, finished };
         match &mut self.backend {
             Backend::Gpu(gpu) => gpu.generate(&self.decoder, call),
-            _ => awake(|| self.generate_on_the_cpu(call)),
+            _ => with_team(|| self.generate_on_host(call)),
         }
     }
 
-    /// [`Generator::generate`], with what was computed of the completions kept for an update on them, `tokens` tokens of
-    /// it at most: see [`Decoder::forward_recalled`]. Nothing is kept where there were more, or where a decoder's
-    /// passes cannot be recalled (other devices, frozen weights, gradient checkpointing).
+    /// [`Generator::generate`], which also records the activations of the completions for
+    /// [`Decoder::forward_recalled`].
+    ///
+    /// Returns `None` if there were more than `tokens` rows to record, or if passes of the decoder cannot be recorded
+    /// (devices other than the CPU, frozen weights, gradient checkpointing).
     pub fn generate_recorded(
         &mut self,
         requests: Vec<Request>,
@@ -181,67 +189,67 @@ impl Generator {
         finished: &mut dyn FnMut(Completion),
         tokens: usize,
     ) -> Result<Option<Recording>> {
-        if matches!(self.backend, Backend::Packed(_)) && self.decoder.recalls() {
+        if matches!(self.backend, Backend::Packed(_)) && self.decoder.can_record() {
             let temperature = options.sampling.logprob_temperature();
-            self.recorder = Some(Recorder::new(&self.decoder, tokens, rows_in_all(&requests, options), temperature));
+            self.recorder = Some(Recorder::new(&self.decoder, tokens, total_rows(&requests, options), temperature));
         }
         let result = self.generate(requests, options, text, cancelled, finished);
         let recorder = self.recorder.take();
         result.map(|()| recorder.map(Recorder::finish))
     }
 
-    fn generate_on_the_cpu(&mut self, Call { requests, options, text, cancelled, finished }: Call<'_>) -> Result<()> {
+    fn generate_on_host(&mut self, Call { requests, options, text, cancelled, finished }: Call<'_>) -> Result<()> {
         let mut slots = Slots::new(&requests, options);
         self.reserve(&slots.lengths);
 
-        let mut waiting: VecDeque<Request> = requests.into();
+        let mut queue: VecDeque<Request> = requests.into();
         let mut active: Vec<Active> = Vec::new();
-        while !(waiting.is_empty() && active.is_empty()) {
+        while !(queue.is_empty() && active.is_empty()) {
             if cancelled() {
                 return Err(Error::Cancelled);
             }
-            self.admit(&mut waiting, &mut slots, &mut active, options)?;
+            self.admit(&mut queue, &mut slots, &mut active, options)?;
             let rows = rows(&active);
             let mut advance = vec![0; active.len()];
-            for (which, _) in &rows {
-                advance[*which] += 1;
+            for (sequence, _) in &rows {
+                advance[*sequence] += 1;
             }
             let mut wants = vec![false; active.len()];
-            for (which, row) in &rows {
-                wants[*which] |= row.wants_logits;
+            for (sequence, row) in &rows {
+                wants[*sequence] |= row.wants_logits;
             }
             let (owners, rows): (Vec<usize>, Vec<Row>) = rows.into_iter().unzip();
             let vocab = self.decoder.architecture().vocab;
-            self.recorder = self.recorder.take().filter(|recorder| recorder.has_room(rows.len()));
+            self.recorder = self.recorder.take().filter(|recorder| recorder.fits(rows.len()));
             let logits = self.forward(&rows)?;
-            let mut drawing: Vec<_> =
+            let mut sampled: Vec<_> =
                 active.iter_mut().zip(wants).filter_map(|(a, wants)| wants.then_some(a)).collect();
-            for_each_chunk(&mut drawing, 1, |i, a| a[0].draw(&logits[i * vocab..(i + 1) * vocab], options));
+            for_each_chunk(&mut sampled, 1, |i, a| a[0].draw(&logits[i * vocab..(i + 1) * vocab], options));
             drop(logits);
             if let Some(recorder) = &self.recorder {
-                let mut read = 0..;
-                for (i, (&which, row)) in owners.iter().zip(&rows).enumerate() {
-                    let read = if row.wants_logits { read.next() } else { None };
-                    recorder.note(&mut active[which].trail, i, read);
+                let mut head_rows = 0..;
+                for (i, (&sequence, row)) in owners.iter().zip(&rows).enumerate() {
+                    let head_row = if row.wants_logits { head_rows.next() } else { None };
+                    recorder.add_row(&mut active[sequence].trail, i, head_row);
                 }
             }
             for (a, rows) in active.iter_mut().zip(advance) {
                 a.cached += rows;
             }
-            let mut going = Vec::with_capacity(active.len());
+            let mut running = Vec::with_capacity(active.len());
             for a in active {
                 match a.finish(options, text)? {
                     Some(finish) => {
                         slots.free.push(a.slot);
                         if let Some(recorder) = &mut self.recorder {
-                            recorder.end(&a.request.prompt, &a.tokens, a.trail, &a.logprobs, &a.lse);
+                            recorder.end_completion(&a.request.prompt, &a.tokens, a.trail, &a.logprobs, &a.lse);
                         }
                         finished(Completion { id: a.request.id, tokens: a.tokens, logprobs: a.logprobs, finish });
                     }
-                    None => going.push(a),
+                    None => running.push(a),
                 }
             }
-            active = going;
+            active = running;
         }
         Ok(())
     }
@@ -253,7 +261,7 @@ impl Generator {
                 return Err(Error::EmptyPrompt { id: r.id });
             }
             if let Some(&token) = r.prompt.iter().find(|&&t| t as usize >= arch.vocab) {
-                return Err(Error::ForeignToken { token, vocab: arch.vocab });
+                return Err(Error::TokenOutOfVocabulary { token, vocab: arch.vocab });
             }
             let (prompt, new, context) = (r.prompt.len(), options.max_new_tokens, arch.context);
             if prompt + new > context {
@@ -275,24 +283,25 @@ impl Generator {
         }
     }
 
-    /// Fills free slots. A request whose prompt another sequence has cached copies it from there; one whose prompt is
-    /// on its way waits for it and lets others pass.
+    /// Assigns queued requests to free slots. A request copies its prompt's keys and values from a sequence that has
+    /// the same prompt; while that sequence is still in prefill, the request stays queued and later ones may overtake
+    /// it.
     fn admit(
         &mut self,
-        waiting: &mut VecDeque<Request>,
+        queue: &mut VecDeque<Request>,
         slots: &mut Slots,
         active: &mut Vec<Active>,
         options: &Options,
     ) -> Result<()> {
         while !slots.free.is_empty() {
-            // The last prompt token runs again for its logits: the same bits, by batch invariance.
+            // The last prompt token is computed again for its logits: the same bits, by batch invariance.
             let shared = |prompt: &Arc<Vec<u32>>| prompt.len() - 1;
-            let twin = |r: &Request| active.iter().find(|a| Arc::ptr_eq(&a.request.prompt, &r.prompt));
-            let ready = |r: &Request| twin(r).is_none_or(|t| t.cached >= shared(&r.prompt));
-            let Some(next) = waiting.iter().position(ready) else { break };
-            let Some(slot) = slots.take(length(&waiting[next], options)) else { break };
-            let Some(request) = waiting.remove(next) else { break };
-            let cached = match twin(&request).map(|t| t.slot) {
+            let holder = |r: &Request| active.iter().find(|a| Arc::ptr_eq(&a.request.prompt, &r.prompt));
+            let ready = |r: &Request| holder(r).is_none_or(|t| t.cached >= shared(&r.prompt));
+            let Some(next) = queue.iter().position(ready) else { break };
+            let Some(slot) = slots.take(length(&queue[next], options)) else { break };
+            let Some(request) = queue.remove(next) else { break };
+            let cached = match holder(&request).map(|t| t.slot) {
                 Some(from) => {
                     self.copy_prefix(from, slot, shared(&request.prompt))?;
                     shared(&request.prompt)
@@ -327,7 +336,7 @@ impl Generator {
     }
 }
 
-/// What [`Generator::generate`] was given.
+/// Arguments of [`Generator::generate`].
 struct Call<'a> {
     requests: Vec<Request>,
     options: &'a Options,
@@ -336,27 +345,28 @@ struct Call<'a> {
     finished: &'a mut dyn FnMut(Completion),
 }
 
-/// Tokens of a sequence at most.
+/// Most tokens of a sequence, prompt included.
 fn length(request: &Request, options: &Options) -> usize {
     request.prompt.len() + options.max_new_tokens
 }
 
-/// Slots and tokens a slot that a cache of equal slots needs for these requests.
-fn room(requests: &[Request], options: &Options) -> (usize, usize) {
+/// `(slots, tokens per slot)` of a KV cache with equal slots for these requests.
+fn cache_shape(requests: &[Request], options: &Options) -> (usize, usize) {
     let longest = requests.iter().map(|r| length(r, options)).max().unwrap_or(0);
     (options.batch.clamp(1, requests.len().max(1)), longest)
 }
 
-/// Places for the sequences under way.
+/// Slots of the KV cache: how many tokens each holds, and which are free.
 struct Slots {
     lengths: Vec<usize>,
     free: Vec<usize>,
 }
 
 impl Slots {
-    /// One for each request, as long as it can become; or as many as there may be, each as long as any can become.
+    /// One slot per request, of its greatest length, if all may be in flight at once; else `options.batch` slots, each
+    /// of the greatest length of any request.
     fn new(requests: &[Request], options: &Options) -> Self {
-        let (slots, longest) = room(requests, options);
+        let (slots, longest) = cache_shape(requests, options);
         let lengths = match slots == requests.len() {
             true => requests.iter().map(|r| length(r, options)).collect(),
             false => vec![longest; slots],
@@ -364,7 +374,8 @@ impl Slots {
         Self { free: (0..slots).collect(), lengths }
     }
 
-    /// The tightest that fits: so there is one for every request, in whatever order they come.
+    /// Takes the smallest free slot that holds `length` tokens. Best fit leaves a slot for every request, in whatever
+    /// order they are admitted.
     fn take(&mut self, length: usize) -> Option<usize> {
         let fitting = self.free.iter().enumerate().filter(|(_, slot)| self.lengths[**slot] >= length);
         let (at, _) = fitting.min_by_key(|(_, slot)| self.lengths[**slot])?;
@@ -372,30 +383,31 @@ impl Slots {
     }
 }
 
-/// Rows that go through the model if no completion ends early.
-fn rows_in_all(requests: &[Request], options: &Options) -> usize {
+/// Rows that are computed if every completion reaches `max_new_tokens`.
+fn total_rows(requests: &[Request], options: &Options) -> usize {
     let rows = |i: usize| {
         let prompt = &requests[i].prompt;
-        // A twin takes all but the last row of its prompt from the one before.
-        let twin = i > 0 && Arc::ptr_eq(prompt, &requests[i - 1].prompt);
-        options.max_new_tokens - 1 + if twin { 1 } else { prompt.len() }
+        // With the prompt of the request before, all rows of the prompt but the last are copied.
+        let shared = i > 0 && Arc::ptr_eq(prompt, &requests[i - 1].prompt);
+        options.max_new_tokens - 1 + if shared { 1 } else { prompt.len() }
     };
     (0..requests.len()).map(rows).sum()
 }
 
-/// The rows of the next pass: a new token for each sequence under way, and prompts up to a limit.
+/// Rows of the next pass, each with the index of its sequence: the last token of each sequence that is being decoded,
+/// and prompt tokens up to [`PREFILL_ROWS`].
 fn rows(active: &[Active]) -> Vec<(usize, Row)> {
     let mut rows = Vec::new();
     let mut prefill = 0;
-    for (which, a) in active.iter().enumerate() {
+    for (sequence, a) in active.iter().enumerate() {
         let prompt = &a.request.prompt;
         let row = |position: usize, token: u32, wants_logits: bool| {
-            (which, Row { slot: a.slot, position, token, wants_logits })
+            (sequence, Row { slot: a.slot, position, token, wants_logits })
         };
         match a.tokens.last() {
             Some(&last) => rows.push(row(prompt.len() + a.tokens.len() - 1, last, true)),
             None => {
-                // At least one row each, or a sequence could wait for ever.
+                // At least one row per sequence, so that none starves.
                 let end = prompt.len().min(a.cached + (PREFILL_ROWS.saturating_sub(prefill)).max(1));
                 for position in a.cached..end {
                     rows.push(row(position, prompt[position], position + 1 == prompt.len()));
@@ -420,19 +432,19 @@ impl Active {
     }
 
     fn finish(&self, options: &Options, text: Option<&Text>) -> Result<Option<Finish>> {
-        ended(&self.tokens, options, text)
+        finish_reason(&self.tokens, options, text)
     }
 }
 
-/// Whether a completion ends with the last of these tokens, and why.
-fn ended(tokens: &[u32], options: &Options, text: Option<&Text>) -> Result<Option<Finish>> {
+/// Finish reason of a completion of these tokens; `None` if it goes on.
+fn finish_reason(tokens: &[u32], options: &Options, text: Option<&Text>) -> Result<Option<Finish>> {
     let Some(last) = tokens.last() else { return Ok(None) };
     if options.eos.contains(last) {
         return Ok(Some(Finish::Eos));
     }
     if let (Some(text), false) = (text, options.stop.is_empty()) {
-        let said = text.decode(tokens)?;
-        if options.stop.iter().any(|stop| said.contains(stop)) {
+        let decoded = text.decode(tokens)?;
+        if options.stop.iter().any(|stop| decoded.contains(stop)) {
             return Ok(Some(Finish::Stop));
         }
     }
@@ -440,14 +452,14 @@ fn ended(tokens: &[u32], options: &Options, text: Option<&Text>) -> Result<Optio
 }
 
 impl Active {
-    /// Where a sequence ends first, if it does: its length there, and why.
+    /// Length of the completion at its first end, and the finish reason; `None` if it goes on.
     fn first_end(&self, options: &Options, text: Option<&Text>) -> Result<Option<(usize, Finish)>> {
         if options.stop.is_empty() {
             return Ok(self.finish(options, text)?.map(|finish| (self.tokens.len(), finish)));
         }
-        // A stop text may have come anywhere since the host looked last.
+        // The host checks only every few steps: a stop string may have been completed at any of them.
         for length in 1..=self.tokens.len() {
-            if let Some(finish) = ended(&self.tokens[..length], options, text)? {
+            if let Some(finish) = finish_reason(&self.tokens[..length], options, text)? {
                 return Ok(Some((length, finish)));
             }
         }
@@ -455,19 +467,19 @@ impl Active {
     }
 }
 
-/// A completion up to its first end-of-sequence token, which belongs to it.
+/// Tokens of a completion up to and including the first end-of-sequence token; all of them if there is none.
 pub fn until_eos<'a>(tokens: &'a [u32], eos: &[u32]) -> &'a [u32] {
     let end = tokens.iter().position(|t| eos.contains(t)).map_or(tokens.len(), |at| at + 1);
     &tokens[..end]
 }
 
-/// The text of a completion: without special tokens, and cut before the first stop text.
+/// Decodes a completion, without special tokens, and cuts it before the first stop string.
 pub fn completion_text(text: &Text, tokens: &[u32], stop: &[String]) -> Result<String> {
-    let mut said = text.decode(tokens)?;
-    if let Some(at) = stop.iter().filter_map(|s| said.find(s)).min() {
-        said.truncate(at);
+    let mut decoded = text.decode(tokens)?;
+    if let Some(at) = stop.iter().filter_map(|s| decoded.find(s)).min() {
+        decoded.truncate(at);
     }
-    Ok(said)
+    Ok(decoded)
 }
 
 #[cfg(test)]

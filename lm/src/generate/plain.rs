@@ -1,4 +1,4 @@
-//! The forward pass of generation in plain candle operations, for devices without kernels of ours.
+//! The forward pass of generation in plain candle operations, for devices that this crate has no kernels for.
 
 use candle_core::{DType, Device, IndexOp, Tensor};
 
@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::model::Decoder;
 use crate::ops::{self, attend_tail};
 
-/// Keys and values of each slot, by layer.
+/// KV cache: keys and values of each slot and layer.
 pub struct PlainCache {
     slots: Vec<Vec<Option<(Tensor, Tensor)>>>,
 }
@@ -18,7 +18,7 @@ impl PlainCache {
         Self { slots: vec![vec![None; decoder.architecture().layers]; slots] }
     }
 
-    /// The first `len` tokens of a slot become those of another.
+    /// Copies the first `len` tokens of a slot to another.
     pub fn copy_prefix(&mut self, from: usize, to: usize, len: usize) -> Result<()> {
         self.slots[to] = self.slots[from]
             .iter()
@@ -28,7 +28,8 @@ impl PlainCache {
     }
 }
 
-/// Runs rows (those of a slot in order and side by side) and returns the logits of those that want them.
+/// Runs rows through the model and returns the logits of those that want them, in order. Rows of one slot are adjacent
+/// and in order of position.
 pub fn forward(decoder: &Decoder, cache: &mut PlainCache, rows: &[Row]) -> Result<Vec<f32>> {
     let layers = decoder.layers();
     let ids: Vec<u32> = rows.iter().map(|r| r.token).collect();
@@ -44,7 +45,7 @@ pub fn forward(decoder: &Decoder, cache: &mut PlainCache, rows: &[Row]) -> Resul
                 let part = |t: &Tensor| t.narrow(0, at, group.len());
                 let entry = &mut cache.slots[group[0].slot][layer];
                 let (keys, values) = match entry.take().filter(|_| group[0].position > 0) {
-                    // A reused slot may hold more than this sequence has seen.
+                    // A reused slot may hold later tokens of an earlier sequence.
                     Some((k0, v0)) => {
                         let seen = group[0].position;
                         (
@@ -67,7 +68,7 @@ pub fn forward(decoder: &Decoder, cache: &mut PlainCache, rows: &[Row]) -> Resul
     }
     let x = x.i(&Tensor::new(wanted, decoder.device())?)?;
     let logits = decoder
-        .bent(ops::linear(&layers.norm.forward(&x)?, &layers.head)?)?
+        .softcapped(ops::linear(&layers.norm.forward(&x)?, &layers.head)?)?
         .to_dtype(DType::F32)?
         .to_device(&Device::Cpu)?;
     Ok(logits.flatten_all()?.to_vec1()?)

@@ -1,25 +1,26 @@
-//! Which token comes next: temperature, top-k, top-p and min-p, in the order of `transformers`.
+//! Sampling of the next token: temperature, top-k, top-p and min-p, in the order of `transformers`.
+
+use rehearsal_kernels::math::{SUM_BLOCK, block_sums, exp_all, log_sum_exp, max};
 
 use crate::error::{Error, Result};
-use crate::kernels::math::{SUM_BLOCK, block_sums, exp_all, log_sum_exp, max};
 
-/// Buffers of a draw.
+/// Scratch buffers of [`Sampling::draw`].
 #[derive(Default)]
 pub struct Scratch {
     p: Vec<f32>,
     sums: Vec<f64>,
 }
 
-/// How the next token is drawn.
+/// Sampling settings.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
-    /// Divides the logits; 0 takes the likeliest token.
+    /// Divides the logits; 0 is greedy decoding.
     pub temperature: f64,
-    /// Only the `k` likeliest tokens (ties with the last one stay); 0 keeps all.
+    /// Keeps the `k` most probable tokens, and all that tie with the last of them; 0 keeps all tokens.
     pub top_k: usize,
-    /// The likeliest tokens that together reach this probability; 1 keeps all.
+    /// Keeps the nucleus: the most probable tokens that together reach this probability; 1 keeps all tokens.
     pub top_p: f64,
-    /// Only tokens at least this many times as likely as the likeliest; 0 keeps all.
+    /// Keeps tokens of at least this times the highest probability; 0 keeps all tokens.
     pub min_p: f64,
 }
 
@@ -30,7 +31,7 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// An error that names the setting that is out of its range.
+    /// Checks the ranges. The error names the setting and its value.
     pub fn validate(&self) -> Result<()> {
         let wrong =
             |name: &str, value: f64, range: &str| Err(Error::Sampling(format!("{name} = {value} must be {range}")));
@@ -46,19 +47,20 @@ impl Sampling {
         Ok(())
     }
 
-    /// Temperature of log-probabilities: a greedy sampler reports those of the untempered distribution.
+    /// Temperature of the reported log-probabilities: that of sampling, or 1 for greedy decoding.
     pub fn logprob_temperature(&self) -> f64 {
         if self.temperature == 0.0 { 1.0 } else { self.temperature }
     }
 
-    /// Probabilities after all filters; zero for a token that was dropped.
+    /// Probabilities `[vocab]` after all filters; 0 for a token that was dropped.
     pub fn distribution(&self, logits: &[f32]) -> Vec<f32> {
         let mut p = Vec::new();
         self.fill(logits, &[], &mut p);
         p
     }
 
-    /// Draws a token that is not `banned` with the uniform number `u` from `[0, 1)`; `scratch` is reused between calls.
+    /// Samples a token that is not `banned`, with the uniform number `u` in `[0, 1)`; `scratch` is reused between
+    /// calls.
     pub fn draw(&self, logits: &[f32], banned: &[u32], u: f64, scratch: &mut Scratch) -> u32 {
         if self.temperature == 0.0 && banned.is_empty() {
             return argmax(logits);
@@ -67,7 +69,7 @@ impl Sampling {
         self.fill(logits, banned, p);
         block_sums(p, sums);
         let mut left = u * sums.iter().sum::<f64>();
-        // The block where the cumulated probability passes `left`; rounding may put that past the last.
+        // Find the block where the cumulative probability exceeds `left`; with rounding, that may be past the last one.
         let mut block = 0;
         while block + 1 < sums.len() && left >= sums[block] {
             left -= sums[block];
@@ -127,15 +129,15 @@ fn drop_where(p: &mut [f32], drop: impl Fn(f32) -> bool) {
     }
 }
 
-/// Drops every token that, with all less likely ones, has no more than `1 - top_p` of the probability.
+/// Drops every token that, together with all less probable ones, has at most `1 - top_p` of the probability.
 fn keep_nucleus(p: &mut [f32], top_p: f64) {
     let wanted = p.iter().map(|&x| x as f64).sum::<f64>() - (1.0 - top_p);
-    let likelier = |&a: &u32, &b: &u32| p[b as usize].total_cmp(&p[a as usize]).then(b.cmp(&a));
-    // Only what may belong to the nucleus is put in order, and more only if rounding made that too little.
-    let mut least = least_of_nucleus(p, wanted);
+    let by_probability = |&a: &u32, &b: &u32| p[b as usize].total_cmp(&p[a as usize]).then(b.cmp(&a));
+    // Sort only the tokens that can be in the nucleus; sort all if, by rounding, these are too few.
+    let mut least = nucleus_bound(p, wanted);
     let (order, kept) = loop {
         let mut order: Vec<u32> = (0..p.len() as u32).filter(|&i| p[i as usize] >= least).collect();
-        order.sort_unstable_by(likelier);
+        order.sort_unstable_by(by_probability);
         let mut above = 0.0;
         let kept = order.iter().take_while(|&&i| {
             let keep = above < wanted || above == 0.0;
@@ -148,7 +150,7 @@ fn keep_nucleus(p: &mut [f32], top_p: f64) {
         }
         least = 0.0;
     };
-    // A tie with the last one that stays is dropped if it comes earlier in the vocabulary.
+    // Of the tokens that tie with the last one kept, those earlier in the vocabulary are dropped.
     for &i in &order[kept..] {
         p[i as usize] = 0.0;
     }
@@ -157,10 +159,10 @@ fn keep_nucleus(p: &mut [f32], top_p: f64) {
     }
 }
 
-/// A probability such that the tokens of at least that are more than the `wanted` share: the lower end of the bucket in
-/// which, from the top, their sum passes it, and of one bucket more.
-fn least_of_nucleus(p: &[f32], wanted: f64) -> f32 {
-    // Exponent and three bits of fraction of numbers from 0 to 1 and a little above.
+/// Lower bound on the probabilities of the nucleus. Probabilities are summed by bucket from the largest down; the bound
+/// is the lower end of the bucket below the one in which the sum exceeds `wanted`.
+fn nucleus_bound(p: &[f32], wanted: f64) -> f32 {
+    // A bucket is an exponent and three bits of mantissa; probabilities lie between 0 and slightly above 1.
     const SHIFT: u32 = 20;
     let bucket = |x: f32| (x.to_bits() >> SHIFT) as usize;
     let mut sums = [0.0f64; 1 << 11];
@@ -207,7 +209,7 @@ mod tests {
     fn draws_follow_the_distribution() {
         let logits: Vec<f32> = [0.5f32, 0.3, 0.15, 0.05].iter().map(|p| p.ln()).collect();
         let sampling = Sampling::default();
-        let stream = crate::random::Stream::new(1, 1);
+        let stream = rehearsal_kernels::random::Stream::new(1, 1);
         let mut counts = [0; 4];
         for i in 0..20_000 {
             counts[sampling.draw(&logits, &[], stream.uniform(i), &mut Scratch::default()) as usize] += 1;
@@ -229,7 +231,7 @@ mod tests {
 
     #[test]
     fn the_nucleus_is_that_of_the_definition() {
-        let stream = crate::random::Stream::new(2, 2);
+        let stream = rehearsal_kernels::random::Stream::new(2, 2);
         for (n, spread, top_p) in [(3000, 2.0, 0.9), (3000, 0.1, 0.9), (500, 6.0, 0.3), (70, 1.0, 0.999)] {
             let logits: Vec<f32> = (0..n).map(|i| (stream.normal(i) * spread) as f32).collect();
             let whole = Sampling::default().distribution(&logits);

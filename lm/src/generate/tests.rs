@@ -1,7 +1,7 @@
 use candle_core::{DType, Device};
+use rehearsal_kernels::gemm::Precision;
 
 use super::*;
-use crate::kernels::gemm::Precision;
 use crate::model::{Batch, Sequence};
 use crate::ops::Kernels;
 use crate::testing;
@@ -65,7 +65,7 @@ fn the_sampler_and_the_trainer_agree_to_the_bit() {
 }
 
 #[test]
-fn the_plain_forward_pass_says_the_same() {
+fn the_plain_forward_pass_agrees() {
     let decoder = decoder();
     let want = run(&decoder, requests(), &options(4));
     let got = run(&decoder.with_kernels(Kernels::Plain), requests(), &options(4));
@@ -78,7 +78,7 @@ fn the_plain_forward_pass_says_the_same() {
 }
 
 #[test]
-fn a_stop_text_ends_a_completion_and_is_cut_from_its_text() {
+fn a_stop_string_ends_a_completion_and_is_cut_from_its_text() {
     let checkpoint = testing::checkpoint();
     let decoder = decoder();
     let free = run(&decoder, requests(), &options(9));
@@ -96,7 +96,7 @@ fn a_stop_text_ends_a_completion_and_is_cut_from_its_text() {
 }
 
 #[test]
-fn no_end_before_the_minimum() {
+fn no_completion_ends_before_the_minimum() {
     let all = run(&decoder(), requests(), &Options { min_new_tokens: 20, ..options(4) });
     assert!(all.iter().all(|c| c.tokens.len() == 20 && c.finish == Finish::Length));
 }
@@ -121,8 +121,8 @@ fn cancelling_ends_the_call() {
     assert!(matches!(result, Err(Error::Cancelled)));
 }
 
-/// Log-probabilities, and every gradient of a sum of them with weights.
-fn way_back(forward: crate::Forward<'_>, decoder: &Decoder) -> (Vec<f32>, Vec<Vec<f32>>) {
+/// Log-probabilities, and the gradient of a weighted sum of them for every parameter.
+fn backward(forward: crate::Forward<'_>, decoder: &Decoder) -> (Vec<f32>, Vec<Vec<f32>>) {
     let output = forward.output();
     let logprobs: Vec<f32> = output.to_vec1().unwrap();
     let weights: Vec<f32> = (0..logprobs.len()).map(|i| (i % 7) as f32 - 2.3).collect();
@@ -133,10 +133,10 @@ fn way_back(forward: crate::Forward<'_>, decoder: &Decoder) -> (Vec<f32>, Vec<Ve
 }
 
 #[test]
-fn what_generation_computed_is_what_a_forward_pass_computes() {
+fn recorded_activations_equal_those_of_a_forward_pass() {
     for precision in [Precision::F32, Precision::Bf16] {
         let decoder = testing::checkpoint().trainable(&Device::Cpu, DType::F32).unwrap().with_precision(precision);
-        // More prompts than go through the model in one pass, each of two completions, in fewer slots.
+        // More prompt tokens than one prefill pass takes, two completions per prompt.
         let prompts: Vec<_> = (0..9).map(|p| Arc::new((0..70).map(|i| (i * 5 + p) % 27).collect::<Vec<_>>())).collect();
         let request = |i: usize| Request { id: 7 + i as u64, prompt: prompts[i / 2].clone() };
         let requests: Vec<Request> = (0..18).map(request).collect();
@@ -148,15 +148,15 @@ fn what_generation_computed_is_what_a_forward_pass_computes() {
                 .unwrap();
             all.sort_by_key(|c| c.id);
             let sequence = |i: usize| Sequence { prompt: &prompts[i / 2], completion: &all[i].tokens };
-            // Everything; a part of it in another order, with a prompt that is not shared.
+            // All sequences; then some in another order, where no prompt is shared.
             for order in [(0..18).collect::<Vec<_>>(), vec![7, 3, 16, 2]] {
                 let batch = Batch::new(order.iter().map(|&i| sequence(i)));
-                let want = way_back(decoder.forward(&batch, 0.9).unwrap(), &decoder);
-                let got = way_back(decoder.forward_recalled(&batch, 0.9, recorded.clone()).unwrap(), &decoder);
-                assert!(recorded.knows(&batch, 0.9) && got == want, "{precision:?}, {slots} slots");
+                let want = backward(decoder.forward(&batch, 0.9).unwrap(), &decoder);
+                let got = backward(decoder.forward_recalled(&batch, 0.9, recorded.clone()).unwrap(), &decoder);
+                assert!(recorded.covers(&batch, 0.9) && got == want, "{precision:?}, {slots} slots");
                 let asked = batch.with_entropy();
-                let want = way_back(decoder.forward(&asked, 0.9).unwrap(), &decoder);
-                assert_eq!(way_back(decoder.forward_recalled(&asked, 0.9, recorded.clone()).unwrap(), &decoder), want);
+                let want = backward(decoder.forward(&asked, 0.9).unwrap(), &decoder);
+                assert_eq!(backward(decoder.forward_recalled(&asked, 0.9, recorded.clone()).unwrap(), &decoder), want);
             }
             assert_eq!(recorded.logprobs(&prompts[2], &all[5].tokens, 0.9).unwrap(), all[5].logprobs);
         }
@@ -164,7 +164,7 @@ fn what_generation_computed_is_what_a_forward_pass_computes() {
 }
 
 #[test]
-fn what_was_not_kept_is_computed() {
+fn a_batch_that_was_not_recorded_is_computed() {
     let decoder = testing::checkpoint().trainable(&Device::Cpu, DType::F32).unwrap();
     let record = |decoder: &Decoder, tokens: usize| {
         let mut all = Vec::new();
@@ -182,13 +182,13 @@ fn what_was_not_kept_is_computed() {
     let strange = Batch::new([of(0), Sequence { prompt: &[1, 2], completion: &[3, 4] }]);
     let cut = Batch::new([Sequence { completion: &all[0].tokens[..1], ..of(0) }]);
     for (batch, temperature) in [(&Batch::new([of(0)]), 1.0), (&strange, 0.9), (&cut, 0.9)] {
-        assert!(!kept.knows(batch, temperature));
-        let want = way_back(decoder.forward(batch, temperature).unwrap(), &decoder);
-        let got = way_back(decoder.forward_recalled(batch, temperature, kept.clone()).unwrap(), &decoder);
+        assert!(!kept.covers(batch, temperature));
+        let want = backward(decoder.forward(batch, temperature).unwrap(), &decoder);
+        let got = backward(decoder.forward_recalled(batch, temperature, kept.clone()).unwrap(), &decoder);
         assert_eq!(got, want);
     }
     assert!(kept.logprobs(&requests[0].prompt, &all[0].tokens, 1.0).is_none());
-    // More than was to be kept; nothing that could be gone back through.
+    // More rows than the limit; passes that cannot be recorded.
     assert!(record(&decoder, 100).0.is_none());
     assert!(record(&decoder.with_gradient_checkpointing(true), 1000).0.is_none());
     assert!(record(&testing::checkpoint().frozen(&Device::Cpu, DType::F32).unwrap(), 1000).0.is_none());

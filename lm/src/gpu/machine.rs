@@ -1,61 +1,39 @@
-//! A GPU as a pass sees it: weights, norms and tables on the board, and the launches that [its operations](super::ops) are
-//! made of.
+//! Weights of a model on a GPU, and the launches that [its operations](super::ops) are made of.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor};
+use rehearsal_kernels::activation::Activation;
+use rehearsal_kernels::attention::Heads;
+use rehearsal_kernels::gemm::Precision;
+use rehearsal_kernels::gpu::{
+    Buffer, Context, ElementType, Factor, Fields, Gemm, GpuBackend, KernelArgument, Launcher, ROWS, SourceFile, Table,
+    by_target,
+};
+use rehearsal_kernels::rope::Angles;
 
-use super::board::{Board, Factor, Narrow, Product};
-use super::buffer::{Buffer, Fields, Launcher, Pass};
-use super::layout::by_target;
-use crate::kernels::attention::Heads;
-use crate::kernels::gemm::Precision;
-use crate::kernels::rope::Angles;
-use crate::model::{Activation, Layers, Projection};
+use crate::model::{Layers, Projection};
 use crate::pass::{Mlp, Ops};
 
-/// Bytes of logits that exist at a time.
+/// Bytes of a block of logits, at most.
 const LOGITS_MAX: usize = 256 << 20;
 
-/// Rows that a block sums up for the gradient of a weight.
+/// Rows per partial sum of a weight's gradient.
 const CHUNK: usize = 256;
 
-/// Threads of a block that has a row.
+/// Threads per block of kernels with one block per row.
 pub(super) const ROW_THREADS: u32 = 128;
+/// Threads per block of kernels with one block per row of logits.
 pub(super) const VOCABULARY_THREADS: u32 = 512;
 
-/// A board with what a decoder keeps there between passes.
-#[derive(Clone)]
-pub struct Context {
-    board: Arc<dyn Board>,
-    tables: Arc<Mutex<Tables>>,
-}
-
-impl Context {
-    /// Nothing kept yet.
-    pub fn new(board: Arc<dyn Board>) -> Self {
-        Self { board, tables: Arc::default() }
-    }
-}
-
-/// A GPU, with the type of a pass's rows.
+/// A GPU that passes run on, with the element type of their products.
 #[derive(Clone)]
 pub struct Gpu {
     pub launcher: Launcher,
-    tables: Arc<Mutex<Tables>>,
+    context: Context,
 }
 
-/// Rotary tables by where they lie on the host, which are held so that they stay there.
-type Tables = BTreeMap<usize, (Arc<Angles>, Arc<Table>)>;
-
-/// Cosines and sines on the device.
-pub struct Table {
-    pub(super) cosines: Buffer,
-    pub(super) sines: Buffer,
-}
-
-/// Projections side by side, `[outputs, inputs]`.
+/// Weight `[outputs, inputs]` and bias of projections of the same input, as one product.
 pub struct Weights {
     pub(super) matrix: Buffer,
     pub(super) bias: Option<Buffer>,
@@ -63,46 +41,44 @@ pub struct Weights {
     pub(super) inputs: usize,
 }
 
-/// A norm's numbers.
+/// Weight or bias of a norm, in f32.
 pub struct Numbers(pub(super) Buffer);
 
 impl Gpu {
-    /// A board for models with heads of this width.
-    pub fn new(context: &Context, precision: Precision, dim: usize) -> Self {
-        let narrow = match precision {
-            Precision::F32 => Narrow::F32,
-            Precision::Bf16 => Narrow::Bf16,
+    /// A GPU for models with heads of width `head_dim`.
+    pub fn new(context: &Context, precision: Precision, head_dim: usize) -> Self {
+        let element = match precision {
+            Precision::F32 => ElementType::F32,
+            Precision::Bf16 => ElementType::Bf16,
         };
-        let launcher = Launcher { board: context.board.clone(), narrow, dim };
-        Self { launcher, tables: context.tables.clone() }
+        let launcher = Launcher { backend: context.backend.clone(), element, head_dim };
+        Self { launcher, context: context.clone() }
     }
 
-    pub(super) fn board(&self) -> &dyn Board {
-        &*self.launcher.board
+    pub(super) fn backend(&self) -> &dyn GpuBackend {
+        &*self.launcher.backend
     }
 
     /// Resizes a buffer.
     pub fn room(&self, buffer: &mut Buffer, len: usize) -> Result<()> {
-        buffer.resize(self.board(), len)
+        buffer.resize(self.backend(), len)
     }
 
-    /// A tensor's numbers, as the products read them, at an element of a buffer.
+    /// Converts a tensor to the element type of a buffer and writes it there, from element `at` on.
     pub(super) fn narrow_tensor(&self, tensor: &Tensor, to: &Buffer, at: usize) -> Result<()> {
-        let (n, target) = (tensor.elem_count(), to.pointer() + (at * to.narrow.bytes()) as u64);
-        match (tensor.dtype(), to.narrow) {
-            (DType::F32, Narrow::F32) => self.board().copy(self.launcher.tensor(tensor)?, target, 4 * n),
-            (DType::BF16, Narrow::Bf16) => self.board().copy(self.launcher.tensor(tensor)?, target, 2 * n),
-            (DType::F32, _) => {
-                self.launcher.each("rows", "narrowed", n, &[&self.launcher.tensor(tensor)?, &target, &n])
-            }
+        let (n, target) = (tensor.elem_count(), to.at(at));
+        match (tensor.dtype(), to.element) {
+            (DType::F32, ElementType::F32) => self.backend().copy(self.launcher.tensor(tensor)?, target, 4 * n),
+            (DType::BF16, ElementType::Bf16) => self.backend().copy(self.launcher.tensor(tensor)?, target, 2 * n),
+            (DType::F32, _) => self.launcher.each(&ROWS, "narrowed", n, &[&self.launcher.tensor(tensor)?, &target, &n]),
             (DType::BF16, _) => {
-                self.launcher.each("rows", "narrowed_bf16", n, &[&self.launcher.tensor(tensor)?, &target, &n])
+                self.launcher.each(&ROWS, "narrowed_bf16", n, &[&self.launcher.tensor(tensor)?, &target, &n])
             }
             (other, _) => candle_core::bail!("weights on a GPU are f32 or bf16, not {other:?}"),
         }
     }
 
-    /// The parts' matrices under one another, each `[outputs, inputs]`.
+    /// Stacks the weights of `parts`, each `[outputs, inputs]`, along the outputs; returns the shape of the result.
     pub(super) fn stack(&self, parts: &[&Projection], to: &mut Buffer) -> Result<(usize, usize)> {
         let outputs = parts.iter().map(|p| p.weight.dim(0)).sum::<Result<usize>>()?;
         let inputs = parts.first().map_or(Ok(0), |p| p.weight.dim(1))?;
@@ -112,9 +88,14 @@ impl Gpu {
             if part.turned {
                 let stored = part.weight.t()?.to_dtype(DType::F32)?;
                 let (rows, columns) = stored.dims2()?;
-                let target = to.pointer() + (at * to.narrow.bytes()) as u64;
+                let target = to.at(at);
                 let source = self.launcher.tensor(&stored)?;
-                self.launcher.each("rows", "turned", rows * columns, &[&source, &int(rows), &int(columns), &target])?;
+                self.launcher.each(
+                    &ROWS,
+                    "transposed",
+                    rows * columns,
+                    &[&source, &int(rows), &int(columns), &target],
+                )?;
             } else {
                 self.narrow_tensor(&part.weight, to, at)?;
             }
@@ -123,51 +104,52 @@ impl Gpu {
         Ok((outputs, inputs))
     }
 
-    /// `c (+)= a · b` for buffers whose rows lie end to end.
+    /// `c = a · b`, or `c += a · b` if `add` is set; `shape` is `(rows, depth, columns)`.
     #[allow(clippy::too_many_arguments)]
-    pub(super) fn product(
+    pub(super) fn gemm(
         &self,
         shape: (usize, usize, usize),
         a: Factor,
         b: Factor,
         c: u64,
         c_stride: usize,
-        c_type: Narrow,
+        c_element: ElementType,
         add: bool,
     ) -> Result<()> {
         let (rows, depth, columns) = shape;
         if rows == 0 || columns == 0 {
             return Ok(());
         }
-        let narrow = self.launcher.narrow;
-        self.board().product(&Product { rows, depth, columns, narrow, a, b, c, c_stride, c_type, add })
+        let element = self.launcher.element;
+        self.backend().gemm(&Gemm { rows, depth, columns, element, a, b, c, c_stride, c_element, add })
     }
 
-    /// `out = x · Wᵀ` over the inputs of `w`, in the type of `out`.
+    /// `out = x · Wᵀ`, or `out += x · Wᵀ` if `add` is set, in the type of `out`; returns the number of rows.
     pub(super) fn multiply(&self, x: &Buffer, w: &Weights, out: &mut Buffer, add: bool) -> Result<usize> {
         let rows = x.len() / w.inputs;
         if !add {
             self.room(out, rows * w.outputs)?;
         }
-        let (a, b) = (plain(x.pointer(), w.inputs), turned(w.matrix.pointer(), w.inputs));
-        self.product((rows, w.inputs, w.outputs), a, b, out.pointer(), w.outputs, out.narrow, add)?;
+        let (a, b) = (row_major(x.pointer(), w.inputs), transposed(w.matrix.pointer(), w.inputs));
+        self.gemm((rows, w.inputs, w.outputs), a, b, out.pointer(), w.outputs, out.element, add)?;
         Ok(rows)
     }
 
     /// Adds a bias to the rows of `out`.
     pub(super) fn bias(&self, w: &Weights, out: &Buffer) -> Result<()> {
         let Some(bias) = &w.bias else { return Ok(()) };
-        let kernel = if out.narrow == self.launcher.narrow { "add_bias" } else { "add_bias_wide" };
-        self.launcher.each("rows", kernel, out.len(), &[out, bias, &int(w.outputs), &out.len()])
+        let kernel = if out.element == self.launcher.element { "add_bias" } else { "add_bias_wide" };
+        self.launcher.each(&ROWS, kernel, out.len(), &[out, bias, &int(w.outputs), &out.len()])
     }
 
-    /// Sums over vectors by `kernel`, whose arguments begin with `first`, added to `sum`.
+    /// Adds a sum over `vectors` vectors to `sum`. `kernel` computes partial sums; its arguments are `first`, the number of
+    /// vectors, the vectors per partial sum, `last` and the partial sums.
     pub(super) fn fold(
         &self,
-        file: &'static str,
+        file: &'static SourceFile,
         kernel: &'static str,
-        first: &[&dyn Pass],
-        last: &[&dyn Pass],
+        first: &[&dyn KernelArgument],
+        last: &[&dyn KernelArgument],
         (vectors, dim): (usize, usize),
         sum: u64,
     ) -> Result<()> {
@@ -175,28 +157,28 @@ impl Gpu {
         let mut parts = self.wide();
         self.room(&mut parts, chunks * dim)?;
         let (n, chunk) = (int(vectors), int(CHUNK));
-        let mut arguments: Vec<&dyn Pass> = first.to_vec();
-        arguments.extend([&n as &dyn Pass, &chunk]);
+        let mut arguments: Vec<&dyn KernelArgument> = first.to_vec();
+        arguments.extend([&n as &dyn KernelArgument, &chunk]);
         arguments.extend(last);
         arguments.push(&parts);
         self.launcher.run(file, kernel, (dim.div_ceil(32), chunks), (32, 8), 0, &arguments)?;
-        self.launcher.each("rows", "fold", dim, &[&parts, &int(chunks), &int(dim), &sum])
+        self.launcher.each(&ROWS, "fold", dim, &[&parts, &int(chunks), &int(dim), &sum])
     }
 
-    /// Adds rows of `x` to the rows of a table that `ids` names.
+    /// Adds each row of `x`, times `scale`, to the row of `table` that `ids` names.
     pub(super) fn add_rows(&self, x: &Buffer, ids: &[u32], scale: f32, width: usize, table: u64) -> Result<()> {
         let (targets, starts, order) = by_target(ids);
         let [targets_, starts, order] = [&targets, &starts, &order].map(|x| self.launcher.upload(x));
-        let arguments: [&dyn Pass; 7] = [x, &targets_?, &starts?, &order?, &scale, &int(width), &table];
-        self.launcher.rows("rows", "add_rows", targets.len(), ROW_THREADS, &arguments)
+        let arguments: [&dyn KernelArgument; 7] = [x, &targets_?, &starts?, &order?, &scale, &int(width), &table];
+        self.launcher.rows(&ROWS, "add_rows", targets.len(), ROW_THREADS, &arguments)
     }
 
-    /// Rows of logits that exist at a time.
+    /// Rows per block of logits.
     fn logit_rows(vocab: usize) -> usize {
         (LOGITS_MAX / (4 * vocab)).max(1)
     }
 
-    /// Runs `f` on some rows of logits at a time: `(first row, rows, logits)`.
+    /// Calls `f(first row, rows, logits)` for each block of rows.
     pub fn logits(
         &self,
         hidden: &Buffer,
@@ -209,15 +191,15 @@ impl Gpu {
         for first in (0..rows).step_by(Self::logit_rows(vocab)) {
             let n = Self::logit_rows(vocab).min(rows - first);
             self.room(&mut logits, n * vocab)?;
-            let at = hidden.pointer() + (first * width * hidden.narrow.bytes()) as u64;
-            let (a, b) = (plain(at, width), turned(head.pointer(), width));
-            self.product((n, width, vocab), a, b, logits.pointer(), vocab, Narrow::F32, false)?;
+            let at = hidden.at(first * width);
+            let (a, b) = (row_major(at, width), transposed(head.pointer(), width));
+            self.gemm((n, width, vocab), a, b, logits.pointer(), vocab, ElementType::F32, false)?;
             f(first, n, &logits)?;
         }
         Ok(())
     }
 
-    /// All logits of some rows at once, in the same memory each time.
+    /// Computes the logits of all rows of `hidden`, in `logits`, whose memory is reused.
     pub fn logits_into(
         &self,
         hidden: &Buffer,
@@ -227,16 +209,16 @@ impl Gpu {
     ) -> Result<()> {
         let rows = hidden.len() / width;
         self.room(logits, rows * vocab)?;
-        let (a, b) = (plain(hidden.pointer(), width), turned(head.pointer(), width));
-        self.product((rows, width, vocab), a, b, logits.pointer(), vocab, Narrow::F32, false)
+        let (a, b) = (row_major(hidden.pointer(), width), transposed(head.pointer(), width));
+        self.gemm((rows, width, vocab), a, b, logits.pointer(), vocab, ElementType::F32, false)
     }
 
-    /// Copies a buffer's numbers over those of another.
+    /// Copies the elements of a buffer to another, which is not resized.
     pub fn overwrite(&self, from: &Buffer, to: &Buffer) -> Result<()> {
-        self.board().copy(from.pointer(), to.pointer(), from.len() * from.narrow.bytes())
+        self.backend().copy(from.pointer(), to.pointer(), from.len() * from.element.bytes())
     }
 
-    /// A head's matrix as the products read it.
+    /// A head's weight in the element type of products.
     pub fn head(&self, head: &Tensor) -> Result<Buffer> {
         let mut matrix = self.narrow();
         self.room(&mut matrix, head.elem_count())?;
@@ -244,27 +226,19 @@ impl Gpu {
         Ok(matrix)
     }
 
-    /// Shared memory of an attention kernel, from how many rows and turned rows of a head it keeps.
-    pub(super) fn shared(&self, rows: usize, turned: usize) -> usize {
-        let pad = self.launcher.dim.next_multiple_of(16);
-        (rows * (pad + SPREAD) + turned) * self.launcher.narrow.bytes()
+    /// Bytes of shared memory of an attention kernel that stores `rows` rows of a head, and `transposed` elements of
+    /// transposed ones.
+    pub(super) fn shared(&self, rows: usize, transposed: usize) -> usize {
+        let pad = self.launcher.head_dim.next_multiple_of(16);
+        (rows * (pad + SPREAD) + transposed) * self.launcher.element.bytes()
     }
 
-    /// Rotary tables on the device, brought there once.
+    /// The rotary table of `angles` on the device.
     pub(super) fn table(&self, angles: &Arc<Angles>) -> Result<Arc<Table>> {
-        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = Arc::as_ptr(angles) as usize;
-        if let Some((_, table)) = tables.get(&key) {
-            return Ok(table.clone());
-        }
-        let (cosines, sines) = angles.tables();
-        let up = |x| self.launcher.upload_floats(x);
-        let table = Arc::new(Table { cosines: up(cosines)?, sines: up(sines)? });
-        tables.insert(key, (angles.clone(), table.clone()));
-        Ok(table)
+        self.context.table(&self.launcher, angles)
     }
 
-    /// Embeddings of tokens whose numbers are on the device.
+    /// Embeddings of tokens whose ids and positions are on the device.
     pub fn embed_rows(
         &self,
         layers: &Layers,
@@ -278,35 +252,37 @@ impl Gpu {
         let kernel = if layers.embed.dtype() == DType::BF16 { "embed_bf16" } else { "embed" };
         let places = layers.positions.as_ref().map_or(Ok(NOTHING), |t| self.launcher.tensor(t))?;
         let table = self.launcher.tensor(&layers.embed)?;
-        let arguments: [&dyn Pass; 7] = [&table, &places, &scale, ids, positions, &int(width), &*out];
-        self.launcher.rows("rows", kernel, ids.len(), ROW_THREADS, &arguments)
+        let arguments: [&dyn KernelArgument; 7] = [&table, &places, &scale, ids, positions, &int(width), &*out];
+        self.launcher.rows(&ROWS, kernel, ids.len(), ROW_THREADS, &arguments)
     }
 }
 
-/// Rows of a tile, and numbers between rows in shared memory, as `attention.cu` has them.
+/// Rows per tile of queries or keys, padding of rows in shared memory, and queries per step, as in `attention.cu`.
 pub(super) const TILE: usize = 64;
 pub(super) const SPREAD: usize = 8;
 pub(super) const QUERIES: usize = 32;
 
-/// An `int` of a kernel.
+/// Converts to a kernel's `int`.
 pub fn int(x: usize) -> i32 {
     x as i32
 }
 
-pub(super) fn plain(pointer: u64, stride: usize) -> Factor {
-    Factor { pointer, stride, turned: false }
+/// A row-major factor.
+pub(super) fn row_major(pointer: u64, stride: usize) -> Factor {
+    Factor { pointer, stride, transposed: false }
 }
 
-pub(super) fn turned(pointer: u64, stride: usize) -> Factor {
-    Factor { pointer, stride, turned: true }
+/// The transpose of a row-major matrix, as a factor.
+pub(super) fn transposed(pointer: u64, stride: usize) -> Factor {
+    Factor { pointer, stride, transposed: true }
 }
 
-/// `Place` of the kernels.
+/// `Place` of `rows.cu`.
 pub(super) fn place(heads: usize, stride: usize, at: usize, dim: usize) -> Fields {
     Fields::new().int(heads).int(stride).int(at).int(dim)
 }
 
-/// `Shape` of the kernels of attention.
+/// `Shape` of `attention.cu` and `decode.cu`.
 pub fn shape(heads: &Heads) -> Fields {
     Fields::new()
         .int(heads.queries)
@@ -319,8 +295,10 @@ pub fn shape(heads: &Heads) -> Fields {
         .float(heads.softcap.unwrap_or(0.0))
 }
 
+/// Arguments of the activation kernels: GELU or SiLU, gated or not, columns of the result.
 pub(super) fn kind(mlp: Mlp) -> (i32, i32, i32) {
     (i32::from(mlp.activation == Activation::GeluTanh), i32::from(mlp.gated), int(mlp.width))
 }
 
+/// A null pointer, for an argument that a kernel may do without.
 pub(super) const NOTHING: u64 = 0;

@@ -1,26 +1,26 @@
-//! A pass on a GPU: the kernels of `kernels/*.cu`, and products by the board.
+//! The operations of a pass on a GPU.
 
 use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor};
-
-use super::board::{Factor, Narrow};
-use super::buffer::{Buffer, Pass};
-use super::layout::{KEY_TILE, Layout, QUERY_TILE};
-use super::machine::{
-    Gpu, NOTHING, Numbers, QUERIES, ROW_THREADS, SPREAD, TILE, Table, VOCABULARY_THREADS, Weights, int, kind, place,
-    plain, shape, turned,
+use rehearsal_kernels::attention::{Family, Heads};
+use rehearsal_kernels::gpu::{
+    ATTENTION, Buffer, ElementType, Factor, HEAD, KEY_TILE, KernelArgument, Layout, QUERY_TILE, ROWS, Table,
 };
-use crate::kernels::attention::{Family, Heads};
-use crate::kernels::rope::Angles;
+use rehearsal_kernels::rope::Angles;
+
+use super::machine::{
+    Gpu, NOTHING, Numbers, QUERIES, ROW_THREADS, SPREAD, TILE, VOCABULARY_THREADS, Weights, int, kind, place,
+    row_major, shape, transposed,
+};
 use crate::model::{Layers, Projection};
 use crate::pass::{Answers, Mlp, Norm, Ops, Question, Sum};
 
-/// Passes put away one by one, not one behind another.
-fn holds_nothing(kept: &Buffer) -> Result<()> {
+/// An error unless `kept` is empty: on a GPU the activations of one pass are not appended to those of another.
+fn check_empty(kept: &Buffer) -> Result<()> {
     match kept.len() {
         0 => Ok(()),
-        n => candle_core::bail!("{n} numbers were put away there already"),
+        n => candle_core::bail!("{n} activations are kept there already"),
     }
 }
 
@@ -31,15 +31,15 @@ impl Ops for Gpu {
     type Projection = Weights;
     type Angles = Arc<Table>;
     type Layout = Layout;
-    /// Weights of the products that lead back.
+    /// Weights for the gradients of inputs.
     type Scratch = Buffer;
 
     fn wide(&self) -> Buffer {
-        Buffer::empty(Narrow::F32)
+        Buffer::empty(ElementType::F32)
     }
 
     fn narrow(&self) -> Buffer {
-        Buffer::empty(self.launcher.narrow)
+        Buffer::empty(self.launcher.element)
     }
 
     fn scratch(&self) -> Buffer {
@@ -50,7 +50,7 @@ impl Ops for Gpu {
         let mut buffer = self.wide();
         self.room(&mut buffer, tensor.elem_count())?;
         let moved = (tensor.to_dtype(DType::F32)? + plus as f64)?.contiguous()?;
-        self.board().copy(self.launcher.tensor(&moved)?, buffer.pointer(), 4 * buffer.len())?;
+        self.backend().copy(self.launcher.tensor(&moved)?, buffer.pointer(), 4 * buffer.len())?;
         Ok(Numbers(buffer))
     }
 
@@ -64,13 +64,13 @@ impl Ops for Gpu {
         if parts.iter().any(|p| p.bias.is_some()) {
             let mut bias = self.wide();
             self.room(&mut bias, projection.outputs)?;
-            self.board().zero(bias.pointer(), 4 * bias.len())?;
+            self.backend().zero(bias.pointer(), 4 * bias.len())?;
             let mut at = 0;
             for part in parts {
                 if let Some(tensor) = &part.bias {
                     let tensor = tensor.to_dtype(DType::F32)?.contiguous()?;
                     let target = bias.pointer() + 4 * at as u64;
-                    self.board().copy(self.launcher.tensor(&tensor)?, target, 4 * tensor.elem_count())?;
+                    self.backend().copy(self.launcher.tensor(&tensor)?, target, 4 * tensor.elem_count())?;
                 }
                 at += part.weight.dim(0)?;
             }
@@ -92,10 +92,10 @@ impl Ops for Gpu {
     }
 
     fn keep(&self, buffer: &mut Buffer, spent: bool, onto: &mut Buffer) -> Result<()> {
-        holds_nothing(onto)?;
-        if buffer.narrow != onto.narrow {
+        check_empty(onto)?;
+        if buffer.element != onto.element {
             self.room(onto, buffer.len())?;
-            return self.launcher.each("rows", "narrowed", buffer.len(), &[&*buffer, &*onto, &buffer.len()]);
+            return self.launcher.each(&ROWS, "narrowed", buffer.len(), &[&*buffer, &*onto, &buffer.len()]);
         }
         if spent {
             std::mem::swap(buffer, onto);
@@ -105,26 +105,26 @@ impl Ops for Gpu {
     }
 
     fn stack(&self, buffer: &mut Buffer, onto: &mut Buffer) -> Result<()> {
-        holds_nothing(onto)?;
+        check_empty(onto)?;
         std::mem::swap(buffer, onto);
         Ok(())
     }
 
     fn restore(&self, kept: Buffer, buffer: &mut Buffer) -> Result<()> {
-        if kept.narrow == buffer.narrow {
+        if kept.element == buffer.element {
             *buffer = kept;
             return Ok(());
         }
         self.room(buffer, kept.len())?;
-        self.launcher.each("rows", "widened", kept.len(), &[&kept, &*buffer, &kept.len()])
+        self.launcher.each(&ROWS, "widened", kept.len(), &[&kept, &*buffer, &kept.len()])
     }
 
     fn narrowed<'a>(&self, x: &'a Buffer, room: &'a mut Buffer) -> Result<&'a Buffer> {
-        if x.narrow == self.launcher.narrow {
+        if x.element == self.launcher.element {
             return Ok(x);
         }
         self.room(room, x.len())?;
-        self.launcher.each("rows", "narrowed", x.len(), &[x, &*room, &x.len()])?;
+        self.launcher.each(&ROWS, "narrowed", x.len(), &[x, &*room, &x.len()])?;
         Ok(room)
     }
 
@@ -134,17 +134,17 @@ impl Ops for Gpu {
 
     fn zero(&self, buffer: &mut Buffer, len: usize) -> Result<()> {
         self.room(buffer, len)?;
-        self.board().zero(buffer.pointer(), len * buffer.narrow.bytes())
+        self.backend().zero(buffer.pointer(), len * buffer.element.bytes())
     }
 
     fn copy(&self, from: &Buffer, to: &mut Buffer) -> Result<()> {
-        to.narrow = from.narrow;
+        to.element = from.element;
         self.room(to, from.len())?;
-        self.board().copy(from.pointer(), to.pointer(), from.len() * from.narrow.bytes())
+        self.backend().copy(from.pointer(), to.pointer(), from.len() * from.element.bytes())
     }
 
     fn add(&self, x: &mut Buffer, y: &Buffer) -> Result<()> {
-        self.launcher.each("rows", "add", x.len(), &[&*x, y, &x.len()])
+        self.launcher.each(&ROWS, "add", x.len(), &[&*x, y, &x.len()])
     }
 
     fn embed(&self, layers: &Layers, scale: f32, ids: &[u32], positions: &[u32], out: &mut Buffer) -> Result<()> {
@@ -159,11 +159,11 @@ impl Ops for Gpu {
     fn norm(&self, x: &Buffer, norm: &Norm<Numbers>, out: &mut Buffer) -> Result<()> {
         let width = norm.weight.0.len();
         self.room(out, x.len())?;
-        let kernel = if out.narrow == self.launcher.narrow { "norm_rows" } else { "norm_wide" };
+        let kernel = if out.element == self.launcher.element { "norm_rows" } else { "norm_wide" };
         let bias = norm.bias.as_ref().map_or(NOTHING, |b| b.0.pointer());
         let (all, layer) = (place(1, width, 0, width), i32::from(norm.layer));
-        let arguments: [&dyn Pass; 7] = [x, &all, &norm.weight.0, &bias, &norm.eps, &layer, &*out];
-        self.launcher.rows("rows", kernel, x.len() / width, ROW_THREADS, &arguments)
+        let arguments: [&dyn KernelArgument; 7] = [x, &all, &norm.weight.0, &bias, &norm.eps, &layer, &*out];
+        self.launcher.rows(&ROWS, kernel, x.len() / width, ROW_THREADS, &arguments)
     }
 
     fn norm_back(
@@ -179,14 +179,14 @@ impl Ops for Gpu {
         let mut stats = self.wide();
         self.room(&mut stats, 2 * rows)?;
         let (all, layer) = (place(1, width, 0, width), i32::from(norm.layer));
-        let arguments: [&dyn Pass; 8] = [x, grad, &all, &norm.weight.0, &norm.eps, &layer, &*dx, &stats];
-        self.launcher.rows("rows", "norm_back", rows, ROW_THREADS, &arguments)?;
+        let arguments: [&dyn KernelArgument; 8] = [x, grad, &all, &norm.weight.0, &norm.eps, &layer, &*dx, &stats];
+        self.launcher.rows(&ROWS, "norm_back", rows, ROW_THREADS, &arguments)?;
         let dw = self.launcher.tensor(dw)?;
-        self.fold("rows", "norm_weight", &[x, grad, &all, &stats], &[], (rows, width), dw)?;
+        self.fold(&ROWS, "norm_weight", &[x, grad, &all, &stats], &[], (rows, width), dw)?;
         match db {
             Some(db) if norm.layer => {
                 let db = self.launcher.tensor(db)?;
-                self.fold("rows", "column_sums_wide", &[grad, &all], &[], (rows, width), db)
+                self.fold(&ROWS, "column_sums_wide", &[grad, &all], &[], (rows, width), db)
             }
             _ => Ok(()),
         }
@@ -195,7 +195,7 @@ impl Ops for Gpu {
     fn head_norm(&self, qkv: &mut Buffer, norm: &Norm<Numbers>, at: usize, heads: usize, shape: &Heads) -> Result<()> {
         let rows = qkv.len() / shape.width();
         let all = place(heads, shape.width(), at, shape.dim);
-        self.launcher.rows("rows", "head_norm", rows * heads, 32, &[&*qkv, &all, &norm.weight.0, &norm.eps])
+        self.launcher.rows(&ROWS, "head_norm", rows * heads, 32, &[&*qkv, &all, &norm.weight.0, &norm.eps])
     }
 
     fn head_norm_back(
@@ -212,43 +212,43 @@ impl Ops for Gpu {
         let all = place(heads, shape.width(), at, shape.dim);
         let mut stats = self.wide();
         self.room(&mut stats, 2 * vectors)?;
-        self.launcher.rows("rows", "head_norm_stats", vectors, 32, &[before, &all, &norm.eps, &stats])?;
+        self.launcher.rows(&ROWS, "head_norm_stats", vectors, 32, &[before, &all, &norm.eps, &stats])?;
         let sum = self.launcher.tensor(sum)?;
-        let first: [&dyn Pass; 4] = [before, &*grad, &all, &stats];
-        self.fold("rows", "head_norm_weight", &first, &[], (vectors, shape.dim), sum)?;
-        let arguments: [&dyn Pass; 6] = [before, &*grad, &all, &norm.weight.0, &norm.eps, &stats];
-        self.launcher.rows("rows", "head_norm_back", vectors, 32, &arguments)
+        let first: [&dyn KernelArgument; 4] = [before, &*grad, &all, &stats];
+        self.fold(&ROWS, "head_norm_weight", &first, &[], (vectors, shape.dim), sum)?;
+        let arguments: [&dyn KernelArgument; 6] = [before, &*grad, &all, &norm.weight.0, &norm.eps, &stats];
+        self.launcher.rows(&ROWS, "head_norm_back", vectors, 32, &arguments)
     }
 
     fn rotate(&self, qkv: &mut Buffer, heads: &Heads, angles: &Arc<Table>, layout: &Layout, back: bool) -> Result<()> {
         let rows = qkv.len() / heads.width();
-        let (turned, half) = (heads.queries + heads.keys, heads.dim / 2);
+        let (rotated, half) = (heads.queries + heads.keys, heads.dim / 2);
         let sign: f32 = if back { -1.0 } else { 1.0 };
-        let arguments: [&dyn Pass; 9] = [
+        let arguments: [&dyn KernelArgument; 9] = [
             &*qkv,
             &int(rows),
             &int(heads.width()),
-            &int(turned),
+            &int(rotated),
             &int(half),
             &layout.positions,
             &angles.cosines,
             &angles.sines,
             &sign,
         ];
-        self.launcher.each("rows", "rotate", rows * turned * half, &arguments)
+        self.launcher.each(&ROWS, "rotate", rows * rotated * half, &arguments)
     }
 
     fn activate(&self, mlp: Mlp, input: &Buffer, out: &mut Buffer) -> Result<()> {
         let n = input.len() / mlp.input_width() * mlp.width;
         self.room(out, n)?;
         let (kind, gated, width) = kind(mlp);
-        self.launcher.each("rows", "activate", n, &[&kind, &gated, &width, &n, input, &*out])
+        self.launcher.each(&ROWS, "activate", n, &[&kind, &gated, &width, &n, input, &*out])
     }
 
     fn activate_back(&self, mlp: Mlp, input: &mut Buffer, grad: &Buffer) -> Result<()> {
         let (kind, gated, width) = kind(mlp);
         let n = grad.len();
-        self.launcher.each("rows", "activate_back", n, &[&kind, &gated, &width, &n, &*input, grad])
+        self.launcher.each(&ROWS, "activate_back", n, &[&kind, &gated, &width, &n, &*input, grad])
     }
 
     fn attention(
@@ -265,8 +265,8 @@ impl Ops for Gpu {
         let pad = heads.dim.next_multiple_of(16);
         let grid = (layout.query_tiles.len() / QUERY_TILE, heads.queries);
         let shared = self.shared(TILE, pad * (TILE + SPREAD));
-        let arguments: [&dyn Pass; 5] = [qkv, &layout.query_tiles, &shape(heads), &*out, &*lse];
-        self.launcher.run("attention", "attention", grid, (128, 1), shared, &arguments)
+        let arguments: [&dyn KernelArgument; 5] = [qkv, &layout.query_tiles, &shape(heads), &*out, &*lse];
+        self.launcher.run(&ATTENTION, "attention", grid, (128, 1), shared, &arguments)
     }
 
     fn attention_back(
@@ -284,16 +284,17 @@ impl Ops for Gpu {
         let mut delta = self.wide();
         self.room(&mut delta, lse.len())?;
         let n = lse.len();
-        self.launcher.each("attention", "attention_delta", 32 * n, &[out, grad, &n, &delta])?;
+        self.launcher.each(&ATTENTION, "attention_delta", 32 * n, &[out, grad, &n, &delta])?;
         let shape = shape(heads);
         let grid = (layout.query_tiles.len() / QUERY_TILE, heads.queries);
         let shared = self.shared(2 * TILE, pad * (TILE + SPREAD));
-        let arguments: [&dyn Pass; 7] = [qkv, grad, lse, &delta, &layout.query_tiles, &shape, &*d_qkv];
-        self.launcher.run("attention", "attention_queries", grid, (128, 1), shared, &arguments)?;
+        let arguments: [&dyn KernelArgument; 7] = [qkv, grad, lse, &delta, &layout.query_tiles, &shape, &*d_qkv];
+        self.launcher.run(&ATTENTION, "attention_queries", grid, (128, 1), shared, &arguments)?;
         let grid = (layout.key_tiles.len() / KEY_TILE, heads.keys);
         let shared = self.shared(2 * TILE, 2 * pad * (QUERIES + SPREAD));
-        let arguments: [&dyn Pass; 8] = [qkv, grad, lse, &delta, &layout.positions, &layout.key_tiles, &shape, &*d_qkv];
-        self.launcher.run("attention", "attention_keys", grid, (128, 1), shared, &arguments)
+        let arguments: [&dyn KernelArgument; 8] =
+            [qkv, grad, lse, &delta, &layout.positions, &layout.key_tiles, &shape, &*d_qkv];
+        self.launcher.run(&ATTENTION, "attention_keys", grid, (128, 1), shared, &arguments)
     }
 
     fn project(&self, x: &Buffer, w: &Weights, out: &mut Buffer) -> Result<()> {
@@ -318,22 +319,22 @@ impl Ops for Gpu {
         let mut at = 0;
         for Sum { projection, weight, bias } in sums {
             let outputs = projection.weight.dim(0)?;
-            let part = grad.pointer() + (at * grad.narrow.bytes()) as u64;
+            let part = grad.at(at);
             let (g, x, sum) = (
-                Factor { pointer: part, stride: wide, turned: true },
-                plain(input.pointer(), inputs),
+                Factor { pointer: part, stride: wide, transposed: true },
+                row_major(input.pointer(), inputs),
                 self.launcher.tensor(weight)?,
             );
             if projection.turned {
-                let (x, g) = (Factor { turned: true, ..x }, Factor { turned: false, ..g });
-                self.product((inputs, rows, outputs), x, g, sum, outputs, Narrow::F32, true)?;
+                let (x, g) = (Factor { transposed: true, ..x }, Factor { transposed: false, ..g });
+                self.gemm((inputs, rows, outputs), x, g, sum, outputs, ElementType::F32, true)?;
             } else {
-                self.product((outputs, rows, inputs), g, x, sum, inputs, Narrow::F32, true)?;
+                self.gemm((outputs, rows, inputs), g, x, sum, inputs, ElementType::F32, true)?;
             }
             if let Some(bias) = bias {
                 let all = place(1, wide, at, outputs);
                 let sum = self.launcher.tensor(bias)?;
-                self.fold("rows", "column_sums", &[grad, &all], &[], (rows, outputs), sum)?;
+                self.fold(&ROWS, "column_sums", &[grad, &all], &[], (rows, outputs), sum)?;
             }
             at += outputs;
         }
@@ -350,14 +351,14 @@ impl Ops for Gpu {
         let (outputs, inputs) = self.stack(parts, weights)?;
         let rows = grad.len() / outputs;
         self.room(out, rows * inputs)?;
-        let (a, b) = (plain(grad.pointer(), outputs), plain(weights.pointer(), inputs));
-        self.product((rows, outputs, inputs), a, b, out.pointer(), inputs, out.narrow, false)
+        let (a, b) = (row_major(grad.pointer(), outputs), row_major(weights.pointer(), inputs));
+        self.gemm((rows, outputs, inputs), a, b, out.pointer(), inputs, out.element, false)
     }
 
     fn gather(&self, x: &Buffer, width: usize, rows: &[u32], out: &mut Buffer) -> Result<()> {
         self.room(out, rows.len() * width)?;
         let index = self.launcher.upload(rows)?;
-        self.launcher.rows("rows", "gather", rows.len(), ROW_THREADS, &[x, &index, &int(width), &*out])
+        self.launcher.rows(&ROWS, "gather", rows.len(), ROW_THREADS, &[x, &index, &int(width), &*out])
     }
 
     fn scatter(&self, x: &Buffer, width: usize, rows: &[u32], tokens: usize, out: &mut Buffer) -> Result<()> {
@@ -380,8 +381,9 @@ impl Ops for Gpu {
             let entropy = if question.entropy { at(start + 4 * scored as u64) } else { NOTHING };
             let (scale, cap) = (1.0 / question.temperature, question.softcap.unwrap_or(0.0));
             let (targets, lse) = (at(targets.pointer()), at(lse.pointer()));
-            let arguments: [&dyn Pass; 8] = [logits, &int(vocab), &targets, &scale, &cap, &at(start), &lse, &entropy];
-            self.launcher.rows("head", "answer", n, VOCABULARY_THREADS, &arguments)
+            let arguments: [&dyn KernelArgument; 8] =
+                [logits, &int(vocab), &targets, &scale, &cap, &at(start), &lse, &entropy];
+            self.launcher.rows(&HEAD, "logprobs", n, VOCABULARY_THREADS, &arguments)
         })?;
         Ok(Answers { output, lse })
     }
@@ -401,7 +403,7 @@ impl Ops for Gpu {
         let matrix = self.head(head)?;
         let targets = self.launcher.upload(question.targets)?;
         let grad = grad.to_dtype(DType::F32)?.contiguous()?;
-        let (grad, said, sum) =
+        let (grad, output, sum) =
             (self.launcher.tensor(&grad)?, self.launcher.tensor(&answers.output)?, self.launcher.tensor(sum)?);
         self.room(d_hidden, scored * width)?;
         let mut d_logits = self.narrow();
@@ -410,7 +412,7 @@ impl Ops for Gpu {
             let after = |pointer: u64| if question.entropy { at(pointer + 4 * scored as u64) } else { NOTHING };
             let (scale, cap) = (1.0 / question.temperature, question.softcap.unwrap_or(0.0));
             self.room(&mut d_logits, n * vocab)?;
-            let arguments: [&dyn Pass; 10] = [
+            let arguments: [&dyn KernelArgument; 10] = [
                 logits,
                 &int(vocab),
                 &at(targets.pointer()),
@@ -418,18 +420,16 @@ impl Ops for Gpu {
                 &cap,
                 &at(answers.lse.pointer()),
                 &at(grad),
-                &after(said),
+                &after(output),
                 &after(grad),
                 &d_logits,
             ];
-            self.launcher.rows("head", "answer_back", n, VOCABULARY_THREADS, &arguments)?;
-            let rows_at = (first * width) as u64;
-            let d = d_hidden.pointer() + rows_at * d_hidden.narrow.bytes() as u64;
-            let x = hidden.pointer() + rows_at * hidden.narrow.bytes() as u64;
-            let g = plain(d_logits.pointer(), vocab);
-            self.product((n, vocab, width), g, plain(matrix.pointer(), width), d, width, d_hidden.narrow, false)?;
-            let g = turned(d_logits.pointer(), vocab);
-            self.product((vocab, n, width), g, plain(x, width), sum, width, Narrow::F32, true)
+            self.launcher.rows(&HEAD, "logprobs_back", n, VOCABULARY_THREADS, &arguments)?;
+            let (d, x) = (d_hidden.at(first * width), hidden.at(first * width));
+            let g = row_major(d_logits.pointer(), vocab);
+            self.gemm((n, vocab, width), g, row_major(matrix.pointer(), width), d, width, d_hidden.element, false)?;
+            let g = transposed(d_logits.pointer(), vocab);
+            self.gemm((vocab, n, width), g, row_major(x, width), sum, width, ElementType::F32, true)
         })
     }
 
@@ -439,7 +439,7 @@ impl Ops for Gpu {
         let weight = weight.to_dtype(DType::F32)?.contiguous()?;
         let output = Tensor::zeros(rows, DType::F32, weight.device())?;
         let (w, out) = (self.launcher.tensor(&weight)?, self.launcher.tensor(&output)?);
-        self.launcher.rows("head", "score", rows, ROW_THREADS, &[hidden, &w, &int(width), &out])?;
+        self.launcher.rows(&HEAD, "score", rows, ROW_THREADS, &[hidden, &w, &int(width), &out])?;
         Ok(output)
     }
 
@@ -457,8 +457,8 @@ impl Ops for Gpu {
         let (w, g) = (self.launcher.tensor(&weight)?, self.launcher.tensor(&grad)?);
         let n = hidden.len();
         self.room(d_hidden, n)?;
-        self.launcher.each("head", "score_back", n, &[&g, &w, &int(width), &n, &*d_hidden])?;
+        self.launcher.each(&HEAD, "score_back", n, &[&g, &w, &int(width), &n, &*d_hidden])?;
         let sum = self.launcher.tensor(sum)?;
-        self.fold("rows", "score_weight", &[hidden, &g], &[&int(width)], (n / width, width), sum)
+        self.fold(&ROWS, "score_weight", &[hidden, &g], &[&int(width)], (n / width, width), sum)
     }
 }

@@ -1,4 +1,4 @@
-//! GGUF files: weights dequantised to f32, with the tokenizer and chat template they carry.
+//! GGUF files: weights dequantised to f32, tokenizer and chat template.
 
 use std::fs::File;
 use std::io::BufReader;
@@ -7,13 +7,14 @@ use std::path::Path;
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::{Device, Tensor};
 
+use super::check::check;
+use super::checkpoint::Checkpoint;
 use super::gguf_tokenizer::tokenizer;
-use super::{Checkpoint, check};
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Parameters, Position, Rope, Scaling};
 use crate::text::Text;
 
-/// Metadata of a GGUF file, with errors that name the key.
+/// Typed access to the metadata of a GGUF file; errors name the file and the key.
 pub(super) struct Metadata<'a> {
     content: &'a Content,
     path: &'a Path,
@@ -46,7 +47,9 @@ impl Metadata<'_> {
 
     fn size(&self, key: &str) -> Result<usize> {
         self.needed(key)?;
-        self.number(key).map(|x| x as usize).ok_or_else(|| self.malformed(format!("metadata key `{key}` is no number")))
+        self.number(key)
+            .map(|x| x as usize)
+            .ok_or_else(|| self.malformed(format!("metadata key `{key}` is not a number")))
     }
 
     pub fn token(&self, name: &str) -> Option<u32> {
@@ -54,13 +57,14 @@ impl Metadata<'_> {
     }
 }
 
-/// What a GGUF file of any architecture says beside its weights.
+/// Metadata of a GGUF file of any architecture, without its weights.
 pub struct GgufText {
     /// `general.architecture`.
     pub architecture: String,
-    /// Tokens that a sequence may have.
+    /// Longest sequence in tokens, if the file gives one.
     pub context: Option<usize>,
-    /// Tokenizer and chat template: the file's own, or a `tokenizer.json` (and `tokenizer_config.json`) beside it.
+    /// Tokenizer and chat template: those of `tokenizer.json` (and `tokenizer_config.json`) in the same directory, if
+    /// there is one, else the file's own.
     pub text: Text,
 }
 
@@ -95,7 +99,7 @@ pub fn open(path: &Path) -> Result<Checkpoint> {
     let malformed = |e: candle_core::Error| Error::Malformed { path: path.into(), reason: e.to_string() };
     let content = Content::read(&mut reader).map_err(malformed)?;
     let metadata = Metadata { content: &content, path };
-    // What a config.json must fulfil holds here too.
+    // Validate it like a config.json.
     let architecture =
         Architecture::from_json(&architecture(&metadata)?.to_json()).map_err(|e| metadata.malformed(e.to_string()))?;
 
@@ -103,7 +107,7 @@ pub fn open(path: &Path) -> Result<Checkpoint> {
     let mut names: Vec<&String> = content.tensor_infos.keys().collect();
     names.sort();
     for name in names {
-        // Frequencies of a scaled rope, which the config carries as numbers.
+        // Frequencies of scaled RoPE; the architecture has them as settings.
         if name == "rope_freqs.weight" {
             continue;
         }
@@ -115,8 +119,8 @@ pub fn open(path: &Path) -> Result<Checkpoint> {
             return Err(metadata.malformed(format!("tensor `{name}` is not part of a llama model")));
         };
         let tensor = match name.rsplit('.').nth(1) {
-            Some("attn_q") => halves(&tensor, architecture.heads)?,
-            Some("attn_k") => halves(&tensor, architecture.kv_heads)?,
+            Some("attn_q") => deinterleave(&tensor, architecture.heads)?,
+            Some("attn_k") => deinterleave(&tensor, architecture.kv_heads)?,
             _ => tensor,
         };
         parameters.insert(hf, tensor);
@@ -164,7 +168,7 @@ fn architecture(metadata: &Metadata<'_>) -> Result<Architecture> {
         kv_heads,
         head_dim: metadata.number(&key("attention.key_length")).map_or(hidden / heads, |n| n as usize),
         mlp: metadata.size(&key("feed_forward_length"))?,
-        // Stored as f32, which turns 1e-5 into 0.000009999999747.
+        // Stored in f32, where 1e-5 is 0.000009999999747: round to seven digits.
         norm_eps: metadata
             .number(&key("attention.layer_norm_rms_epsilon"))
             .map_or(1e-5, |eps| format!("{eps:.6e}").parse().unwrap_or(eps)),
@@ -207,8 +211,9 @@ fn hf_name(name: &str) -> Option<String> {
     Some(format!("model.layers.{layer}.{part}.{kind}"))
 }
 
-/// llama.cpp keeps rotary pairs side by side; Hugging Face keeps the first elements of all pairs, then the second.
-fn halves(tensor: &Tensor, heads: usize) -> Result<Tensor> {
+/// Reorders rows from llama.cpp's interleaved rotary pairs to Hugging Face's order: the first elements of all pairs,
+/// then the second.
+fn deinterleave(tensor: &Tensor, heads: usize) -> Result<Tensor> {
     let dims = tensor.dims().to_vec();
     let (rows, columns) = (dims[0], dims[1..].iter().product::<usize>());
     let split = tensor.reshape((heads, rows / heads / 2, 2, columns))?;
@@ -222,8 +227,8 @@ mod tests {
     use super::*;
     use crate::testing;
 
-    /// Hugging Face's order of rotary pairs to llama.cpp's: the inverse of [`halves`].
-    fn pairs(tensor: &Tensor, heads: usize) -> Tensor {
+    /// The inverse of [`deinterleave`].
+    fn interleave(tensor: &Tensor, heads: usize) -> Tensor {
         let dims = tensor.dims().to_vec();
         let (rows, columns) = (dims[0], dims[1..].iter().product::<usize>());
         let split = tensor.reshape((heads, 2, rows / heads / 2, columns)).unwrap();
@@ -265,8 +270,8 @@ mod tests {
             .iter()
             .map(|(name, t)| {
                 let t = match name {
-                    n if n.contains("q_proj") => pairs(t, a.heads),
-                    n if n.contains("k_proj") => pairs(t, a.kv_heads),
+                    n if n.contains("q_proj") => interleave(t, a.heads),
+                    n if n.contains("k_proj") => interleave(t, a.kv_heads),
                     _ => t.clone(),
                 };
                 (gguf_name(name), QTensor::quantize(&t, GgmlDType::F32).unwrap())

@@ -1,4 +1,4 @@
-//! The tokenizer inside a GGUF file, as a `tokenizer.json`.
+//! Converts the tokenizer of a GGUF file to a `tokenizer.json`.
 
 use std::collections::HashMap;
 
@@ -7,11 +7,11 @@ use serde_json::{Value as Json, json};
 use super::gguf::Metadata;
 use crate::error::Result;
 
-/// Token kinds of llama.cpp.
+/// Token types of llama.cpp.
 const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 
-/// A `tokenizer.json` and its `tokenizer_config.json`.
+/// Contents of `tokenizer.json` and `tokenizer_config.json`.
 pub fn tokenizer(metadata: &Metadata<'_>) -> Result<(String, Json)> {
     let strings = |key: &str| -> Result<Vec<String>> {
         let values = metadata.needed(key)?.to_vec().map_err(|e| metadata.malformed(format!("`{key}`: {e}")))?;
@@ -46,7 +46,8 @@ pub fn tokenizer(metadata: &Metadata<'_>) -> Result<(String, Json)> {
     let token = |name: &str| metadata.token(name).and_then(|id| tokens.get(id as usize));
     let config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": false,
-        "bos_token": token("bos"), "eos_token": token("eos"), "unk_token": token("unknown"), "pad_token": token("padding"),
+        "bos_token": token("bos"), "eos_token": token("eos"),
+        "unk_token": token("unknown"), "pad_token": token("padding"),
         "chat_template": metadata.text("tokenizer.chat_template"),
         "model_max_length": metadata.number("llama.context_length").map(|n| n as u64),
     });
@@ -69,19 +70,22 @@ fn byte_level(metadata: &Metadata<'_>, merges: Vec<String>, vocab: serde_json::M
         }
         "llama-bpe" | "llama3" | "llama-v3" => {
             ignore_merges = true;
-            split(
-                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-            )
+            split(concat!(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
+                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            ))
         }
         "qwen2" => {
             normalizer = json!({"type": "NFC"});
-            split(
-                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-            )
+            split(concat!(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
+                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            ))
         }
         other => {
-            return Err(metadata
-                .malformed(format!("pre-tokenizer `{other}` is not known; use the model's Hugging Face directory")));
+            return Err(metadata.malformed(format!(
+                "pre-tokenizer `{other}` is not supported; use the model's Hugging Face directory"
+            )));
         }
     };
     let merges: Vec<Json> =
@@ -95,7 +99,7 @@ fn byte_level(metadata: &Metadata<'_>, merges: Vec<String>, vocab: serde_json::M
     }))
 }
 
-/// SentencePiece BPE: a pair may merge when its result is a piece; better-scored results merge first.
+/// SentencePiece BPE: two pieces merge if the result is a piece, those with the highest score first.
 fn sentence_piece(metadata: &Metadata<'_>, tokens: &[String], vocab: serde_json::Map<String, Json>) -> Result<Json> {
     let scores = metadata.needed("tokenizer.ggml.scores")?.to_vec().map_err(|e| metadata.malformed(e.to_string()))?;
     let ids: HashMap<&str, usize> = tokens.iter().enumerate().map(|(id, t)| (t.as_str(), id)).collect();

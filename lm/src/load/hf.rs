@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, safetensors};
 use serde_json::Value;
 
-use super::{Checkpoint, Files, check};
+use super::check::check;
+use super::checkpoint::{Checkpoint, Files};
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Parameters};
 use crate::text::Text;
@@ -29,7 +30,7 @@ pub fn open(directory: &Path) -> Result<Checkpoint> {
     let text = Text::from_json(
         &read(&directory.join("tokenizer.json"))?,
         optional("tokenizer_config.json")?.as_deref(),
-        // Newer exports keep the template in a file of its own.
+        // Newer exports have the template in a file of its own.
         optional("chat_template.jinja")?.map(|t| String::from_utf8_lossy(&t).into_owned()),
     )?;
     assemble(config, optional("generation_config.json")?, parameters, text, directory)
@@ -48,7 +49,7 @@ fn assemble(
     path: &Path,
 ) -> Result<Checkpoint> {
     let mut architecture = Architecture::from_json(&config)?;
-    // generation_config.json knows all the tokens that end a turn; config.json often only one.
+    // generation_config.json lists every end-of-sequence token; config.json often only one.
     if let Some(eos) =
         generation.and_then(|g| serde_json::from_slice::<Value>(&g).ok()).map(|g| g["eos_token_id"].clone())
     {
@@ -64,7 +65,7 @@ fn assemble(
     Ok(Checkpoint { architecture, config, parameters, text })
 }
 
-/// The safetensors files of a directory: those the index names, or the only one.
+/// The safetensors files of a directory: the shards that the index names, or `model.safetensors`.
 fn weight_files(directory: &Path) -> Result<Vec<PathBuf>> {
     let index_path = directory.join("model.safetensors.index.json");
     if !index_path.exists() {

@@ -7,14 +7,21 @@ use std::path::Path;
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 
-use super::Checkpoint;
+use super::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::model::Parameters;
 
-/// Largest weight file before the weights are split.
-pub const SHARD_BYTES: usize = 5_000_000_000;
+/// Most bytes of tensors in one weight file; more are split into shards.
+const SHARD_BYTES: usize = 5_000_000_000;
 
-pub fn save(
+impl Checkpoint {
+    /// Writes a Hugging Face directory with `parameters`, converted to `dtype`, instead of the checkpoint's own.
+    pub fn save(&self, parameters: &Parameters, directory: &Path, dtype: DType) -> Result<()> {
+        save(self, parameters, directory, dtype, SHARD_BYTES)
+    }
+}
+
+fn save(
     source: &Checkpoint,
     parameters: &Parameters,
     directory: &Path,

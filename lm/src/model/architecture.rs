@@ -1,49 +1,63 @@
-//! What a decoder is made of.
+//! The architecture of a decoder: sizes and features.
 
-use crate::kernels::attention::Heads;
+use std::collections::BTreeMap;
 
-/// One decoder, described by its features.
+use candle_core::Tensor;
+use rehearsal_kernels::activation::Activation;
+use rehearsal_kernels::attention::Heads;
+
+/// Parameters by their Hugging Face names.
+pub type Parameters = BTreeMap<String, Tensor>;
+
+/// Sizes and features of a decoder; what `config.json` describes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Architecture {
     /// `model_type` of `config.json`.
     pub model_type: String,
+    /// Tokens of the vocabulary.
     pub vocab: usize,
+    /// Width of the residual stream.
     pub hidden: usize,
     pub layers: usize,
+    /// Query heads.
     pub heads: usize,
+    /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
     pub head_dim: usize,
+    /// Intermediate width of the MLP.
     pub mlp: usize,
     pub norm: NormKind,
     pub norm_eps: f64,
     pub activation: Activation,
-    /// The MLP multiplies an activated gate with a second projection; without, it activates the one it has (GPT-2).
+    /// Whether the MLP is gated: `act(gate(x)) · up(x)`; else it is `act(up(x))` (GPT-2).
     pub gated: bool,
     pub position: Position,
-    /// Positions the model was made for.
+    /// Longest sequence, in tokens.
     pub context: usize,
-    /// The head is the embedding.
+    /// Whether the language-model head shares the weight of the embedding.
     pub tied: bool,
-    /// Biases of queries, keys and values.
+    /// Whether the query, key and value projections have biases.
     pub qkv_bias: bool,
-    /// Bias of the attention's output.
+    /// Whether the attention's output projection has a bias.
     pub output_bias: bool,
+    /// Whether the MLP's projections have biases.
     pub mlp_bias: bool,
-    /// Queries and keys are normalised head by head (Qwen 3, Gemma 3).
+    /// Whether queries and keys are normalised per head (Qwen 3, Gemma 3).
     pub qk_norm: bool,
-    /// Attention and MLP are normalised after they are computed too (Gemma).
+    /// Whether the outputs of attention and MLP are normalised as well as their inputs (Gemma).
     pub sandwich: bool,
-    /// Embeddings are multiplied by the root of their width (Gemma).
+    /// Whether embeddings are multiplied by `sqrt(hidden)` (Gemma).
     pub scaled_embedding: bool,
-    /// Scores are divided by the root of this in the place of `head_dim` (Gemma).
+    /// Attention scores are divided by the square root of this instead of `head_dim` (Gemma).
     pub query_scalar: Option<f64>,
-    /// Scores are bent to `cap · tanh(score / cap)` (Gemma 2).
+    /// Attention scores are softcapped: `cap · tanh(score / cap)` (Gemma 2).
     pub attention_softcap: Option<f64>,
-    /// Logits likewise.
+    /// Logits are softcapped: `cap · tanh(logit / cap)` (Gemma 2).
     pub final_softcap: Option<f64>,
-    /// Keys a query sees at most, itself included, in the layers that [slide](Architecture::slides).
+    /// Sliding window: most keys that a query attends to, itself included, in the layers that [have
+    /// one](Architecture::slides).
     pub window: Option<usize>,
-    /// Which layers have the window; empty for all.
+    /// Whether each layer has the sliding window; empty if all have it.
     pub sliding: Vec<bool>,
     pub head: HeadKind,
     pub bos: Option<u32>,
@@ -52,7 +66,7 @@ pub struct Architecture {
 }
 
 impl Default for Architecture {
-    /// A Llama without sizes.
+    /// A Llama whose sizes are 0.
     fn default() -> Self {
         Self {
             model_type: "llama".into(),
@@ -89,60 +103,53 @@ impl Default for Architecture {
     }
 }
 
-/// How rows are normalised.
+/// Normalisation layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NormKind {
-    /// RMSNorm, times the weight.
+    /// RMSNorm, multiplied by the weight.
     Rms,
-    /// RMSNorm, times one plus the weight (Gemma).
+    /// RMSNorm, multiplied by one plus the weight (Gemma).
     RmsPlusOne,
     /// LayerNorm with a bias (GPT-2).
     Layer,
 }
 
-/// Activation of the MLP.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    Silu,
-    /// GELU by its tanh approximation (`gelu_new`, `gelu_pytorch_tanh`).
-    GeluTanh,
-}
-
-/// How a token knows its place.
+/// Position encoding.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Position {
-    /// Rotary; the layers that slide may have frequencies of their own (Gemma 3).
+    /// Rotary (RoPE). Layers with a sliding window have frequencies of their own if `sliding` is given (Gemma 3).
     Rotary { rope: Rope, sliding: Option<Rope> },
-    /// A learned table added to the embedding (GPT-2).
+    /// A learned table, added to the embeddings (GPT-2).
     Learned,
 }
 
-/// What stands on top of the trunk.
+/// Output head of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HeadKind {
-    /// The next token.
+    /// Language-model head: logits of the next token.
     Language,
-    /// One number for each position, `score.weight` without a bias: reward models and critics
+    /// Score head: one scalar per position, by `score.weight` without a bias, for reward models and critics
     /// (`...ForSequenceClassification` with one label).
     Score,
 }
 
-/// Rotary frequencies.
+/// Settings of rotary position embeddings (RoPE, Su et al. 2021).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
+    /// Base of the frequencies.
     pub theta: f64,
     pub scaling: Scaling,
 }
 
-/// How frequencies are stretched for a longer context.
+/// Scaling of the rotary frequencies for a longer context.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Scaling {
     None,
-    /// Every frequency divided by the factor.
+    /// Every frequency is divided by the factor.
     Linear {
         factor: f64,
     },
-    /// Llama 3.1: low frequencies divided, high ones kept, a ramp between.
+    /// Llama 3.1: low frequencies are divided by the factor, high ones kept, those between interpolated.
     Llama3 {
         factor: f64,
         low: f64,
@@ -152,7 +159,7 @@ pub enum Scaling {
 }
 
 impl Rope {
-    /// `theta^(-2i/d)` for each pair of a head, scaled, in f32 as `transformers` has them.
+    /// Inverse frequencies `[head_dim / 2]`: `theta^(-2i / head_dim)`, scaled, in f32 as in `transformers`.
     pub fn inverse_frequencies(&self, head_dim: usize) -> Vec<f32> {
         let base = |i: usize| 1.0 / self.theta.powf(2.0 * i as f64 / head_dim as f64);
         let scaled = |f: f64| match self.scaling {
@@ -175,7 +182,7 @@ impl Rope {
 }
 
 impl Architecture {
-    /// Heads, scale, window and softcap of a layer.
+    /// Attention shape of a layer: heads, scale, window and softcap.
     pub fn attention(&self, layer: usize) -> Heads {
         Heads {
             queries: self.heads,
@@ -187,26 +194,33 @@ impl Architecture {
         }
     }
 
-    /// Whether a layer has the window.
+    /// Whether a layer has the sliding window.
     pub fn slides(&self, layer: usize) -> bool {
         self.window.is_some() && self.sliding.get(layer).copied().unwrap_or(true)
     }
 
-    /// Factor on the embeddings.
+    /// Factor on the embeddings, if there is one.
     pub fn embedding_scale(&self) -> Option<f64> {
         self.scaled_embedding.then(|| (self.hidden as f64).sqrt())
     }
 
-    /// Tokens of a sequence up to the one a score is read at: the last that is no padding (transformers' rule; where
-    /// padding is the end-of-sequence token, the score is read before it). All of them when there is none.
+    /// Tokens of a sequence up to the one that the score is read at: the last that is not the padding token, as in
+    /// `transformers`. If padding and end-of-sequence are the same token, that is the token before them. Returns all
+    /// tokens if all are padding.
     pub fn scored_prefix<'a>(&self, tokens: &'a [u32]) -> &'a [u32] {
-        match tokens.iter().rposition(|&t| Some(t) != self.pad) {
-            Some(last) => &tokens[..=last],
-            None => tokens,
+        match self.without_padding(tokens) {
+            [] => tokens,
+            kept => kept,
         }
     }
 
-    /// The same trunk under another head.
+    /// Tokens without trailing padding; none of them where all are padding.
+    pub fn without_padding<'a>(&self, tokens: &'a [u32]) -> &'a [u32] {
+        let end = tokens.iter().rposition(|&t| Some(t) != self.pad).map_or(0, |last| last + 1);
+        &tokens[..end]
+    }
+
+    /// The same model with another head; a score head is never tied.
     pub fn with_head(mut self, head: HeadKind) -> Self {
         self.head = head;
         self.tied &= head == HeadKind::Language;

@@ -1,36 +1,41 @@
-//! Packed sequences: one token axis, offsets instead of padding, and the positions whose log-probabilities are wanted.
+//! Packed sequences: one token axis with offsets instead of padding, and the rows that the head reads.
 
 use std::sync::Arc;
 
-use crate::kernels::attention::Family;
+use rehearsal_kernels::attention::Family;
 
-/// A prompt and what was said to it.
+/// A prompt with a completion.
 #[derive(Debug, Clone, Copy)]
 pub struct Sequence<'a> {
     pub prompt: &'a [u32],
     pub completion: &'a [u32],
 }
 
-/// Sequences end to end on one token axis, neighbours with the same prompt sharing it; the head runs on the rows
-/// that predict a completion token.
+/// Packed sequences: all tokens on one axis, without padding, the head run only on the rows that are read.
+///
+/// Adjacent sequences with the same prompt share one copy of it.
 #[derive(Debug, Clone, Default)]
 pub struct Batch {
-    /// All tokens; the last of a sequence is left out, since nothing follows it.
+    /// Tokens `[tokens]`; those of a sequence after the last row that is read are left out.
     pub(crate) ids: Vec<u32>,
+    /// Position of each token in its sequence.
     pub(crate) positions: Vec<u32>,
+    /// Rows of each prompt and of the completions that share it.
     pub(crate) families: Arc<Vec<Family>>,
-    /// Rows of the token axis whose next token is scored, and those tokens.
+    /// Rows of the token axis that the head reads.
     pub(crate) rows: Vec<u32>,
+    /// Token whose log-probability is computed at each of `rows`; empty for scores.
     pub(crate) targets: Vec<u32>,
-    /// Whether the entropies of the rows are asked for beside their targets' log-probabilities.
+    /// Whether the entropies of the predicted distributions are computed too.
     pub(crate) entropy: bool,
     spans: Vec<usize>,
 }
 
 impl Batch {
-    /// Packs sequences. A prompt may be empty; the completion's first token is then not scored.
+    /// Packs sequences for the log-probabilities of their completion tokens. A prompt may be empty; the first token of
+    /// the completion has no log-probability then.
     ///
-    /// Sequences that follow one another and have the same prompt go through the model with one copy of it.
+    /// Adjacent sequences with the same prompt share one copy of it.
     pub fn new<'a>(sequences: impl IntoIterator<Item = Sequence<'a>>) -> Self {
         let mut batch = Batch { spans: vec![0], ..Self::default() };
         let mut families: Vec<Family> = Vec::new();
@@ -45,7 +50,7 @@ impl Batch {
             let body = &completion[..completion.len().saturating_sub(1)];
             let rows = batch.push(body, prompt.len());
             for (i, &token) in completion.iter().enumerate() {
-                // The prompt's last row predicts the first token, and each token the next.
+                // The prompt's last row predicts the first token, each later row the next one.
                 let row = match i.checked_sub(1) {
                     None if prompt.is_empty() => continue,
                     None => family.prompt.end - 1,
@@ -61,8 +66,8 @@ impl Batch {
         batch
     }
 
-    /// Packs sequences of which the rows of their last tokens are read, each once: for scores of whole sequences. A
-    /// sequence without tokens is an error of the caller's; it is left out.
+    /// Packs sequences for one score each, read at the last token. Sequences without tokens have no score and are left
+    /// out, so callers must not pass any.
     pub fn ends<'a>(sequences: impl IntoIterator<Item = Sequence<'a>>) -> Self {
         let mut batch = Batch { spans: vec![0], ..Self::default() };
         let mut families: Vec<Family> = Vec::new();
@@ -86,16 +91,16 @@ impl Batch {
         batch
     }
 
-    /// Packs sequences of which the tokens that are marked are learned from, the first of a sequence never: for
-    /// conversations in which only some turns count. The lengths of tokens and marks agree.
+    /// Packs sequences, each with a mask of equal length, for the log-probabilities of the tokens whose mask is true:
+    /// for conversations of which only some turns are trained on. The first token of a sequence has no log-probability.
     pub fn marked<'a>(sequences: impl IntoIterator<Item = (&'a [u32], &'a [bool])>) -> Self {
         let mut batch = Batch { spans: vec![0], ..Self::default() };
         let mut families: Vec<Family> = Vec::new();
-        for (tokens, marks) in sequences {
-            // What follows the last marked token is seen by nothing that counts.
-            let end = marks.iter().rposition(|&m| m).unwrap_or(0);
+        for (tokens, mask) in sequences {
+            // Tokens after the last one in the mask are not needed.
+            let end = mask.iter().rposition(|&m| m).unwrap_or(0);
             let rows = batch.push(&tokens[..end.min(tokens.len())], 0);
-            for i in (1..=end).filter(|&i| marks[i]) {
+            for i in (1..=end).filter(|&i| mask[i]) {
                 batch.rows.push((rows.start + i - 1) as u32);
                 batch.targets.push(tokens[i]);
             }
@@ -113,34 +118,34 @@ impl Batch {
         start..self.ids.len()
     }
 
-    /// Tokens on the packed axis.
+    /// Number of tokens on the packed axis.
     pub fn tokens(&self) -> usize {
         self.ids.len()
     }
 
-    /// Log-probabilities asked for.
+    /// Number of log-probabilities: tokens that the batch has targets for.
     pub fn scored(&self) -> usize {
         self.targets.len()
     }
 
-    /// Asks for the entropies of the predicted distributions too: they follow the log-probabilities in
-    /// [`Forward::output`](super::Forward::output).
+    /// Also computes the entropies, in nats, of the predicted distributions. They follow the log-probabilities in
+    /// [`Forward::output`](crate::Forward::output).
     pub fn with_entropy(mut self) -> Self {
         self.entropy = true;
         self
     }
 
-    /// Rows that are read.
+    /// Number of rows that the head reads.
     pub fn rows(&self) -> usize {
         self.rows.len()
     }
 
-    /// Place of every packed token in its sequence.
+    /// Position of each packed token in its sequence, `[tokens]`.
     pub fn positions(&self) -> &[u32] {
         &self.positions
     }
 
-    /// Sequence `s` owns the log-probabilities `spans()[s]..spans()[s + 1]`.
+    /// Offsets `[sequences + 1]`: sequence `s` has the log-probabilities `spans()[s]..spans()[s + 1]`.
     pub fn spans(&self) -> &[usize] {
         &self.spans
     }
@@ -164,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_share_their_prompt() {
+    fn adjacent_sequences_share_their_prompt() {
         let of = |prompt, completion| Sequence { prompt, completion };
         let batch = Batch::new([of(&[5, 6][..], &[7, 8][..]), of(&[5, 6], &[9]), of(&[5], &[1, 2]), of(&[5, 6], &[7])]);
         assert_eq!(batch.ids, [5, 6, 7, 5, 1, 5, 6]);

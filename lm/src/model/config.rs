@@ -1,14 +1,15 @@
-//! Architectures in and out of Hugging Face's `config.json` (transformers 4 and 5).
+//! Reads and writes Hugging Face's `config.json` (transformers 4 and 5).
 
+use rehearsal_kernels::activation::Activation;
 use serde_json::{Map, Value, json};
 
-use super::{Activation, Architecture, HeadKind, NormKind, Position, Rope, Scaling};
+use super::architecture::{Architecture, HeadKind, NormKind, Position, Rope, Scaling};
 use crate::error::{Error, Result};
 
-/// Families that are read.
-const FAMILIES: [&str; 7] = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2"];
+/// Supported values of `model_type`.
+const MODEL_TYPES: [&str; 7] = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2"];
 
-/// Reads keys of a JSON object and says which one is wrong.
+/// Typed access to a JSON object; errors name the key.
 struct Keys<'a>(&'a Map<String, Value>);
 
 impl Keys<'_> {
@@ -48,14 +49,14 @@ impl Keys<'_> {
 }
 
 impl Architecture {
-    /// Reads a `config.json`.
+    /// Parses a `config.json`. Errors name the key and its value.
     pub fn from_json(config: &Value) -> Result<Self> {
         let map = config.as_object().ok_or_else(|| Error::Config("config.json is not an object".into()))?;
         let keys = Keys(map);
         let model_type = keys.get("model_type").and_then(Value::as_str).unwrap_or_default();
-        if !FAMILIES.contains(&model_type) {
-            let families = FAMILIES.map(|f| format!("`{f}`")).join(", ");
-            return Err(Error::Config(format!("model_type `{model_type}` is not supported; {families} are")));
+        if !MODEL_TYPES.contains(&model_type) {
+            let supported = MODEL_TYPES.map(|f| format!("`{f}`")).join(", ");
+            return Err(Error::Config(format!("model_type `{model_type}` is not supported; {supported} are")));
         }
         let arch = if model_type == "gpt2" { gpt2(&keys)? } else { llama_like(&keys, model_type)? };
         if arch.heads % arch.kv_heads != 0 {
@@ -65,7 +66,10 @@ impl Architecture {
             )));
         }
         if arch.head_dim % 2 != 0 && arch.position != Position::Learned {
-            return Err(Error::Config(format!("head_dim {} is odd; rotary positions need pairs", arch.head_dim)));
+            return Err(Error::Config(format!(
+                "head_dim {} is odd; rotary position embeddings need an even one",
+                arch.head_dim
+            )));
         }
         let arch = match head(&keys)? {
             HeadKind::Language => arch,
@@ -80,7 +84,7 @@ impl Architecture {
         })
     }
 
-    /// A `config.json` of a Llama or Mistral that `transformers` reads.
+    /// The `config.json` of a Llama or Mistral, as `transformers` reads it.
     pub fn to_json(&self) -> Value {
         let class = if self.model_type == "mistral" { "MistralForCausalLM" } else { "LlamaForCausalLM" };
         let plain = Rope { theta: 10_000.0, scaling: Scaling::None };
@@ -108,7 +112,7 @@ impl Architecture {
     }
 }
 
-/// `config` with another head: what `transformers` needs to know of a model with a score, or again without.
+/// `config` with its class and labels changed to those of another head, as `transformers` expects them.
 pub(crate) fn with_head(config: &Value, head: HeadKind) -> Value {
     let mut config = config.clone();
     let Some(map) = config.as_object_mut() else { return config };
@@ -140,9 +144,11 @@ fn head(keys: &Keys<'_>) -> Result<HeadKind> {
     }
     let labels = keys.size("num_labels")?.or(keys.get("id2label").and_then(Value::as_object).map(Map::len));
     match labels {
-        // transformers leaves out what it takes for granted: two labels.
+        // transformers omits the default, two labels.
         Some(1) => Ok(HeadKind::Score),
-        n => Err(Error::Config(format!("a classifier of {} labels gives no score; one label does", n.unwrap_or(2)))),
+        n => {
+            Err(Error::Config(format!("num_labels = {} is not supported: a score head has one label", n.unwrap_or(2))))
+        }
     }
 }
 
@@ -200,7 +206,7 @@ fn llama_like(keys: &Keys<'_>, family: &str) -> Result<Architecture> {
     })
 }
 
-/// The window, and which layers have it.
+/// The sliding window, and which layers have it.
 fn sliding(keys: &Keys<'_>, family: &str, layers: usize) -> Result<(Option<usize>, Vec<bool>)> {
     let window = match family {
         "mistral" | "gemma2" | "gemma3_text" => keys.size("sliding_window")?,
@@ -213,11 +219,11 @@ fn sliding(keys: &Keys<'_>, family: &str, layers: usize) -> Result<(Option<usize
     if let Some(kinds) = keys.get("layer_types").and_then(Value::as_array) {
         if kinds.len() != layers {
             let n = kinds.len();
-            return Err(Error::Config(format!("layer_types names {n} layers, num_hidden_layers is {layers}")));
+            return Err(Error::Config(format!("layer_types has {n} entries, but num_hidden_layers is {layers}")));
         }
         return Ok((window, kinds.iter().map(|k| k == "sliding_attention").collect()));
     }
-    // What transformers fills in for configs from before `layer_types`.
+    // The defaults of transformers for configs older than `layer_types`.
     let pattern = match family {
         "gemma2" => 2,
         "gemma3_text" => keys.size("sliding_window_pattern")?.unwrap_or(6),
@@ -234,9 +240,9 @@ fn rotary(keys: &Keys<'_>, context: usize, family: &str) -> Result<Position> {
     if family != "gemma3_text" {
         return Ok(Position::Rotary { rope: rope(keys, context)?, sliding: None });
     }
-    // Two sets of frequencies: named by the kind of layer (transformers 5), or by keys of their own (4).
-    let by_kind = keys.get("rope_parameters").and_then(Value::as_object);
-    let named = |kind: &str| by_kind.and_then(|p| p.get(kind)).and_then(Value::as_object);
+    // Two sets of frequencies: by type of layer (transformers 5), or under separate keys (4).
+    let by_type = keys.get("rope_parameters").and_then(Value::as_object);
+    let named = |kind: &str| by_type.and_then(|p| p.get(kind)).and_then(Value::as_object);
     let (rope, local) = match (named("full_attention"), named("sliding_attention")) {
         (Some(full), Some(local)) => {
             let read = |map: &Map<String, Value>| {

@@ -1,28 +1,29 @@
-//! A decoder's weights in the order of the forward pass, and a block as a candle graph.
+//! A decoder's weights in the order of the forward pass, and the transformer block as a candle graph.
 
 use candle_core::{DType, Result, Tensor};
 use half::{bf16, f16};
+use rehearsal_kernels::activation::Activation;
+use rehearsal_kernels::attention::Heads;
 
-use super::{Activation, Architecture, NormKind, Parameters};
+use super::architecture::{Architecture, NormKind, Parameters};
 use crate::error::Error;
-use crate::kernels::attention::Heads;
 use crate::ops::{self, Positions};
 
 /// All weights, in the order of the forward pass.
 #[derive(Clone)]
 pub(crate) struct Layers {
     pub embed: Tensor,
-    /// Learned positions.
+    /// Table of learned positions (GPT-2).
     pub positions: Option<Tensor>,
     pub blocks: Vec<Block>,
     pub norm: Norm,
     pub head: Tensor,
 }
 
-/// A normalisation of rows.
+/// A normalisation layer.
 #[derive(Clone)]
 pub(crate) struct Norm {
-    /// Its parameters' name, without `.weight` or `.bias`.
+    /// Name of its parameters, without `.weight` or `.bias`.
     pub name: String,
     pub weight: Tensor,
     pub bias: Option<Tensor>,
@@ -39,7 +40,7 @@ impl Norm {
         }
     }
 
-    /// Normalises every head of rows of them side by side.
+    /// Normalises every head of `x` `[rows, heads * dim]`.
     fn heads(&self, x: &Tensor) -> Result<Tensor> {
         let (rows, width) = x.dims2()?;
         let dim = self.weight.dim(0)?;
@@ -50,12 +51,12 @@ impl Norm {
 /// A linear layer.
 #[derive(Clone)]
 pub(crate) struct Projection {
-    /// Its parameters' name, without `.weight` or `.bias`.
+    /// Name of its parameters, without `.weight` or `.bias`.
     pub name: String,
     /// `[outputs, inputs]`.
     pub weight: Tensor,
     pub bias: Option<Tensor>,
-    /// The parameter is the transpose of the weight (GPT-2).
+    /// Whether the parameter is stored transposed, `[inputs, outputs]` (GPT-2).
     pub turned: bool,
 }
 
@@ -73,9 +74,9 @@ impl Projection {
 #[derive(Clone)]
 pub(crate) struct Block {
     pub input_norm: Norm,
-    /// Projections whose results, side by side, are queries, keys and values.
+    /// Projections whose concatenated outputs are queries, keys and values.
     pub qkv: Vec<Projection>,
-    /// Norms of queries and keys, head by head.
+    /// Norms of queries and keys, per head.
     pub qk_norm: Option<(Norm, Norm)>,
     pub o: Projection,
     /// Norm of the attention's output.
@@ -90,7 +91,7 @@ pub(crate) struct Block {
     activation: Activation,
 }
 
-/// What a block works with beside its weights.
+/// Inputs of a block beside its weights.
 pub(crate) struct LayerContext {
     pub heads: Heads,
     /// Rotary positions of the rows.
@@ -98,7 +99,8 @@ pub(crate) struct LayerContext {
 }
 
 impl Block {
-    /// Carries the residual stream `x` through the block; `attend` turns queries, keys and values into their output.
+    /// Applies the block to the residual stream `x` `[rows, hidden]`; `attend` computes attention from queries, keys
+    /// and values.
     pub fn forward(
         &self,
         x: &Tensor,
@@ -136,14 +138,14 @@ impl Block {
         x + normed(&self.mlp_norm, self.down.forward(&mlp)?)?
     }
 
-    /// The projections into the MLP, as they stand side by side.
+    /// The MLP's input projections in the order in which they are concatenated: gate, if there is one, and up.
     pub fn mlp_in(&self) -> Vec<&Projection> {
         self.gate.iter().chain([&self.up]).collect()
     }
 }
 
 impl Layers {
-    /// Puts parameters by name in their places.
+    /// Assigns named parameters to layers.
     pub fn new(architecture: &Architecture, parameters: &Parameters) -> crate::Result<Self> {
         let parts = Parts { architecture, parameters };
         let names = architecture.names();
@@ -154,7 +156,7 @@ impl Layers {
         Ok(Self { embed, positions: learned, blocks, norm: parts.norm(names.norm())?, head })
     }
 
-    /// Embeddings of tokens at positions.
+    /// Embeddings `[tokens, hidden]` of tokens at positions.
     pub fn embed(&self, architecture: &Architecture, ids: &[u32], positions: &[u32]) -> crate::Result<Tensor> {
         let device = self.embed.device();
         let mut x = self.embed.index_select(&Tensor::new(ids, device)?, 0)?;
@@ -170,7 +172,7 @@ impl Layers {
 }
 
 impl Layers {
-    /// Factor on the embeddings, which transformers rounds to the type of the weights.
+    /// Factor on the embeddings, rounded to the type of the weights as in transformers.
     pub fn embedding_scale(&self, architecture: &Architecture) -> f64 {
         let scale = architecture.embedding_scale().unwrap_or(1.0);
         match self.embed.dtype() {
@@ -182,7 +184,7 @@ impl Layers {
     }
 }
 
-/// Parameters by name, for an architecture.
+/// Builds layers from the named parameters of an architecture.
 struct Parts<'a> {
     architecture: &'a Architecture,
     parameters: &'a Parameters,
@@ -211,7 +213,7 @@ impl Parts<'_> {
             let name = name(part);
             let weight = self.get(&format!("{name}.weight"))?;
             let bias = self.parameters.get(&format!("{name}.bias")).cloned();
-            // GPT-2 keeps its matrices as inputs by outputs.
+            // GPT-2 stores its matrices as `[inputs, outputs]`.
             let turned = arch.model_type == "gpt2";
             Ok(Projection { name, weight: if turned { weight.t()? } else { weight }, bias, turned })
         };

@@ -1,8 +1,9 @@
-//! How much memory a model takes on the CPU, predicted from its architecture.
+//! Memory that a model needs on the CPU, predicted from its architecture.
 
-use super::Architecture;
-use crate::kernels::attention::KEY_BLOCK;
-use crate::kernels::gemm::Precision;
+use rehearsal_kernels::attention::KEY_BLOCK;
+use rehearsal_kernels::gemm::Precision;
+
+use super::architecture::Architecture;
 
 const F32: u64 = 4;
 
@@ -14,25 +15,25 @@ fn width(precision: Precision) -> u64 {
 }
 
 impl Architecture {
-    /// Parameters of the model.
+    /// Number of parameters; a tied head counts once.
     pub fn parameter_count(&self) -> u64 {
         self.parameters().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum()
     }
 
-    /// Bytes of the weights in panels, as generation holds them.
+    /// Bytes of the weights packed for generation.
     pub fn packed_bytes(&self, precision: Precision) -> u64 {
         let tied_head = if self.tied { 0 } else { (self.vocab * self.hidden) as u64 };
         // The embedding is looked up, not packed; a tied one is packed as the head.
         (self.parameter_count() - tied_head) * width(precision)
     }
 
-    /// Bytes of the keys and values of `sequences` of at most `tokens` tokens.
+    /// Bytes of the KV cache of `sequences` sequences of at most `tokens` tokens.
     pub fn cache_bytes(&self, sequences: u64, tokens: u64) -> u64 {
         let per_token = 2 * self.layers as u64 * self.attention(0).key_width() as u64 * F32;
         sequences * tokens.next_multiple_of(KEY_BLOCK as u64) * per_token
     }
 
-    /// Bytes that a forward and backward pass over `tokens` tokens holds at its peak, weights and gradients apart.
+    /// Peak bytes of a forward and backward pass over `tokens` tokens, without weights and gradients.
     pub fn activation_bytes(&self, tokens: u64, precision: Precision, gradient_checkpointing: bool) -> u64 {
         let heads = self.attention(0);
         let (hidden, qkv, q, mlp) =
@@ -41,7 +42,7 @@ impl Architecture {
         let block = ((2 + outer) * hidden + qkv + q + gates * mlp) * width(precision) + heads.queries as u64 * F32;
         let layers = self.layers as u64;
         let kept = if gradient_checkpointing { layers * hidden * F32 + block } else { layers * block };
-        // Buffers of the pass itself, forward and backward, and a packed copy of a product's input.
+        // Buffers of the pass itself, forward and backward, and a packed copy of a GEMM's input.
         let working = (6 * hidden + 2 * qkv + q + 4 * mlp) * F32 + mlp * width(precision);
         tokens * (kept + working)
     }

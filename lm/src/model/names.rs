@@ -1,8 +1,8 @@
-//! Parameters by their Hugging Face names and shapes.
+//! Hugging Face names and shapes of the parameters.
 
-use super::{Architecture, HeadKind, NormKind};
+use super::architecture::{Architecture, HeadKind, NormKind};
 
-/// Names of what every family has, under the family's own words.
+/// Parameter names that differ between model types.
 pub struct Names {
     gpt2: bool,
 }
@@ -22,19 +22,19 @@ impl Names {
         if self.gpt2 { "transformer.ln_f" } else { "model.norm" }
     }
 
-    /// Part of a layer.
+    /// Name of a part of a layer.
     pub fn layer(&self, layer: usize, part: &str) -> String {
         if self.gpt2 { format!("transformer.h.{layer}.{part}") } else { format!("model.layers.{layer}.{part}") }
     }
 }
 
 impl Architecture {
-    /// Names of the parameters.
+    /// Parameter names of the model type.
     pub(crate) fn names(&self) -> Names {
         Names { gpt2: self.model_type == "gpt2" }
     }
 
-    /// Name of the head's matrix; a tied head is the embedding.
+    /// Name of the head's weight; a tied head has the embedding's.
     pub(crate) fn head_name(&self) -> &'static str {
         match self.head {
             HeadKind::Score => "score.weight",
@@ -43,7 +43,7 @@ impl Architecture {
         }
     }
 
-    /// Parts of a layer that are norms, in the order of the forward pass.
+    /// Norms of width `hidden` in a layer.
     fn norms(&self) -> Vec<&'static str> {
         match (self.model_type.as_str(), self.sandwich) {
             ("gpt2", _) => vec!["ln_1", "ln_2"],
@@ -74,7 +74,7 @@ impl Architecture {
         };
         for i in 0..self.layers {
             let mut linear = |part: &str, out: usize, inp: usize, bias: bool| {
-                // GPT-2 keeps its matrices as inputs by outputs.
+                // GPT-2 stores its matrices as `[inputs, outputs]`.
                 let shape = if gpt2 { vec![inp, out] } else { vec![out, inp] };
                 all.push((names.layer(i, &format!("{part}.weight")), shape));
                 if bias {

@@ -1,4 +1,4 @@
-//! Activations of the MLP.
+//! Activation functions of the MLP.
 
 use candle_core::{Result, Tensor};
 
@@ -7,7 +7,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.silu()? * up
 }
 
-/// `gelu(gate) * up`, with GELU's tanh approximation.
+/// `gelu(gate) * up`, with the tanh approximation of GELU.
 pub fn geglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.gelu()? * up
 }
@@ -15,9 +15,8 @@ pub fn geglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::activation::{backward, forward};
-    use crate::model::Activation;
     use crate::ops::twin::{close, floats, plain, random};
+    use rehearsal_kernels::activation::{Activation, backward, forward};
 
     #[test]
     fn the_kernels_equal_the_graph() {

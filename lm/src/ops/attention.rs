@@ -1,22 +1,21 @@
-//! Causal grouped-query attention over packed families.
+//! Causal grouped-query attention over packed sequences.
 
 use std::sync::Arc;
 
 use candle_core::{D, Device, Result, Tensor};
+use rehearsal_kernels::attention::{Family, Heads};
 
-use crate::kernels::attention::{Family, Heads};
-
-/// The heads of a layer and where each family of sequences lies.
+/// Attention heads of a layer, and the packed sequences they run over.
 #[derive(Clone)]
 pub struct AttentionShape {
     /// Heads, scale, window and softcap.
     pub heads: Heads,
-    /// Prompts and what follows each of them, as rows of the token axis.
+    /// Rows of each prompt and of the completions that share it.
     pub families: Arc<Vec<Family>>,
 }
 
-/// `q` `[tokens, queries * dim]`, `k` and `v` `[tokens, keys * dim]`; a query sees its prompt and its own completion
-/// up to itself.
+/// Attention `[tokens, queries * dim]` of `q` `[tokens, queries * dim]` over `k` and `v` `[tokens, keys * dim]`. A
+/// query attends to its prompt and to its own completion, up to itself.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, shape: &AttentionShape) -> Result<Tensor> {
     let mut outputs = Vec::new();
     for Family { prompt, completions } in shape.families.iter() {
@@ -34,8 +33,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, shape: &AttentionShape) -> 
     Tensor::cat(&outputs, 0)
 }
 
-/// One sequence in plain candle, with its score matrix. The queries are the last rows of the sequence; keys and
-/// values have all of its rows.
+/// Attention of the last rows of one sequence, `q` `[rows, queries * dim]`, over the keys and values of all its rows,
+/// `[len, keys * dim]`, with the whole score matrix.
 pub fn attend_tail(q: &Tensor, k: &Tensor, v: &Tensor, heads: &Heads) -> Result<Tensor> {
     let (rows, len) = (q.dim(0)?, k.dim(0)?);
     let split = |t: &Tensor, n: usize| t.reshape((t.dim(0)?, n, heads.dim))?.transpose(0, 1)?.contiguous();
@@ -50,9 +49,9 @@ pub fn attend_tail(q: &Tensor, k: &Tensor, v: &Tensor, heads: &Heads) -> Result<
     if let Some(cap) = heads.softcap {
         scores = ((scores / cap as f64)?.tanh()? * cap as f64)?;
     }
-    let hidden = |i: usize, j: usize| j > i || j < heads.first_key(i);
+    let masked = |i: usize, j: usize| j > i || j < heads.first_key(i);
     let past = len - rows;
-    let mask = (0..rows * len).map(|x| if hidden(past + x / len, x % len) { -1e30 } else { 0.0f32 }).collect();
+    let mask = (0..rows * len).map(|x| if masked(past + x / len, x % len) { -1e30 } else { 0.0f32 }).collect();
     let mask = Tensor::from_vec(mask, (rows, len), &Device::Cpu)?.to_dtype(q.dtype())?.to_device(q.device())?;
     let p = candle_nn::ops::softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;
     p.matmul(&repeat(v)?)?.transpose(0, 1)?.contiguous()?.reshape((rows, heads.queries * heads.dim))
@@ -61,8 +60,8 @@ pub fn attend_tail(q: &Tensor, k: &Tensor, v: &Tensor, heads: &Heads) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::attention::{Saved, backward, forward};
     use crate::ops::twin::{close, floats, plain, random};
+    use rehearsal_kernels::attention::{Saved, backward, forward};
 
     #[test]
     fn the_kernel_equals_the_graph() {

@@ -1,16 +1,16 @@
-//! The language-model head on chosen positions.
+//! Log-probabilities and entropies of the language-model head.
 
 use candle_core::{D, DType, Result, Tensor, bail};
 
-/// Log-probabilities `[rows]` of `targets` under `softmax(logits / temperature)`, in f32 or wider, from logits
-/// `[rows, vocabulary]`; with `entropy`, followed by the entropies of the rows, `[2 * rows]` in all.
+/// Log-probabilities `[rows]` of `targets` under `softmax(logits / temperature)`, from logits `[rows, vocab]`, in f32
+/// or f64. With `entropy`, the entropies of the rows follow: `[2 * rows]`.
 pub fn logprobs(logits: &Tensor, targets: &[u32], temperature: f64, entropy: bool) -> Result<Tensor> {
     let (rows, vocab) = logits.dims2()?;
     if rows != targets.len() {
-        bail!("head: {rows} rows but {} targets", targets.len());
+        bail!("log-probabilities: {rows} rows of logits, but {} targets", targets.len());
     }
     if let Some(target) = targets.iter().find(|&&t| t as usize >= vocab) {
-        bail!("head: target {target} is outside the vocabulary of {vocab}");
+        bail!("log-probabilities: target {target} is outside the vocabulary of {vocab} tokens");
     }
     let logits = if logits.dtype() == DType::F64 { logits.clone() } else { logits.to_dtype(DType::F32)? };
     let index = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
@@ -23,7 +23,7 @@ pub fn logprobs(logits: &Tensor, targets: &[u32], temperature: f64, entropy: boo
     Tensor::cat(&[chosen, entropies], 0)
 }
 
-/// `cap · tanh(logits / cap)`, if there is a cap (Gemma 2).
+/// Softcaps logits: `cap · tanh(logits / cap)` (Gemma 2); without a cap, returns them as they are.
 pub fn softcap(logits: Tensor, cap: Option<f64>) -> Result<Tensor> {
     match cap {
         Some(cap) => (logits / cap)?.tanh()? * cap,
@@ -34,10 +34,10 @@ pub fn softcap(logits: Tensor, cap: Option<f64>) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::gemm::{Precision, View};
-    use crate::kernels::head::{self, Saved, Targets};
     use crate::ops::linear;
     use crate::ops::twin::{close, floats, plain, random};
+    use rehearsal_kernels::gemm::{Precision, View};
+    use rehearsal_kernels::head::{self, Saved, Targets};
 
     #[test]
     fn the_kernel_equals_the_graph() {

@@ -1,8 +1,8 @@
-//! `y = x · wᵀ`.
+//! Matrix product of a linear layer.
 
 use candle_core::{Result, Tensor};
 
-/// `x` `[tokens, inputs]` times the transpose of `weight` `[outputs, inputs]`.
+/// `x · weightᵀ` `[tokens, outputs]`, of `x` `[tokens, inputs]` and `weight` `[outputs, inputs]`.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     x.matmul(&weight.t()?)
 }
@@ -10,11 +10,11 @@ pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::gemm::{Packed, Precision, View, gemm};
     use crate::ops::twin::{close, floats, plain, random};
+    use rehearsal_kernels::gemm::{Packed, Precision, View, gemm};
 
     #[test]
-    fn products_are_those_of_candle() {
+    fn gemm_equals_the_graph() {
         for (t, i, o) in [(1, 8, 5), (7, 64, 33), (40, 96, 130)] {
             let inputs = [random(&[t, i], 1), random(&[o, i], 2)];
             let want = plain(|x| linear(&x[0], &x[1]), &inputs);

@@ -1,5 +1,5 @@
-//! Differentiable operations as plain candle graphs: what runs on devices and types without kernels of ours, and the
-//! oracle for the kernels on the CPU.
+//! Differentiable operations as plain candle graphs: the reference for tests of the kernels, and the fallback for
+//! devices and types that have none.
 
 mod activation;
 mod attention;
@@ -17,13 +17,13 @@ pub use rope::{Positions, rope};
 
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Storage, Tensor, bail};
 
-/// Which implementation of the decoder runs.
+/// Implementation of a decoder's operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Kernels {
-    /// Ours where there is one for the device and type, else the graph.
+    /// Fused kernels where the device and type have them, else candle graphs.
     #[default]
     Fused,
-    /// Always the plain candle graph.
+    /// Always plain candle graphs.
     Plain,
 }
 
@@ -32,25 +32,29 @@ pub(crate) fn with_floats<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<T
     let (storage, layout) = tensor.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {
         (Storage::Cpu(CpuStorage::F32(data)), Some((from, to))) => f(&data[from..to]),
-        _ => bail!("a CPU kernel wants contiguous f32 tensors on the CPU"),
+        _ => bail!(
+            "a CPU kernel needs a contiguous f32 tensor on the CPU, not {:?} on {:?}",
+            tensor.dtype(),
+            tensor.device().location()
+        ),
     }
 }
 
-/// Runs `f` on the elements of a contiguous f32 CPU tensor, to change them in place.
+/// Runs `f` on the elements of a contiguous f32 CPU tensor, which it may change in place.
 pub(crate) fn with_floats_mut<T>(tensor: &Tensor, f: impl FnOnce(&mut [f32]) -> Result<T>) -> Result<T> {
-    let change = Change { f: Some(f).into(), result: None.into() };
-    tensor.inplace_op1(&change)?;
-    change.result.take().ok_or_else(|| candle_core::Error::Msg("an in-place change did not run".into()))
+    let op = InPlace { f: Some(f).into(), result: None.into() };
+    tensor.inplace_op1(&op)?;
+    op.result.take().ok_or_else(|| candle_core::Error::Msg("an in-place operation did not run".into()))
 }
 
-struct Change<F, T> {
+struct InPlace<F, T> {
     f: std::cell::Cell<Option<F>>,
     result: std::cell::Cell<Option<T>>,
 }
 
-impl<T, F: FnOnce(&mut [f32]) -> Result<T>> InplaceOp1 for Change<F, T> {
+impl<T, F: FnOnce(&mut [f32]) -> Result<T>> InplaceOp1 for InPlace<F, T> {
     fn name(&self) -> &'static str {
-        "change"
+        "in_place"
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
@@ -59,18 +63,18 @@ impl<T, F: FnOnce(&mut [f32]) -> Result<T>> InplaceOp1 for Change<F, T> {
                 self.result.set(Some(f(&mut data[from..to])?));
                 Ok(())
             }
-            _ => bail!("an in-place change wants a contiguous f32 tensor"),
+            _ => bail!("an in-place operation needs a contiguous f32 tensor on the CPU"),
         }
     }
 }
 
 #[cfg(test)]
 pub(crate) mod twin {
-    //! What the graph says: values and gradients, for kernels to be compared with.
+    //! Values and gradients of candle graphs, which tests compare kernels with.
 
     use candle_core::{Device, Result, Tensor, Var};
 
-    use crate::random::Stream;
+    use rehearsal_kernels::random::Stream;
 
     pub fn random(shape: &[usize], id: u64) -> Var {
         let stream = Stream::new(11, id);
@@ -85,7 +89,7 @@ pub(crate) mod twin {
 
     pub struct Plain {
         pub output: Vec<f32>,
-        /// Gradient that was sent back.
+        /// Gradient with respect to the output.
         pub upstream: Vec<f32>,
         pub gradients: Vec<Vec<f32>>,
     }

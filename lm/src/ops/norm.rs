@@ -1,4 +1,4 @@
-//! Normalisation of rows.
+//! RMSNorm and LayerNorm.
 
 use candle_core::{D, DType, Result, Tensor};
 
@@ -9,7 +9,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     wide.broadcast_div(&scale)?.to_dtype(x.dtype())?.broadcast_mul(weight)
 }
 
-/// LayerNorm over the last dimension: `(x - mean) / sqrt(var + eps) * weight + bias`, with its statistics in f32.
+/// LayerNorm over the last dimension: `(x - mean) / sqrt(var + eps) * weight + bias`, with mean and variance in f32.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let wide = if x.dtype() == DType::F64 { x.clone() } else { x.to_dtype(DType::F32)? };
     let centred = wide.broadcast_sub(&wide.mean_keepdim(D::Minus1)?)?;
@@ -20,8 +20,8 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::norm;
     use crate::ops::twin::{close, floats, plain, random};
+    use rehearsal_kernels::norm;
 
     #[test]
     fn the_kernel_equals_the_graph() {
@@ -57,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_for_heads_equals_the_graph() {
+    fn the_per_head_kernel_equals_the_graph() {
         // Heads of 6 in columns 4..22 of rows of 30; the other columns pass through.
         let (rows, width, columns, dim) = (35, 30, 4..22, 6);
         let inputs = [random(&[rows, width], 1), random(&[dim], 2)];

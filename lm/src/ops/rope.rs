@@ -1,12 +1,11 @@
-//! Rotary positions.
+//! Rotary position embeddings (RoPE).
 
 use std::sync::Arc;
 
 use candle_core::{D, Device, Result, Tensor};
+use rehearsal_kernels::rope::Angles;
 
-use crate::kernels::rope::Angles;
-
-/// Where each row of a packed batch stands in its sequence, with the angles to turn it by.
+/// Positions of the rows of a packed batch, with the table of rotary angles.
 #[derive(Clone)]
 pub struct Positions {
     angles: Arc<Angles>,
@@ -14,12 +13,12 @@ pub struct Positions {
 }
 
 impl Positions {
-    /// `positions[t]` indexes the rows of `angles`.
+    /// Row `t` of the batch has the angles of `positions[t]`.
     pub fn new(angles: Arc<Angles>, positions: Vec<u32>) -> Self {
         Self { angles, positions: Arc::new(positions) }
     }
 
-    /// Cosines and sines of every row, `[tokens, 1, head_dim / 2]`.
+    /// Cosines and sines of every row, each `[tokens, 1, head_dim / 2]`.
     fn tables(&self, like: &Tensor) -> Result<(Tensor, Tensor)> {
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         for &position in self.positions.iter() {
@@ -37,7 +36,7 @@ impl Positions {
     }
 }
 
-/// Turns every head of `x` `[tokens, heads * head_dim]` by the position of its row.
+/// Rotates every head of `x` `[tokens, heads * head_dim]` by the angles of its row's position.
 pub fn rope(x: &Tensor, head_dim: usize, positions: &Positions) -> Result<Tensor> {
     let (tokens, width) = x.dims2()?;
     let (cos, sin) = positions.tables(x)?;
@@ -51,8 +50,8 @@ pub fn rope(x: &Tensor, head_dim: usize, positions: &Positions) -> Result<Tensor
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::rope::rotate;
     use crate::ops::twin::{close, floats, plain, random};
+    use rehearsal_kernels::rope::rotate;
 
     #[test]
     fn the_kernel_equals_the_graph() {

@@ -1,32 +1,33 @@
-//! A transformer block over rows: forward, and what the way back needs to keep.
+//! Forward pass of a transformer block, and the activations that its backward pass needs.
 
 use std::sync::Arc;
 
 use candle_core::Result;
+use rehearsal_kernels::attention::{Family, Heads};
 
 use super::ops::{Mlp, Norm, Ops, plus};
-use crate::kernels::attention::{Family, Heads};
 use crate::model::{self, Block, Decoder, NormKind};
 
-/// What every block of a pass shares.
+/// Rows of a pass, and what all its blocks share.
 pub struct Rows<O: Ops> {
     pub layout: O::Layout,
-    /// Heads and angles of each layer.
+    /// Heads and rotary angles of each layer.
     layers: Vec<(Heads, Option<O::Angles>)>,
     pub mlp: Mlp,
     /// Width of the residual stream.
     pub hidden: usize,
+    /// Number of rows.
     pub count: usize,
 }
 
 impl<O: Ops> Rows<O> {
-    /// Rows of a decoder at positions.
+    /// Rows at positions, packed in `families`.
     pub fn new(ops: &O, decoder: &Decoder, positions: &[u32], families: &Arc<Vec<Family>>) -> Result<Self> {
         let layout = ops.layout(positions, families)?;
         Self::with_layout(ops, decoder, layout, positions.len())
     }
 
-    /// Rows whose places the machine knows already.
+    /// `count` rows of a layout.
     pub fn with_layout(ops: &O, decoder: &Decoder, layout: O::Layout, count: usize) -> Result<Self> {
         let arch = decoder.architecture();
         let mut tables: Vec<(*const _, O::Angles)> = Vec::new();
@@ -48,12 +49,13 @@ impl<O: Ops> Rows<O> {
         })
     }
 
-    /// Heads of a layer.
+    /// Attention heads of a layer.
     pub fn heads(&self, layer: usize) -> &Heads {
         &self.layers[layer].0
     }
 
-    /// Turns queries and keys by their positions, or back; nothing where positions are learned.
+    /// Rotates queries and keys by the angles of their positions (RoPE), or by the opposite angles if `back`; does
+    /// nothing with learned positions.
     pub fn rotate(&self, ops: &O, layer: usize, qkv: &mut O::Buffer, back: bool) -> Result<()> {
         match &self.layers[layer] {
             (heads, Some(angles)) => ops.rotate(qkv, heads, angles, &self.layout, back),
@@ -62,7 +64,7 @@ impl<O: Ops> Rows<O> {
     }
 }
 
-/// Buffers of a pass, kept between blocks and passes.
+/// Buffers of a forward pass, reused between blocks and passes.
 pub struct Buffers<O: Ops> {
     /// The residual stream.
     pub x: O::Buffer,
@@ -71,7 +73,7 @@ pub struct Buffers<O: Ops> {
     pub attended: O::Buffer,
     pub lse: O::Buffer,
     pub projected: O::Buffer,
-    /// A projection's result after its norm (Gemma).
+    /// A projection's output after its norm (Gemma).
     pub outer: O::Buffer,
     pub gate_up: O::Buffer,
     pub mlp: O::Buffer,
@@ -93,29 +95,31 @@ impl<O: Ops> Buffers<O> {
     }
 }
 
-/// A block's activations.
+/// Activations of a block that its backward pass needs.
 pub struct Activations<O: Ops> {
     /// The block's input.
     pub x: O::Kept,
-    /// Queries, keys and values: before the norms of their heads where there are some, else as attention read them.
+    /// Queries, keys and values: before the per-head norms if the model has them, else after RoPE.
     pub qkv: O::Kept,
+    /// Output of attention.
     pub attended: O::Kept,
-    /// Log-sum-exp of the attention scores.
+    /// Log-sum-exp of the attention scores of each row and query head.
     pub lse: O::Buffer,
-    /// The attention's projection before its norm, where it has one.
+    /// Output of the attention's projection, if a norm follows it (Gemma).
     pub projected: Option<O::Kept>,
     /// The residual stream between attention and MLP.
     pub middle: O::Kept,
+    /// Outputs of the gate and up projections.
     pub gate_up: O::Kept,
-    /// The MLP's projection before its norm, where it has one.
+    /// Output of the down projection, if a norm follows it (Gemma).
     pub down: Option<O::Kept>,
 }
 
-/// One block's weights, ready for the products.
+/// A block's weights, prepared for GEMM.
 pub struct PreparedBlock<O: Ops> {
     input_norm: Norm<O::Vector>,
     qkv: O::Projection,
-    /// Norms of queries and keys, head by head.
+    /// Norms of queries and keys, per head.
     qk_norm: Option<[Norm<O::Vector>; 2]>,
     o: O::Projection,
     attention_norm: Option<Norm<O::Vector>>,
@@ -125,7 +129,7 @@ pub struct PreparedBlock<O: Ops> {
     mlp_norm: Option<Norm<O::Vector>>,
 }
 
-/// A norm as a machine wants it.
+/// Prepares a norm for `ops`.
 pub fn norm<O: Ops>(ops: &O, norm: &model::Norm) -> Result<Norm<O::Vector>> {
     Ok(Norm {
         layer: norm.kind == NormKind::Layer,
@@ -136,19 +140,19 @@ pub fn norm<O: Ops>(ops: &O, norm: &model::Norm) -> Result<Norm<O::Vector>> {
 }
 
 impl<O: Ops> PreparedBlock<O> {
-    /// A block's weights as they are now.
+    /// Prepares a block's current weights.
     pub fn new(ops: &O, block: &Block) -> Result<Self> {
-        let room = || ops.projection();
-        Self::filled(ops, block, [room(), room(), room(), room()])
+        let empty = || ops.projection();
+        Self::filled(ops, block, [empty(), empty(), empty(), empty()])
     }
 
-    /// Another block's weights, in the same memory.
+    /// Prepares another block's weights in the same memory.
     pub fn refill(self, ops: &O, block: &Block) -> Result<Self> {
         Self::filled(ops, block, [self.qkv, self.o, self.gate_up, self.down])
     }
 
-    fn filled(ops: &O, b: &Block, room: [O::Projection; 4]) -> Result<Self> {
-        let [mut qkv, mut o, mut gate_up, mut down] = room;
+    fn filled(ops: &O, b: &Block, memory: [O::Projection; 4]) -> Result<Self> {
+        let [mut qkv, mut o, mut gate_up, mut down] = memory;
         ops.fill(&mut qkv, &b.qkv.iter().collect::<Vec<_>>())?;
         ops.fill(&mut o, &[&b.o])?;
         ops.fill(&mut gate_up, &b.mlp_in())?;
@@ -171,7 +175,7 @@ impl<O: Ops> PreparedBlock<O> {
         })
     }
 
-    /// Room for this block's activations.
+    /// Empty activations of this block.
     pub fn activations(&self, ops: &O) -> Activations<O> {
         let some = |norm: &Option<_>| norm.is_some().then(|| ops.kept());
         Activations {
@@ -186,9 +190,8 @@ impl<O: Ops> PreparedBlock<O> {
         }
     }
 
-    /// Carries the residual stream `b.x` through the block, and puts away what the way back needs if it is to be `kept`.
-    /// `attend` fills the attention's output, and for the way back its log-sum-exps, from the rotated queries, keys and
-    /// values.
+    /// Applies the block to the residual stream `b.x`, and appends the activations to `kept`, if given. `attend`
+    /// computes the output of attention and its log-sum-exps from the rotated queries, keys and values.
     pub fn forward(
         &self,
         ops: &O,
@@ -216,9 +219,9 @@ impl<O: Ops> PreparedBlock<O> {
                 ops.keep(&mut b.qkv, true, &mut kept.qkv)?;
             }
         }
-        let onto = Onto { x: &mut b.x, projected: &mut b.projected, outer: &mut b.outer };
+        let residual = Residual { x: &mut b.x, projected: &mut b.projected, outer: &mut b.outer };
         let projected = kept.as_mut().and_then(|kept| kept.projected.as_mut());
-        onto.add(ops, &b.attended, &self.o, &self.attention_norm, projected)?;
+        residual.add(ops, &b.attended, &self.o, &self.attention_norm, projected)?;
         if let Some(kept) = &mut kept {
             ops.keep(&mut b.attended, true, &mut kept.attended)?;
             ops.keep(&mut b.x, false, &mut kept.middle)?;
@@ -226,9 +229,9 @@ impl<O: Ops> PreparedBlock<O> {
         ops.norm(&b.x, &self.post_norm, &mut b.normed)?;
         ops.project(&b.normed, &self.gate_up, &mut b.gate_up)?;
         ops.activate(rows.mlp, &b.gate_up, &mut b.mlp)?;
-        let onto = Onto { x: &mut b.x, projected: &mut b.projected, outer: &mut b.outer };
+        let residual = Residual { x: &mut b.x, projected: &mut b.projected, outer: &mut b.outer };
         let down = kept.as_mut().and_then(|kept| kept.down.as_mut());
-        onto.add(ops, &b.mlp, &self.down, &self.mlp_norm, down)?;
+        residual.add(ops, &b.mlp, &self.down, &self.mlp_norm, down)?;
         match kept {
             Some(kept) => ops.keep(&mut b.gate_up, true, &mut kept.gate_up),
             None => Ok(()),
@@ -237,7 +240,7 @@ impl<O: Ops> PreparedBlock<O> {
 }
 
 impl<O: Ops> PreparedBlock<O> {
-    /// Normalises the heads of queries and keys, where the model does.
+    /// Normalises queries and keys per head, if the model does.
     pub fn head_norms(&self, ops: &O, heads: &Heads, qkv: &mut O::Buffer) -> Result<()> {
         if let Some([q, k]) = &self.qk_norm {
             ops.head_norm(qkv, q, 0, heads.queries, heads)?;
@@ -247,16 +250,16 @@ impl<O: Ops> PreparedBlock<O> {
     }
 }
 
-/// Where a block's two halves end: the residual stream, and room for what is added to it.
-struct Onto<'a, O: Ops> {
+/// The residual stream, with the buffers of what attention and MLP add to it.
+struct Residual<'a, O: Ops> {
     x: &'a mut O::Buffer,
     projected: &'a mut O::Buffer,
     outer: &'a mut O::Buffer,
 }
 
-impl<O: Ops> Onto<'_, O> {
-    /// Adds a projection of `input` to the residual stream, through its norm where there is one, whose input is put away
-    /// if it is to be kept.
+impl<O: Ops> Residual<'_, O> {
+    /// Adds a projection of `input` to the residual stream, normalised if there is a norm, whose input is then appended
+    /// to `kept`, if given.
     fn add(
         self,
         ops: &O,

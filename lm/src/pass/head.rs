@@ -1,4 +1,4 @@
-//! The final norm and what stands on it, on the rows that are read.
+//! The final norm and the output head, on the rows that are read.
 
 use candle_core::{Result, Tensor};
 
@@ -6,36 +6,37 @@ use super::block::norm;
 use super::ops::{Answers, Norm, Ops, Question};
 use crate::model::{Batch, Decoder, Gradients, HeadKind};
 
-/// A pass through the head, with what the way back needs.
+/// Forward pass of final norm and head, with what its backward pass needs.
 pub struct Head<O: Ops> {
     norm: Norm<O::Vector>,
     /// The rows of the residual stream that are read, before and after the norm.
     x: O::Buffer,
     hidden: O::Buffer,
-    said: Said<O::Buffer>,
+    output: HeadOutput<O::Buffer>,
     temperature: f32,
 }
 
-enum Said<B> {
-    Words(Answers<B>),
+/// Output of a language-model head, or of a score head.
+enum HeadOutput<B> {
+    Logprobs(Answers<B>),
     Scores(Tensor),
 }
 
-/// What a batch asks of the language head.
+/// What a language-model head computes for a batch.
 fn question<'a>(decoder: &Decoder, batch: &'a Batch, temperature: f32) -> Question<'a> {
     let softcap = decoder.architecture().final_softcap.map(|cap| cap as f32);
     Question { targets: &batch.targets, temperature, softcap, entropy: batch.entropy }
 }
 
 impl<O: Ops> Head<O> {
-    /// Reads the batch's rows of the residual stream.
+    /// Runs the head on the batch's rows of the residual stream.
     pub fn forward(ops: &O, decoder: &Decoder, batch: &Batch, stream: &O::Buffer, temperature: f64) -> Result<Self> {
         let mut x = ops.wide();
         ops.gather(stream, decoder.architecture().hidden, &batch.rows, &mut x)?;
         Self::on(ops, decoder, batch, x, temperature, None)
     }
 
-    /// Reads rows, of which the answers may be known.
+    /// Runs the head on rows `x`; `known` is the language-model head's output, if it was recorded.
     pub fn on(
         ops: &O,
         decoder: &Decoder,
@@ -48,26 +49,26 @@ impl<O: Ops> Head<O> {
         let (mut hidden, norm) = (ops.narrow(), norm(ops, &layers.norm)?);
         ops.norm(&x, &norm, &mut hidden)?;
         let temperature = temperature as f32;
-        let said = match (arch.head, known) {
-            (HeadKind::Score, _) => Said::Scores(ops.scores(&hidden, &layers.head)?),
-            (HeadKind::Language, Some(answers)) => Said::Words(answers),
+        let output = match (arch.head, known) {
+            (HeadKind::Score, _) => HeadOutput::Scores(ops.scores(&hidden, &layers.head)?),
+            (HeadKind::Language, Some(answers)) => HeadOutput::Logprobs(answers),
             (HeadKind::Language, None) => {
-                Said::Words(ops.answer(&hidden, &layers.head, question(decoder, batch, temperature))?)
+                HeadOutput::Logprobs(ops.answer(&hidden, &layers.head, question(decoder, batch, temperature))?)
             }
         };
-        Ok(Self { norm, x, hidden, said, temperature })
+        Ok(Self { norm, x, hidden, output, temperature })
     }
 
-    /// Log-probabilities of the targets, followed by the entropies of the rows if they were asked for; or scores of the
-    /// rows.
+    /// Log-probabilities of the targets, followed by the entropies of the rows, if computed; or scores of the rows.
     pub fn output(&self) -> &Tensor {
-        match &self.said {
-            Said::Words(answers) => &answers.output,
-            Said::Scores(scores) => scores,
+        match &self.output {
+            HeadOutput::Logprobs(answers) => &answers.output,
+            HeadOutput::Scores(scores) => scores,
         }
     }
 
-    /// Fills `upstream` with the gradient of the residual stream.
+    /// Fills `upstream` with the gradient of the residual stream, and adds those of the head's and the norm's
+    /// parameters to `gradients`.
     pub fn backward(
         self,
         ops: &O,
@@ -80,9 +81,9 @@ impl<O: Ops> Head<O> {
         let (arch, layers) = (decoder.architecture(), decoder.layers());
         let sum = gradients.sum(arch.head_name(), &layers.head)?;
         let (mut d_hidden, mut dx) = (ops.wide(), ops.wide());
-        match &self.said {
-            Said::Scores(_) => ops.scores_back(&self.hidden, &layers.head, grad, &mut d_hidden, &sum)?,
-            Said::Words(answers) => {
+        match &self.output {
+            HeadOutput::Scores(_) => ops.scores_back(&self.hidden, &layers.head, grad, &mut d_hidden, &sum)?,
+            HeadOutput::Logprobs(answers) => {
                 let question = question(decoder, batch, self.temperature);
                 ops.answer_back(&self.hidden, &layers.head, question, answers, grad, &mut d_hidden, &sum)?;
             }

@@ -1,43 +1,11 @@
-//! A decoder by hand: one transformer block, forward and back, written once over the few [operations](Ops) that a
-//! machine provides. The plain-candle graph ([`crate::model`]) computes the same and is the oracle.
+//! Forward and backward passes of a decoder without autograd: a transformer block written once over the
+//! [operations](Ops) that a backend provides. Tests compare them with the candle graphs of [`crate::forward`].
 
 mod block;
-mod cpu;
 mod head;
 mod ops;
-mod recording;
 mod train;
-mod weights;
 
-pub use block::{Buffers, PreparedBlock, Rows, norm};
-pub use cpu::Cpu;
+pub use block::{Activations, Buffers, PreparedBlock, Rows, norm};
 pub use ops::{Answers, Mlp, Norm, Ops, Question, Sum};
-pub use recording::{Recorder, Recording, Trail};
 pub use train::{Trace, output};
-pub use weights::{pack_into, with_views};
-
-use crate::gpu::Gpu;
-use crate::model::Decoder;
-use crate::ops::Kernels;
-
-/// What a decoder runs on, where it runs here.
-pub enum Machine {
-    Cpu(Cpu),
-    Gpu(Gpu),
-}
-
-/// The machine of a decoder that runs here.
-pub fn machine(decoder: &Decoder) -> Option<Machine> {
-    use candle_core::DType::{BF16, F32};
-    if decoder.kernels() != Kernels::Fused || !matches!(decoder.dtype(), F32 | BF16) {
-        return None;
-    }
-    let precision = decoder.precision();
-    match decoder.gpu() {
-        Some(context) => Some(Machine::Gpu(Gpu::new(context, precision, decoder.architecture().head_dim))),
-        None => decoder.device().is_cpu().then_some(Machine::Cpu(Cpu(precision))),
-    }
-}
-
-#[cfg(test)]
-mod tests;

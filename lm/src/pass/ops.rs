@@ -1,34 +1,34 @@
-//! What a pass asks of the machine it runs on.
+//! Operations of a pass, which every backend implements.
 
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
+use rehearsal_kernels::attention::{Family, Heads};
+use rehearsal_kernels::rope::Angles;
 
-use crate::kernels::attention::{Family, Heads};
-use crate::kernels::rope::Angles;
 use crate::model::{Activation, Architecture, Layers, NormKind, Projection};
 
-/// A norm with its numbers where the machine wants them.
+/// A norm with its parameters in the memory of a backend.
 pub struct Norm<V> {
-    /// LayerNorm, or RMSNorm with `plus_one` already in the weight.
+    /// LayerNorm if true; else RMSNorm, whose weight already includes the one added by Gemma.
     pub layer: bool,
     pub eps: f32,
     pub weight: V,
     pub bias: Option<V>,
 }
 
-/// What stands between the MLP's products.
+/// Activation between the products of an MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mlp {
-    /// Rows are a gate and what it is multiplied with, side by side; else one activated projection.
+    /// Whether input rows are `[gate | up]` and give `act(gate) · up`; else they give `act(up)`.
     pub gated: bool,
     pub activation: Activation,
-    /// Columns of the result.
+    /// Columns of the output.
     pub width: usize,
 }
 
 impl Mlp {
-    /// That of a model's blocks.
+    /// The MLP of a model's blocks.
     pub fn of(arch: &Architecture) -> Self {
         Self { gated: arch.gated, activation: arch.activation, width: arch.mlp }
     }
@@ -39,85 +39,91 @@ impl Mlp {
     }
 }
 
-/// What is asked about rows that go through the language head.
+/// What the language-model head computes for its input rows.
 #[derive(Clone, Copy)]
 pub struct Question<'a> {
+    /// Token of each row whose log-probability is computed.
     pub targets: &'a [u32],
+    /// Divides the logits.
     pub temperature: f32,
-    /// Logits are bent to `cap · tanh(logit / cap)` first.
+    /// Logits are softcapped first: `cap · tanh(logit / cap)`.
     pub softcap: Option<f32>,
-    /// Whether the entropies are asked for beside the targets' log-probabilities.
+    /// Whether entropies are computed too.
     pub entropy: bool,
 }
 
-/// Answers to a [`Question`], with what the way back needs.
+/// Output of the language-model head for a [`Question`], with what its backward pass needs.
 pub struct Answers<B> {
-    /// Log-probabilities of the targets, followed by the entropies if they were asked for.
+    /// Log-probabilities of the targets, followed by the entropies, if computed.
     pub output: Tensor,
     /// Log-sum-exp of each row's logits.
     pub lse: B,
 }
 
-/// A parameter's gradient, a sum that is added to in place: f32, in the parameter's own shape.
+/// Gradients of a projection, which are added to in place: f32, in the parameters' own shapes.
 pub struct Sum<'a> {
     pub projection: &'a Projection,
     pub weight: Tensor,
     pub bias: Option<Tensor>,
 }
 
-/// The arithmetic of a pass. Buffers hold rows end to end; results replace what an `out` held, whatever its size was.
+/// Operations of a pass. Buffers are row-major; an operation resizes its `out` and overwrites it.
 ///
-/// A buffer is *wide* (always f32: the residual stream, its gradient, sums) or *narrow* (what the products read and
-/// write: f32 or bfloat16).
+/// A buffer is *wide* (f32: the residual stream, its gradient, sums) or *narrow* (in GEMM precision, f32 or bfloat16:
+/// the inputs and outputs of matrix products).
 pub trait Ops: Clone {
     type Buffer;
-    /// A buffer put away for the way back.
+    /// An activation kept for the backward pass.
     type Kept;
-    /// Numbers of a norm.
+    /// Parameters of a norm.
     type Vector;
-    /// Projections of one input side by side, as one product.
+    /// Weights of projections of one input, concatenated so that they are one product.
     type Projection;
     /// Rotary angles.
     type Angles: Clone;
-    /// Where the rows of a pass stand.
+    /// Positions of the rows of a pass, and the packed sequences they belong to.
     type Layout;
-    /// What the products of the way back reuse.
+    /// Scratch of the backward pass's products.
     type Scratch;
 
     fn wide(&self) -> Self::Buffer;
     fn narrow(&self) -> Self::Buffer;
     fn scratch(&self) -> Self::Scratch;
 
-    /// Numbers of a vector, each plus `plus`.
+    /// Copies a vector, and adds `plus` to every element.
     fn vector(&self, tensor: &Tensor, plus: f32) -> Result<Self::Vector>;
     fn projection(&self) -> Self::Projection;
-    /// Prepares weights as they are now, in the place of what was there.
+    /// Replaces the contents of `projection` by the current weights of `parts`.
     fn fill(&self, projection: &mut Self::Projection, parts: &[&Projection]) -> Result<()>;
     fn angles(&self, angles: &Arc<Angles>) -> Result<Self::Angles>;
-    /// Rows at positions, in families whose rows follow one another.
+    /// Layout of rows at positions, packed in `families`.
     fn layout(&self, positions: &[u32], families: &Arc<Vec<Family>>) -> Result<Self::Layout>;
 
-    /// Nothing put away yet.
+    /// An empty activation.
     fn kept(&self) -> Self::Kept;
-    /// Puts rows away, behind those that were put there before; a buffer that is `spent` may be taken for it.
+    /// Appends rows to a kept activation; `spent` allows it to take the buffer's memory.
     fn keep(&self, buffer: &mut Self::Buffer, spent: bool, onto: &mut Self::Kept) -> Result<()>;
-    /// Puts the rows of a wide buffer, which is spent, behind those of another.
+    /// Appends the rows of a wide buffer, whose memory may be taken, to another.
     fn stack(&self, buffer: &mut Self::Buffer, onto: &mut Self::Buffer) -> Result<()>;
+    /// Copies a kept activation into a buffer.
     fn restore(&self, kept: Self::Kept, buffer: &mut Self::Buffer) -> Result<()>;
-    /// `x` as the products read it; `room` is used if that takes a copy.
-    fn narrowed<'a>(&self, x: &'a Self::Buffer, room: &'a mut Self::Buffer) -> Result<&'a Self::Buffer>;
+    /// `x` in GEMM precision, converted into `scratch` if needed.
+    fn narrowed<'a>(&self, x: &'a Self::Buffer, scratch: &'a mut Self::Buffer) -> Result<&'a Self::Buffer>;
+    /// Elements of a buffer.
     fn len(&self, buffer: &Self::Buffer) -> usize;
+    /// Resizes a buffer to `len` zeros.
     fn zero(&self, buffer: &mut Self::Buffer, len: usize) -> Result<()>;
     fn copy(&self, from: &Self::Buffer, to: &mut Self::Buffer) -> Result<()>;
+    /// `x += y`.
     fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer) -> Result<()>;
 
-    /// Embeddings times `scale`, plus learned positions where there are some.
+    /// Embeddings of `ids` times `scale`, plus learned positions if there are any.
     fn embed(&self, layers: &Layers, scale: f32, ids: &[u32], positions: &[u32], out: &mut Self::Buffer) -> Result<()>;
-    /// Adds `scale` times each row of `grad` to the row `ids` names of a table's sum.
+    /// Adds `scale * grad[i]` to row `ids[i]` of a table's gradient `sum`.
     fn embed_back(&self, ids: &[u32], scale: f32, grad: &Self::Buffer, sum: &Tensor) -> Result<()>;
 
     fn norm(&self, x: &Self::Buffer, norm: &Norm<Self::Vector>, out: &mut Self::Buffer) -> Result<()>;
-    /// Adds to `dx` and to the sums of the weight and the bias.
+    /// Adds the gradient of the input to `dx`, and those of weight and bias to `sums`.
     fn norm_back(
         &self,
         x: &Self::Buffer,
@@ -126,7 +132,7 @@ pub trait Ops: Clone {
         dx: &mut Self::Buffer,
         sums: (&Tensor, Option<&Tensor>),
     ) -> Result<()>;
-    /// Normalises, in place, every head of the first `heads` heads of `dim` columns from column `at` on.
+    /// Normalises, in place, each of the `heads` heads of `shape.dim` columns that start at column `at`.
     fn head_norm(
         &self,
         qkv: &mut Self::Buffer,
@@ -135,7 +141,8 @@ pub trait Ops: Clone {
         heads: usize,
         shape: &Heads,
     ) -> Result<()>;
-    /// Turns the gradient of the normalised heads, in place, into that of what they were before.
+    /// Backward of [`Ops::head_norm`], whose input was `before`: replaces `grad`, the gradient of the output, by that
+    /// of the input, and adds the gradient of the weight to `sum`.
     #[allow(clippy::too_many_arguments)]
     fn head_norm_back(
         &self,
@@ -147,7 +154,7 @@ pub trait Ops: Clone {
         grad: &mut Self::Buffer,
         sum: &Tensor,
     ) -> Result<()>;
-    /// Turns queries and keys by their rows' positions, or back.
+    /// Rotates queries and keys by the angles of their rows' positions, or by the opposite angles if `back`.
     fn rotate(
         &self,
         qkv: &mut Self::Buffer,
@@ -156,10 +163,12 @@ pub trait Ops: Clone {
         layout: &Self::Layout,
         back: bool,
     ) -> Result<()>;
+    /// Activation of the MLP.
     fn activate(&self, mlp: Mlp, input: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
-    /// Turns the activation's input, in place, into its gradient.
+    /// Backward of [`Ops::activate`]: replaces `input` by its gradient, given that of the output.
     fn activate_back(&self, mlp: Mlp, input: &mut Self::Buffer, grad: &Self::Buffer) -> Result<()>;
 
+    /// Causal attention over the packed sequences of the layout, and the log-sum-exp of each row and query head.
     fn attention(
         &self,
         qkv: &Self::Buffer,
@@ -168,6 +177,7 @@ pub trait Ops: Clone {
         out: &mut Self::Buffer,
         lse: &mut Self::Buffer,
     ) -> Result<()>;
+    /// Backward of [`Ops::attention`]: fills `d_qkv`.
     #[allow(clippy::too_many_arguments)]
     fn attention_back(
         &self,
@@ -182,16 +192,16 @@ pub trait Ops: Clone {
 
     /// `out = x · Wᵀ + b`.
     fn project(&self, x: &Self::Buffer, w: &Self::Projection, out: &mut Self::Buffer) -> Result<()>;
-    /// `onto += x · Wᵀ + b`.
+    /// `onto += x · Wᵀ + b`; `scratch` may hold the product.
     fn project_onto(
         &self,
         x: &Self::Buffer,
         w: &Self::Projection,
-        room: &mut Self::Buffer,
+        scratch: &mut Self::Buffer,
         onto: &mut Self::Buffer,
     ) -> Result<()>;
-    /// Adds the gradients of weights and biases, given the projections' input and the gradient of their results side by
-    /// side, over so many rows.
+    /// Adds the gradients of weights and biases of projections to `sums`, given their common input and the gradients of
+    /// their outputs, side by side, `[rows, outputs]`.
     fn weight_gradients(
         &self,
         rows: usize,
@@ -200,7 +210,7 @@ pub trait Ops: Clone {
         input: &Self::Buffer,
         scratch: &mut Self::Scratch,
     ) -> Result<()>;
-    /// `out = grad · W`.
+    /// `out = grad · W`, with the weights of `parts` concatenated.
     fn input_gradients(
         &self,
         parts: &[&Projection],
@@ -209,9 +219,9 @@ pub trait Ops: Clone {
         scratch: &mut Self::Scratch,
     ) -> Result<()>;
 
-    /// The rows that are read, in order.
+    /// Copies `rows` of `x`, in order.
     fn gather(&self, x: &Self::Buffer, width: usize, rows: &[u32], out: &mut Self::Buffer) -> Result<()>;
-    /// Adds rows to those of `out` that are named, which is `tokens` rows of zeros before.
+    /// Sets `out` to `tokens` rows of zeros, then adds row `i` of `x` to row `rows[i]`.
     fn scatter(
         &self,
         x: &Self::Buffer,
@@ -220,8 +230,9 @@ pub trait Ops: Clone {
         tokens: usize,
         out: &mut Self::Buffer,
     ) -> Result<()>;
+    /// Language-model head: log-probabilities, and entropies if asked for.
     fn answer(&self, hidden: &Self::Buffer, head: &Tensor, question: Question<'_>) -> Result<Answers<Self::Buffer>>;
-    /// Fills `d_hidden` and adds to the head's sum, given the gradient of the output.
+    /// Backward of [`Ops::answer`]: fills `d_hidden` and adds the gradient of the head's weight to `sum`.
     #[allow(clippy::too_many_arguments)]
     fn answer_back(
         &self,
@@ -233,8 +244,9 @@ pub trait Ops: Clone {
         d_hidden: &mut Self::Buffer,
         sum: &Tensor,
     ) -> Result<()>;
-    /// `hidden · weight`, a score a row.
+    /// Score head: `hidden · weight`, one score per row.
     fn scores(&self, hidden: &Self::Buffer, weight: &Tensor) -> Result<Tensor>;
+    /// Backward of [`Ops::scores`]: fills `d_hidden` and adds the gradient of the head's weight to `sum`.
     fn scores_back(
         &self,
         hidden: &Self::Buffer,
@@ -245,7 +257,7 @@ pub trait Ops: Clone {
     ) -> Result<()>;
 }
 
-/// Whether a norm's weight is one less than what rows are multiplied by.
+/// What is added to a norm's weight before rows are multiplied by it: 1 for Gemma's RMSNorm, else 0.
 pub fn plus(kind: NormKind) -> f32 {
     if kind == NormKind::RmsPlusOne { 1.0 } else { 0.0 }
 }

@@ -1,17 +1,13 @@
-//! A whole pass for training: forward with activations kept (or computed again), and the way back.
+//! Passes through a whole decoder: forward, with activations kept or recomputed, and backward.
 
-use std::sync::Arc;
-
-use candle_core::{Device, Error, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use super::block::{Activations, Buffers, PreparedBlock, Rows, norm};
-use super::cpu::Cpu;
 use super::head::Head;
 use super::ops::{Answers, Ops, Sum};
-use super::recording::Recording;
 use crate::model::{Batch, Block, Decoder, Gradients, Norm, Projection};
 
-/// Log-probabilities of a batch's targets, or scores of its rows, nothing kept.
+/// Log-probabilities of a batch's targets, or scores of its rows; keeps no activations.
 pub fn output<O: Ops>(ops: &O, decoder: &Decoder, batch: &Batch, temperature: f64) -> Result<Tensor> {
     let mut pass = Pass::new(ops.clone(), decoder, batch)?;
     for (layer, block) in decoder.layers().blocks.iter().enumerate() {
@@ -20,29 +16,31 @@ pub fn output<O: Ops>(ops: &O, decoder: &Decoder, batch: &Batch, temperature: f6
     Ok(Head::forward(ops, decoder, batch, &pass.buffers.x, temperature)?.output().clone())
 }
 
-/// A pass under way.
+/// State of a pass.
 struct Pass<O: Ops> {
     ops: O,
     rows: Rows<O>,
     buffers: Buffers<O>,
+    /// Memory of the last block's prepared weights, for the next block's.
     prepared: Option<PreparedBlock<O>>,
 }
 
 impl<O: Ops> Pass<O> {
+    /// A pass whose residual stream is the embeddings of a batch.
     fn new(ops: O, decoder: &Decoder, batch: &Batch) -> Result<Self> {
-        let mut pass = Self::idle(ops, decoder, batch)?;
+        let mut pass = Self::without_embeddings(ops, decoder, batch)?;
         let (ops, scale) = (&pass.ops, decoder.embedding_scale());
         ops.embed(decoder.layers(), scale, &batch.ids, batch.positions(), &mut pass.buffers.x)?;
         Ok(pass)
     }
 
-    /// A pass that carries nothing yet.
-    fn idle(ops: O, decoder: &Decoder, batch: &Batch) -> Result<Self> {
+    /// A pass over the rows of a batch whose residual stream is empty.
+    fn without_embeddings(ops: O, decoder: &Decoder, batch: &Batch) -> Result<Self> {
         let rows = Rows::new(&ops, decoder, batch.positions(), &batch.families)?;
         Ok(Self { rows, buffers: Buffers::new(&ops), prepared: None, ops })
     }
 
-    /// Carries the residual stream through a block.
+    /// Applies a block to the residual stream, and returns its activations if they are to be kept.
     fn run(&mut self, layer: usize, block: &Block, kept: bool) -> Result<Option<Activations<O>>> {
         let (ops, rows) = (&self.ops, &self.rows);
         let prepared = match self.prepared.take() {
@@ -59,44 +57,19 @@ impl<O: Ops> Pass<O> {
     }
 }
 
-/// What a block keeps: its activations, or its input alone, to run again.
-enum Memory<O: Ops> {
-    Whole(Box<Activations<O>>),
+/// What a forward pass keeps of a block: its activations, or with gradient checkpointing its input.
+enum SavedBlock<O: Ops> {
+    Activations(Box<Activations<O>>),
     Input(O::Buffer),
 }
 
-/// A forward pass that can be gone back through.
+/// A forward pass with its activations, ready for the backward pass.
 pub struct Trace<'a, O: Ops> {
     pass: Pass<O>,
     decoder: &'a Decoder,
     batch: Batch,
-    blocks: Vec<Memory<O>>,
+    blocks: Vec<SavedBlock<O>>,
     head: Head<O>,
-}
-
-impl<'a> Trace<'a, Cpu> {
-    /// The forward pass that generation has run already, if the recording has all of the batch.
-    pub fn recall(
-        ops: Cpu,
-        decoder: &'a Decoder,
-        batch: &Batch,
-        temperature: f64,
-        recording: Recording,
-    ) -> Result<Option<Self>> {
-        let Some(found) = recording.of(batch, temperature) else { return Ok(None) };
-        let pass = Pass::idle(ops, decoder, batch)?;
-        let places = Arc::new(found.rows);
-        let layers = recording.into_layers().into_iter().enumerate();
-        let blocks = layers
-            .map(|(layer, kept)| Memory::Whole(Box::new(Activations::recall(&pass.rows, layer, &kept, &places))))
-            .collect();
-        // Entropies were not asked for when the tokens were drawn.
-        let known = (!batch.entropy)
-            .then(|| Ok::<_, Error>(Answers { output: Tensor::new(found.logprobs, &Device::Cpu)?, lse: found.lse }))
-            .transpose()?;
-        let head = Head::on(&pass.ops, decoder, batch, found.stream, temperature, known)?;
-        Ok(Some(Self { pass, decoder, batch: batch.clone(), blocks, head }))
-    }
 }
 
 impl<'a, O: Ops> Trace<'a, O> {
@@ -109,12 +82,29 @@ impl<'a, O: Ops> Trace<'a, O> {
                 let mut input = pass.ops.wide();
                 pass.ops.copy(&pass.buffers.x, &mut input)?;
                 pass.run(layer, block, false)?;
-                blocks.push(Memory::Input(input));
+                blocks.push(SavedBlock::Input(input));
             } else if let Some(kept) = pass.run(layer, block, true)? {
-                blocks.push(Memory::Whole(Box::new(kept)));
+                blocks.push(SavedBlock::Activations(Box::new(kept)));
             }
         }
         let head = Head::forward(&pass.ops, decoder, batch, &pass.buffers.x, temperature)?;
+        Ok(Self { pass, decoder, batch: batch.clone(), blocks, head })
+    }
+
+    /// A forward pass whose results are known: the activations of each layer, made from the rows of the pass; the residual
+    /// stream of the rows that go through the head; and, unless they must be computed, the head's answers.
+    pub fn known(
+        ops: O,
+        decoder: &'a Decoder,
+        batch: &Batch,
+        temperature: f64,
+        activations: impl FnOnce(&Rows<O>) -> Vec<Activations<O>>,
+        stream: O::Buffer,
+        answers: Option<Answers<O::Buffer>>,
+    ) -> Result<Self> {
+        let pass = Pass::without_embeddings(ops, decoder, batch)?;
+        let blocks = activations(&pass.rows).into_iter().map(|kept| SavedBlock::Activations(Box::new(kept))).collect();
+        let head = Head::on(&pass.ops, decoder, batch, stream, temperature, answers)?;
         Ok(Self { pass, decoder, batch: batch.clone(), blocks, head })
     }
 
@@ -123,26 +113,26 @@ impl<'a, O: Ops> Trace<'a, O> {
         self.head.output()
     }
 
-    /// Adds the gradient of an objective, given its gradient with respect to the output.
+    /// Backward pass: adds the gradients of the parameters, given the gradient of the output.
     pub fn backward(self, grad: &Tensor, gradients: &mut Gradients) -> Result<()> {
         let Self { mut pass, decoder, batch, blocks, head } = self;
         let ops = &pass.ops.clone();
         let mut upstream = ops.wide();
         head.backward(ops, decoder, &batch, grad, gradients, &mut upstream)?;
         let mut scratch = Scratch::new(ops);
-        for (layer, (block, memory)) in decoder.layers().blocks.iter().zip(blocks).enumerate().rev() {
-            let kept = match memory {
-                Memory::Whole(kept) => *kept,
-                Memory::Input(x) => {
+        for (layer, (block, saved)) in decoder.layers().blocks.iter().zip(blocks).enumerate().rev() {
+            let kept = match saved {
+                SavedBlock::Activations(kept) => *kept,
+                SavedBlock::Input(x) => {
                     pass.buffers.x = x;
                     match pass.run(layer, block, true)? {
                         Some(kept) => kept,
-                        None => candle_core::bail!("a block kept nothing"),
+                        None => candle_core::bail!("a recomputed block returned no activations"),
                     }
                 }
             };
-            let mut way = Way { ops, rows: &pass.rows, layer, gradients: &mut *gradients };
-            way.back(block, kept, &mut upstream, &mut scratch)?;
+            let mut pass = BlockBackward { ops, rows: &pass.rows, layer, gradients: &mut *gradients };
+            pass.backward(block, kept, &mut upstream, &mut scratch)?;
         }
         let (layers, names) = (decoder.layers(), decoder.architecture().names());
         let table = gradients.sum(names.embed(), &layers.embed)?;
@@ -155,7 +145,7 @@ impl<'a, O: Ops> Trace<'a, O> {
     }
 }
 
-/// Buffers of the way back.
+/// Scratch buffers of the backward pass.
 struct Scratch<O: Ops> {
     x: O::Buffer,
     normed: O::Buffer,
@@ -163,13 +153,14 @@ struct Scratch<O: Ops> {
     attended: O::Buffer,
     gate_up: O::Buffer,
     mlp: O::Buffer,
-    /// Gradient of a projection's result, as the products read it.
+    /// Gradient of a projection's output, in GEMM precision.
     narrow: O::Buffer,
-    /// Gradients of the residual stream's width.
+    /// Gradients of a projection's input and of a norm's input, `[rows, hidden]`.
     grad: O::Buffer,
     outer: O::Buffer,
     d_attended: O::Buffer,
     d_qkv: O::Buffer,
+    /// Scratch of the products.
     products: O::Scratch,
 }
 
@@ -192,17 +183,17 @@ impl<O: Ops> Scratch<O> {
     }
 }
 
-/// The way back through one block.
-struct Way<'a, O: Ops> {
+/// Backward pass of one block.
+struct BlockBackward<'a, O: Ops> {
     ops: &'a O,
     rows: &'a Rows<O>,
     layer: usize,
     gradients: &'a mut Gradients,
 }
 
-impl<O: Ops> Way<'_, O> {
-    /// Turns `upstream`, the gradient of the block's output, into that of its input.
-    fn back(
+impl<O: Ops> BlockBackward<'_, O> {
+    /// Replaces `upstream`, the gradient of the block's output, by that of its input.
+    fn backward(
         &mut self,
         block: &Block,
         kept: Activations<O>,
@@ -221,7 +212,7 @@ impl<O: Ops> Way<'_, O> {
         ops.input_gradients(&[&block.down], grad, &mut s.mlp, &mut s.products)?;
         ops.activate_back(rows.mlp, &mut s.gate_up, &s.mlp)?;
 
-        // The projections into the MLP, and their norm.
+        // Gate and up projections, and their norm.
         ops.restore(kept.middle, &mut s.x)?;
         let post_norm = norm(ops, &block.post_norm)?;
         ops.norm(&s.x, &post_norm, &mut s.normed)?;
@@ -269,8 +260,8 @@ impl<O: Ops> Way<'_, O> {
         ops.norm_back(&s.x, &input_norm, &s.grad, upstream, (&weight, bias.as_ref()))
     }
 
-    /// The gradient of a projection's result, given that of what was added to the residual stream: the same, or what a
-    /// norm between them makes of it.
+    /// Gradient of a projection's output, given that of the residual stream it is added to: the same, or through the
+    /// norm between them (Gemma).
     fn before_norm<'b>(
         &mut self,
         through: &Option<Norm>,
@@ -287,7 +278,8 @@ impl<O: Ops> Way<'_, O> {
         Ok(grad)
     }
 
-    /// Adds the gradients of projections whose results lie side by side in the columns of `grad`.
+    /// Adds the weight and bias gradients of projections of one input; `grad` has the gradients of their outputs, side
+    /// by side in its columns.
     fn weights(
         &mut self,
         parts: &[&Projection],

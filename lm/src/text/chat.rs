@@ -1,4 +1,4 @@
-//! Chat templates in Jinja, as `transformers` renders them.
+//! Chat templates in Jinja, rendered as in `transformers`.
 
 use std::sync::Arc;
 
@@ -17,18 +17,18 @@ pub struct Message {
 }
 
 impl Message {
-    /// What a user says.
+    /// A user message.
     pub fn user(content: impl Into<String>) -> Self {
         Self { role: "user".into(), content: content.into() }
     }
 
-    /// What the system says.
+    /// A system message.
     pub fn system(content: impl Into<String>) -> Self {
         Self { role: "system".into(), content: content.into() }
     }
 }
 
-/// A compiled template with the special tokens it may name.
+/// A compiled chat template, with the special tokens that it may use.
 #[derive(Clone)]
 pub struct ChatTemplate {
     environment: Arc<Environment<'static>>,
@@ -37,10 +37,10 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// Compiles a template.
+    /// Compiles a template; `bos` and `eos` are the texts of its special tokens.
     pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self> {
         let mut environment = Environment::new();
-        // transformers renders with trim_blocks and lstrip_blocks, and Python's methods on strings and lists.
+        // As in transformers: trim_blocks, lstrip_blocks, and Python's methods on strings and lists.
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
@@ -56,20 +56,20 @@ impl ChatTemplate {
         Ok(Self { environment: Arc::new(environment), bos: bos.into(), eos: eos.into() })
     }
 
-    /// The template of a `tokenizer_config.json`: a string, or a list of which the one named `default` counts.
+    /// The template of a `tokenizer_config.json`: a string, or the entry named `default` of a list.
     pub(crate) fn from_config(config: &Value) -> Result<Option<Self>> {
         let source = match &config["chat_template"] {
             Value::String(source) => Some(source.as_str()),
             Value::Array(named) => named.iter().find(|t| t["name"] == "default").and_then(|t| t["template"].as_str()),
             _ => None,
         };
-        // A token is a string, or an object with its content.
+        // A special token is a string, or an object with a `content`.
         let token =
             |key: &str| config[key].as_str().or(config[key]["content"].as_str()).unwrap_or_default().to_string();
         source.map(|source| Self::new(source, &token("bos_token"), &token("eos_token"))).transpose()
     }
 
-    /// The prompt of a conversation; `add_generation_prompt` opens the assistant's turn.
+    /// Renders a conversation to text; `add_generation_prompt` opens the assistant's turn at the end.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let error = |e: minijinja::Error| match e.detail() {
             Some(detail) => Error::Template(detail.to_string()),

@@ -1,4 +1,4 @@
-//! Text to tokens and back, and conversations to prompts.
+//! Tokenisation, and rendering of conversations to prompts.
 
 mod chat;
 
@@ -19,11 +19,11 @@ pub struct Text {
 }
 
 impl Text {
-    /// From the bytes of `tokenizer.json` and `tokenizer_config.json`; `template` overrides the latter's.
+    /// Parses `tokenizer.json` and `tokenizer_config.json`; `template` overrides the chat template of the latter.
     pub fn from_json(tokenizer: &[u8], config: Option<&[u8]>, template: Option<String>) -> Result<Self> {
         let error = |what: &str, e: &dyn std::fmt::Display| Error::Tokenizer(format!("{what}: {e}"));
         let mut tokenizer_ = Tokenizer::from_bytes(tokenizer).map_err(|e| error("tokenizer.json", &e))?;
-        // What is asked for is what is encoded: limits belong to the caller.
+        // Padding and truncation are up to the caller.
         tokenizer_.with_padding(None);
         tokenizer_.with_truncation(None).map_err(|e| error("tokenizer.json", &e))?;
         let mut config: Value = match config {
@@ -38,12 +38,12 @@ impl Text {
         Ok(Self { tokenizer: tokenizer_, tokenizer_json, config, template })
     }
 
-    /// Tokens of a text, with what the tokenizer adds of itself (such as a leading BOS).
+    /// Encodes a text, with the special tokens that the tokenizer adds (such as a leading BOS).
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         self.encoded(text, true)
     }
 
-    /// Tokens of a text as it stands; markers written out in it become their tokens.
+    /// Encodes a text without adding special tokens; those written out in the text become their tokens.
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
         self.encoded(text, false)
     }
@@ -53,7 +53,7 @@ impl Text {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// Text of tokens, without special ones.
+    /// Decodes tokens, without special ones.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
         self.tokenizer.decode(tokens, true).map_err(|e| Error::Tokenizer(e.to_string()))
     }
@@ -63,7 +63,7 @@ impl Text {
         self.template.as_ref()
     }
 
-    /// Tokens of a conversation, ready for the assistant's answer; without a template, of its last message.
+    /// Encodes a conversation up to the start of the assistant's answer; without a chat template, its last message.
     pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
         match &self.template {
             Some(template) => self.encode_plain(&template.render(messages, true)?),

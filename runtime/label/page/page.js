@@ -1,19 +1,27 @@
-// Ranks answers by keyboard: their letters from best to worst, "=" between equals. All text goes in as text, never as HTML.
+// Ranking by keyboard: the letters of the answers from best to worst, "=" before a tie. Texts of prompts and answers are
+// inserted as text nodes, never as HTML.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
 const token = location.hash.slice(1);
+
+/** Interval, in milliseconds, of requests while there is nothing to label or the server does not answer. */
 const POLL_MS = 1500;
 
-/** The item on show, and the places typed so far: tiers from best to worst, each a list of places. */
+/** The item on show, as the server sent it. */
 let item = null;
+/** The ranking typed so far: tiers from best to worst, each a list of display positions. */
 let tiers = [];
+/** Whether the next letter joins the last tier. */
 let tieNext = false;
+/** Whether a request that changes something is in flight. */
 let busy = false;
 let timer = null;
+/** Whether the last refresh failed. */
 let retrying = false;
 
-async function ask(path, body) {
+/** Sends a GET, or a POST if there is a body, and returns the response's JSON. */
+async function request(path, body) {
   const headers = token ? { Authorization: `Bearer ${token}` } : {};
   const options = { headers };
   if (body) {
@@ -22,22 +30,23 @@ async function ask(path, body) {
     options.body = JSON.stringify(body);
   }
   const response = await fetch(path, options);
-  const answer = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(answer.error || `the server says ${response.status}`);
-  return answer;
+  const value = await response.json().catch(() => ({}));
+  if (!response.ok) throw new Error(value.error || `the server answered with status ${response.status}`);
+  return value;
 }
 
 const labeller = () => $("name").value.trim();
 const letter = (at) => String.fromCharCode(65 + at);
 const draftKey = () => `draft/${labeller()}/${item.id}`;
 
-function element(tag, kind, text) {
-  const made = document.createElement(tag);
-  if (kind) made.className = kind;
-  made.textContent = text;
-  return made;
+function element(tag, className, text) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  node.textContent = text;
+  return node;
 }
 
+/** Shows an item, or that there is none. `live`: items may be added later. */
 function show(found, live) {
   const same = item && found && item.id === found.id;
   item = found;
@@ -45,7 +54,7 @@ function show(found, live) {
   $("idle").hidden = Boolean(item);
   if (!item) {
     $("idle-text").textContent = live
-      ? "Nothing to judge just now. The job is at work; this page waits for it."
+      ? "There is nothing to label now. This page shows the next item when the job has one."
       : "That was all. Thank you!";
     return;
   }
@@ -65,7 +74,7 @@ function show(found, live) {
     ...item.completions.map(([, text], at) => {
       const box = element("li", "", "");
       box.tabIndex = 0;
-      box.append(element("span", "letter", letter(at)), element("span", "said", text), element("span", "rank", ""));
+      box.append(element("span", "letter", letter(at)), element("span", "text", text), element("span", "rank", ""));
       box.addEventListener("click", (event) => choose(at, event.shiftKey));
       return box;
     }),
@@ -73,55 +82,60 @@ function show(found, live) {
   $("text").hidden = !writes;
   $("keys").textContent = writes
     ? "Ctrl+Enter sends."
-    : "Type the letters from best to worst, with = before an answer as good as the last one. " +
-      "Backspace takes the last letter back, Enter sends, S skips, U takes your last verdict back. " +
-      "Or click; with Shift, for a tie.";
+    : "Type the letters of the answers from best to worst, and = before an answer that ties with the one before it. " +
+      "Backspace removes the last letter, Enter sends, S skips, U undoes your last label. " +
+      "Or click the answers; hold Shift for a tie.";
   const draft = JSON.parse(sessionStorage.getItem(draftKey()) || "null");
   tiers = draft && draft.tiers ? draft.tiers : [];
   $("text").value = draft && draft.text ? draft.text : "";
   tieNext = false;
-  ranking();
+  showRanking();
   if (writes) $("text").focus();
 }
 
 const notation = () => tiers.map((tied) => tied.map(letter).join(" = ")).join(" > ");
 
-function ranking() {
+/** Shows the ranking typed so far and whether it can be sent. */
+function showRanking() {
   const placed = tiers.flat().length;
-  const whole = placed === item.completions.length;
-  $("ranking").textContent = notation() + (tieNext ? " = …" : placed > 0 && !whole ? " > …" : "");
+  const complete = placed === item.completions.length;
+  $("ranking").textContent = notation() + (tieNext ? " = …" : placed > 0 && !complete ? " > …" : "");
   [...$("answers").children].forEach((box, at) => {
     const rank = tiers.findIndex((tied) => tied.includes(at));
     box.classList.toggle("ranked", rank >= 0);
     box.querySelector(".rank").textContent = rank >= 0 ? `#${rank + 1}` : "";
   });
-  $("send").disabled = busy || (item.completions.length > 0 && !whole);
+  $("send").disabled = busy || (item.completions.length > 0 && !complete);
 }
 
-function keep() {
+/** Keeps the draft over a reload of the page. */
+function saveDraft() {
   sessionStorage.setItem(draftKey(), JSON.stringify({ tiers, text: $("text").value }));
 }
 
+/** Appends an answer to the ranking, by display position. */
 function choose(at, tie) {
   if (!item || at >= item.completions.length || tiers.flat().includes(at)) return;
   if ((tie || tieNext) && tiers.length > 0) tiers[tiers.length - 1].push(at);
   else tiers.push([at]);
   tieNext = false;
-  keep();
-  ranking();
+  saveDraft();
+  showRanking();
 }
 
-function back() {
+/** Removes what was typed last. */
+function removeLast() {
   if (tieNext) tieNext = false;
   else if (tiers.length > 0) {
     tiers[tiers.length - 1].pop();
     if (tiers[tiers.length - 1].length === 0) tiers.pop();
   }
-  keep();
-  ranking();
+  saveDraft();
+  showRanking();
 }
 
-async function during(work) {
+/** Runs a request that changes something, unless one is in flight, and refreshes the page. */
+async function change(work) {
   if (busy) return;
   busy = true;
   $("message").textContent = "";
@@ -136,41 +150,43 @@ async function during(work) {
 
 function send() {
   if (!item) return;
-  const said = { labeller: labeller(), item: item.id };
+  const label = { labeller: labeller(), item: item.id };
   if (item.completions.length > 0) {
     if (tiers.flat().length !== item.completions.length) return;
-    said.ranks = new Array(item.completions.length);
-    // A rank is one more than the number of better answers; the server knows answers by their places in the item.
+    label.ranks = new Array(item.completions.length);
+    // An answer's rank is one more than the number of better answers. The server wants ranks in the item's order, not in
+    // display order.
     let better = 0;
     for (const tied of tiers) {
-      for (const at of tied) said.ranks[item.completions[at][0]] = better + 1;
+      for (const at of tied) label.ranks[item.completions[at][0]] = better + 1;
       better += tied.length;
     }
   } else {
-    said.text = $("text").value;
+    label.text = $("text").value;
   }
-  during(async () => {
-    await ask("api/say", said);
+  change(async () => {
+    await request("api/label", label);
     sessionStorage.removeItem(draftKey());
   });
 }
 
-const skip = () => item && during(() => ask("api/say", { labeller: labeller(), item: item.id }));
+const skip = () => item && change(() => request("api/label", { labeller: labeller(), item: item.id }));
 const undo = () =>
-  during(async () => {
-    await ask("api/undo", { labeller: labeller() });
+  change(async () => {
+    await request("api/undo", { labeller: labeller() });
     item = null;
   });
 
+/** Fetches and shows the next item. */
 async function refresh() {
   clearTimeout(timer);
   if (!labeller()) {
-    $("message").textContent = "Say who you are, and it begins.";
+    $("message").textContent = "Say who you are: type your name above and press Enter.";
     $("name").focus();
     return;
   }
   try {
-    const found = await ask(`api/next?labeller=${encodeURIComponent(labeller())}`);
+    const found = await request(`api/next?labeller=${encodeURIComponent(labeller())}`);
     if (retrying) $("message").textContent = "";
     retrying = false;
     show(found.item, found.live);
@@ -182,14 +198,16 @@ async function refresh() {
     timer = setTimeout(refresh, POLL_MS);
     return;
   }
-  if (item) ranking();
+  if (item) showRanking();
 }
 
+/** Fetches and shows counts and agreement. */
 async function progress() {
-  const now = await ask("api/progress");
+  const now = await request("api/progress");
   const parts = [`${now.done} of ${now.items} done`, `${now.labellers[labeller()] || 0} by you`];
-  for (const [a, b, pairs, kappa] of now.agreement.cohen) parts.push(`κ ${a}/${b} ${kappa.toFixed(2)} on ${pairs} pairs`);
-  if (now.agreement.cohen.length > 1 && now.agreement.fleiss !== null) parts.push(`Fleiss' κ ${now.agreement.fleiss.toFixed(2)}`);
+  const { cohen, fleiss } = now.agreement;
+  for (const [a, b, pairs, kappa] of cohen) parts.push(`κ ${a}/${b} ${kappa.toFixed(2)} on ${pairs} pairs`);
+  if (cohen.length > 1 && fleiss !== null) parts.push(`Fleiss' κ ${fleiss.toFixed(2)}`);
   $("progress").textContent = parts.join(" · ");
 }
 
@@ -203,10 +221,10 @@ document.addEventListener("keydown", (event) => {
   if (key === "enter" && event.target.tagName !== "BUTTON") return send();
   if (key === "s") return skip();
   if (item.completions.length === 0) return;
-  if (key === "backspace") back();
+  if (key === "backspace") removeLast();
   else if (key === "=" && tiers.length > 0) {
     tieNext = true;
-    ranking();
+    showRanking();
   } else if (/^[a-z]$/.test(key)) choose(key.charCodeAt(0) - 97, false);
 });
 $("who").addEventListener("submit", (event) => {
@@ -219,7 +237,7 @@ $("name").addEventListener("change", () => {
   item = null;
   refresh();
 });
-$("text").addEventListener("input", keep);
+$("text").addEventListener("input", saveDraft);
 $("send").addEventListener("click", send);
 $("skip").addEventListener("click", skip);
 $("undo").addEventListener("click", undo);
@@ -227,8 +245,8 @@ $("undo-idle").addEventListener("click", undo);
 $("clear").addEventListener("click", () => {
   tiers = [];
   $("text").value = "";
-  keep();
-  ranking();
+  saveDraft();
+  showRanking();
 });
 $("name").value = localStorage.getItem("labeller") || "";
 refresh();

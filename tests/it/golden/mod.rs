@@ -3,6 +3,7 @@
 //! `REHEARSAL_GOLDEN` names another folder with the same files and other numbers.
 
 mod evaluation;
+mod head;
 mod models;
 mod objectives;
 mod optimiser;
@@ -146,8 +147,8 @@ impl Packing {
     }
 
     /// What a batch of these rows holds.
-    pub fn whole(&self) -> rehearsal_learn::Whole {
-        rehearsal_learn::Whole { sequences: self.spans.len() - 1, tokens: self.spans[self.spans.len() - 1] }
+    pub fn whole(&self) -> rehearsal_learn::BatchTotals {
+        rehearsal_learn::BatchTotals { sequences: self.spans.len() - 1, tokens: self.spans[self.spans.len() - 1] }
     }
 
     pub fn pack(&self, padded: &Tensor) -> Tensor {

@@ -3,13 +3,13 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var, safetensors};
 use rehearsal_learn::reward::{Pairwise, PairwiseConfig, pairwise};
-use rehearsal_learn::{NllReduction, Whole, global_norm, sft};
+use rehearsal_learn::{BatchTotals, NllReduction, global_norm, sft};
 use rehearsal_lm::generate::{Generator, Options, Request, Sampling};
 use rehearsal_lm::ops::Kernels;
 use rehearsal_lm::{Architecture, Batch, Decoder, Forward, Gradients, Parameters, Sequence};
 
 use super::{Golden, flat, folder, rows};
-use crate::gpu::board;
+use crate::gpu::backend;
 
 /// A model folder; it has no tokenizer, so the weights are read as they are.
 fn parameters(model: &str) -> (Architecture, Parameters) {
@@ -48,9 +48,9 @@ pub enum Machine {
 
 impl Machine {
     pub fn run(self, decoder: Decoder) -> Decoder {
-        match (self, board()) {
+        match (self, backend()) {
             (Self::Graph, _) => decoder.with_kernels(Kernels::Plain),
-            (Self::Gpu, Some(board)) => decoder.with_board(board),
+            (Self::Gpu, Some(backend)) => decoder.with_gpu_backend(backend),
             _ => decoder,
         }
     }
@@ -59,7 +59,7 @@ impl Machine {
 /// The kernels are f32; f64 shows that the graph is exact.
 pub fn machines(dtype: DType) -> Vec<Machine> {
     match dtype {
-        DType::F32 if board().is_some() => vec![Machine::Kernels, Machine::Graph, Machine::Gpu],
+        DType::F32 if backend().is_some() => vec![Machine::Kernels, Machine::Graph, Machine::Gpu],
         DType::F32 => vec![Machine::Kernels, Machine::Graph],
         _ => vec![Machine::Graph],
     }
@@ -98,7 +98,7 @@ fn forward_and_gradients(model: &str, golden: &Golden, dtype: DType, machine: Ma
             .map(|(x, _)| *x)
             .collect();
         golden.check_values(&format!("{side}_logprobs"), &flat(&logprobs), &want, single);
-        let whole = Whole { sequences: sequences.len(), tokens: batch.scored() };
+        let whole = BatchTotals { sequences: sequences.len(), tokens: batch.scored() };
         let nll = sft::nll(&logprobs, batch.spans(), NllReduction::TokenMean, whole).unwrap();
         golden.check(&format!("{side}_nll"), &nll);
         if side == "right" {
@@ -202,7 +202,7 @@ fn golden_models_recall_what_they_generated() {
         all.sort_by_key(|c| c.id);
         let sequences = all.iter().map(|c| Sequence { prompt: &prompts[c.id as usize / 2], completion: &c.tokens });
         let batch = Batch::new(sequences);
-        assert!(recorded.knows(&batch, 0.8), "{model}");
+        assert!(recorded.covers(&batch, 0.8), "{model}");
         let back = |forward: Forward<'_>| {
             let output = forward.output();
             let mut gradients = Gradients::default();

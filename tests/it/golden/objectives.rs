@@ -1,52 +1,53 @@
 use candle_core::{DType, Tensor, Var};
-use rehearsal_learn::pairs::penalise_missing_eos;
-use rehearsal_learn::{
-    AdaptiveKl, KlEstimator, NllReduction, TieRule, Whole, ema, kl, masked, select_pairs, sft, token,
-};
+use rehearsal_learn::pairs::{Pair, TieRule, penalise_missing_eos, select_pair};
+use rehearsal_learn::ppo::{Aggregation, Whitening, aggregate, whiten};
+use rehearsal_learn::{AdaptiveKl, BatchTotals, KlEstimator, NllReduction, ema, kl, sft, token};
+use rehearsal_lm::ops::logprobs;
 
-use super::{Golden, TYPES, flat, numbers, rows, tensor};
+use super::{Golden, Packing, TYPES, flat, numbers, rows, tensor};
 
-#[test]
-fn golden_gather_logprobs() {
-    for name in ["logprobs", "logprobs_temperature", "logprobs_extreme"] {
-        let golden = Golden::load(name);
-        for dtype in TYPES {
-            // f32 cannot hold the extreme inputs' differences; the file's f32 tolerance allows for it.
-            let logits = Var::from_tensor(&golden.input("logits", dtype)).unwrap();
-            let labels = golden.input("labels", DType::U32);
-            let logprobs = token::gather_logprobs(&logits, &labels, golden.param("temperature")).unwrap();
-            golden.check("logprobs", &logprobs);
-            let loss = (&logprobs * golden.input("grad_out", dtype)).unwrap().sum_all().unwrap();
-            golden.check("grad_logits", loss.backward().unwrap().get(&logits).unwrap());
-        }
-    }
+/// The masked mean, as losses take it over the tokens of a batch.
+fn token_mean(packing: &Packing, padded: &Tensor) -> Tensor {
+    aggregate(&packing.pack(padded), &packing.spans, Aggregation::TokenMean, packing.whole()).unwrap()
 }
 
 #[test]
 fn golden_masked_statistics() {
     let golden = Golden::load("masked_stats");
-    let eps = golden.param("eps");
+    let packing = Packing::new(&golden, "mask");
     for dtype in TYPES {
-        let (x, m) = (golden.input("values", dtype), golden.input("mask", dtype));
-        golden.check("mean", &masked::mean(&x, &m).unwrap());
-        golden.check("row_mean", &masked::row_mean(&x, &m).unwrap());
-        golden.check("var_unbiased", &masked::variance(&x, &m, true).unwrap());
-        golden.check("var_biased", &masked::variance(&x, &m, false).unwrap());
-        golden.check("whitened_unbiased_shift", &masked::whiten(&x, &m, true, true, eps).unwrap());
-        golden.check("whitened_unbiased_noshift", &masked::whiten(&x, &m, true, false, eps).unwrap());
-        golden.check("whitened_biased_shift", &masked::whiten(&x, &m, false, true, eps).unwrap());
+        let values = golden.input("values", dtype);
+        golden.check("mean", &token_mean(&packing, &values));
+        let packed = packing.pack(&values);
+        let row_mean = |span: &[usize]| {
+            let (row, spans) = (packed.narrow(0, span[0], span[1] - span[0]).unwrap(), [0, span[1] - span[0]]);
+            let whole = BatchTotals { sequences: 1, tokens: spans[1] };
+            flat(&aggregate(&row, &spans, Aggregation::SequenceMean, whole).unwrap())
+        };
+        let means: Vec<f64> = packing.spans.windows(2).flat_map(row_mean).collect();
+        golden.check_numbers("row_mean", &means, dtype == DType::F32);
     }
-}
-
-#[test]
-fn golden_entropy() {
-    let golden = Golden::load("entropy");
-    for dtype in TYPES {
-        let logits = Var::from_tensor(&golden.input("logits", dtype)).unwrap();
-        let entropy = token::entropy(&logits).unwrap();
-        golden.check("entropy", &entropy);
-        let loss = (&entropy * golden.input("grad_out", dtype)).unwrap().sum_all().unwrap();
-        golden.check("grad_logits", loss.backward().unwrap().get(&logits).unwrap());
+    // Statistics of what is detached from the graph are f64. What lies outside the mask is whitened by them, too.
+    let values = golden.input("values", DType::F64);
+    let (packed, all) = (packing.rows(&values).concat(), flat(&values));
+    assert_eq!(golden.param("eps"), 1e-8);
+    for (key, unbiased) in [("var_unbiased", true), ("var_biased", false)] {
+        let whitening = Whitening::of(&packed, unbiased, true);
+        let scale = whitening.apply(1.0) - whitening.apply(0.0);
+        golden.check_numbers(key, &[1.0 / (scale * scale) - 1e-8], false);
+    }
+    for (key, unbiased, shift_mean) in [
+        ("whitened_unbiased_shift", true, true),
+        ("whitened_unbiased_noshift", true, false),
+        ("whitened_biased_shift", false, true),
+    ] {
+        let whitening = Whitening::of(&packed, unbiased, shift_mean);
+        let whitened: Vec<f64> = all.iter().map(|&x| whitening.apply(x)).collect();
+        golden.check_numbers(key, &whitened, false);
+        let mut in_place = packed.clone();
+        whiten(&mut in_place, unbiased, shift_mean);
+        let kept = flat(&packing.pack(&Tensor::new(whitened, values.device()).unwrap()));
+        assert_eq!(in_place, kept, "{key}");
     }
 }
 
@@ -70,10 +71,10 @@ fn golden_sft_nll() {
                 spans.push(places.len());
             }
             golden.check_numbers("num_tokens", &[places.len() as f64], false);
-            let whole = Whole { sequences: spans.len() - 1, tokens: places.len() };
+            let whole = BatchTotals { sequences: spans.len() - 1, tokens: places.len() };
             let index = Tensor::new(places, logits.device()).unwrap();
             let rows = logits.reshape(((), vocab)).unwrap().index_select(&index, 0).unwrap();
-            let logprobs = token::gather_logprobs(&rows, &Tensor::new(targets, logits.device()).unwrap(), 1.0).unwrap();
+            let logprobs = logprobs(&rows, &targets, 1.0, false).unwrap();
             let loss = sft::nll(&logprobs, &spans, reduction, whole).unwrap();
             golden.check("loss", &loss);
             golden.check("grad_logits", loss.backward().unwrap().get(&logits).unwrap());
@@ -84,8 +85,9 @@ fn golden_sft_nll() {
 #[test]
 fn golden_kl() {
     let golden = Golden::load("kl_estimators");
+    let packing = Packing::new(&golden, "mask");
     for dtype in TYPES {
-        let (mask, reference) = (golden.input("mask", dtype), golden.input("ref_logprobs", dtype));
+        let reference = golden.input("ref_logprobs", dtype);
         for (name, estimator) in
             [("k1", KlEstimator::K1), ("k2", KlEstimator::K2), ("k3", KlEstimator::K3), ("abs", KlEstimator::Abs)]
         {
@@ -95,17 +97,18 @@ fn golden_kl() {
             let scalars: Vec<f64> =
                 flat(&logprobs).iter().zip(flat(&reference)).map(|(&p, r)| estimator.of(p, r)).collect();
             golden.check_numbers(name, &scalars, dtype == DType::F32);
-            let mean = masked::mean(&kl, &mask).unwrap();
+            let mean = token_mean(&packing, &kl);
             golden.check(&format!("masked_mean_{name}"), &mean);
             golden.check(&format!("grad_masked_mean_{name}"), mean.backward().unwrap().get(&logprobs).unwrap());
         }
     }
     let golden = Golden::load("kl_full");
+    let packing = Packing::new(&golden, "mask");
     for dtype in TYPES {
         let logits = Var::from_tensor(&golden.input("logits", dtype)).unwrap();
         let kl = kl::full(&logits, &golden.input("ref_logits", dtype)).unwrap();
         golden.check("kl", &kl);
-        let mean = masked::mean(&kl, &golden.input("mask", dtype)).unwrap();
+        let mean = token_mean(&packing, &kl);
         golden.check("masked_mean", &mean);
         golden.check("grad_masked_mean", mean.backward().unwrap().get(&logits).unwrap());
     }
@@ -190,14 +193,13 @@ fn golden_online_dpo_pairs() {
     };
     let (first, second) = (scores("1"), scores("2"));
     let n = first.len();
-    let interleaved: Vec<f64> = first.iter().zip(&second).flat_map(|(a, b)| [*a, *b]).collect();
-    let pairs = select_pairs(&interleaved, 2, TieRule::First);
+    let pairs: Vec<Pair> =
+        first.iter().zip(&second).filter_map(|(&a, &b)| select_pair(&[a, b], TieRule::First)).collect();
+    assert_eq!(pairs.len(), n);
     // The file counts all first samples, then all second ones.
-    let place = |i: usize| (i / 2 + (i % 2) * n) as f64;
-    let all = |f: &dyn Fn(&rehearsal_learn::Pair) -> f64| -> Vec<f64> {
-        pairs.iter().map(|p| f(p.as_ref().unwrap())).collect()
-    };
-    golden.check_numbers("chosen_index", &all(&|p| place(p.chosen)), false);
-    golden.check_numbers("rejected_index", &all(&|p| place(p.rejected)), false);
-    golden.check_numbers("score_margin", &all(&|p| p.margin), false);
+    let all =
+        |f: &dyn Fn(usize, &Pair) -> f64| -> Vec<f64> { pairs.iter().enumerate().map(|(i, p)| f(i, p)).collect() };
+    golden.check_numbers("chosen_index", &all(&|i, p| (i + p.chosen * n) as f64), false);
+    golden.check_numbers("rejected_index", &all(&|i, p| (i + p.rejected * n) as f64), false);
+    golden.check_numbers("score_margin", &all(&|_, p| p.margin), false);
 }

@@ -1,7 +1,8 @@
 use candle_core::{DType, Tensor, Var};
 use rehearsal_learn::preference::{RewardDistance, SftTerm, chosen_nll};
 use rehearsal_learn::{
-    NllReduction, PreferenceConfig, PreferenceKind, PreferenceLogprobs, PreferenceLoss, Whole, preference_loss, token,
+    BatchTotals, NllReduction, PreferenceConfig, PreferenceKind, PreferenceLogprobs, PreferenceLoss, preference_loss,
+    token,
 };
 
 use super::{Golden, Packing, TYPES, flat};
@@ -170,7 +171,7 @@ fn golden_slic() {
         let calibration = preference_loss(&x, &config).unwrap().losses;
         golden.check("losses_cal", &calibration);
         let n = sft.dims1().unwrap();
-        let whole = Whole { sequences: n, tokens: n };
+        let whole = BatchTotals { sequences: n, tokens: n };
         let spans: Vec<usize> = (0..=n).collect();
         let pull = (chosen_nll(&sft, &spans, &term, whole).unwrap() * term.weight).unwrap();
         let loss = (calibration.mean_all().unwrap() + pull).unwrap();

@@ -6,13 +6,16 @@ use candle_core::{DType, Device};
 use rehearsal_lm::{Batch, Checkpoint, Message, Sequence};
 use serde_json::Value;
 
+use crate::support::parts::{Part, skip};
+
 /// The folder of real models (`REHEARSAL_MODELS`, or `../shared/models` beside the checkout), if it is there.
 fn models() -> Option<PathBuf> {
     let folder = std::env::var_os("REHEARSAL_MODELS").map(PathBuf::from);
     let folder = folder.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared/models"));
     let there = folder.is_dir();
     if !there {
-        crate::support::skipped!("{} is not there; set REHEARSAL_MODELS to a folder of real models", folder.display());
+        let what = format_args!("{} is not there; set REHEARSAL_MODELS to a folder of real models", folder.display());
+        skip(Part::Models, what);
     }
     there.then_some(folder)
 }
@@ -68,9 +71,8 @@ fn golden_stories260k_reference() {
 #[test]
 fn golden_smollm2_reference() {
     let Some(path) = std::env::var_os("REHEARSAL_SMOLLM2") else {
-        crate::support::skipped!(
-            "set REHEARSAL_SMOLLM2 to the GGUF of SmolLM2-135M-Instruct (docs/results.md says where it is)"
-        );
+        let what = "set REHEARSAL_SMOLLM2 to the GGUF of SmolLM2-135M-Instruct (docs/results.md says where it is)";
+        skip(Part::Smollm2, what);
         return;
     };
     check(&Checkpoint::open(&PathBuf::from(path)).unwrap(), &reference("smollm2-reference.json"));

@@ -8,7 +8,7 @@ use rehearsal_learn::ppo::{
 };
 use rehearsal_learn::preference::{SftTerm, chosen_nll};
 use rehearsal_learn::{
-    AdamW, AdamWConfig, KlEstimator, NllReduction, PreferenceConfig, PreferenceLogprobs, Whole, clip_scale,
+    AdamW, AdamWConfig, BatchTotals, KlEstimator, NllReduction, PreferenceConfig, PreferenceLogprobs, clip_scale,
     global_norm, preference_loss, sft, token,
 };
 use rehearsal_lm::{Batch, Gradients, Sequence};
@@ -73,7 +73,7 @@ fn preference_step(golden: &Golden, dtype: DType, machine: Machine) {
     let mut mean = loss.losses.mean_all().unwrap();
     if let Some(term) = &term {
         let spans = &batch.spans()[..=pairs];
-        let whole = Whole { sequences: pairs, tokens: spans[pairs] };
+        let whole = BatchTotals { sequences: pairs, tokens: spans[pairs] };
         let chosen = logprobs.narrow(0, 0, spans[pairs]).unwrap();
         mean = (mean + (chosen_nll(&chosen, spans, term, whole).unwrap() * term.weight).unwrap()).unwrap();
     }
@@ -233,7 +233,7 @@ fn ppo_step(golden: &Golden, dtype: DType, machine: Machine) {
         let batch = Batch::new(text.iter().map(|s| Sequence { prompt: &s[..1], completion: &s[1..] }));
         let forward = policy.forward(&batch, 1.0).unwrap();
         let logprobs = Var::from_tensor(&forward.output()).unwrap();
-        let whole = Whole { sequences: text.len(), tokens: batch.scored() };
+        let whole = BatchTotals { sequences: text.len(), tokens: batch.scored() };
         let nll = sft::nll(&logprobs, batch.spans(), NllReduction::TokenMean, whole).unwrap();
         golden.check("ptx_loss", &nll);
         let weighted = (nll * gamma).unwrap();

@@ -1,13 +1,13 @@
-//! Every kernel's source goes through NVRTC, the compiler that a GPU machine will run; it needs no GPU.
+//! Compiles every kernel's source with NVRTC, the compiler that runs on GPU machines. NVRTC itself needs no GPU.
 
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::path::Path;
 use std::ptr::null_mut;
 
 use libloading::{Library, Symbol};
-use rehearsal::lm::gpu::{FILES, Narrow, Source};
+use rehearsal_kernels::gpu::{ElementType, FILES, Source};
 
-/// NVRTC: `REHEARSAL_NVRTC` names the library, or it is where the system finds it.
+/// The NVRTC library: the one that `REHEARSAL_NVRTC` names, or the one the system's loader finds.
 struct Nvrtc(Library);
 
 impl Nvrtc {
@@ -15,22 +15,23 @@ impl Nvrtc {
         let named = std::env::var("REHEARSAL_NVRTC").ok();
         let names = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"].map(String::from);
         if let Some(folder) = named.as_ref().and_then(|name| Path::new(name).parent()) {
-            // NVRTC looks for its other half by name alone: loaded already, it is found wherever it lies.
+            // NVRTC loads its builtins library by name. If that is loaded already, it is found wherever it is.
             let beside = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-            for half in beside.filter(|p| p.to_string_lossy().contains("libnvrtc-builtins.so.")) {
+            for builtins in beside.filter(|p| p.to_string_lossy().contains("libnvrtc-builtins.so.")) {
                 // SAFETY: the vendor's library, which does nothing when it is loaded.
-                std::mem::forget(unsafe { Library::new(half) });
+                std::mem::forget(unsafe { Library::new(builtins) });
             }
         }
         // SAFETY: as above.
         let library = named.into_iter().chain(names).find_map(|name| unsafe { Library::new(name) }.ok());
         if library.is_none() {
-            crate::support::skipped!("no NVRTC; REHEARSAL_NVRTC names the library (PyPI: nvidia-cuda-nvrtc)");
+            let what = "no NVRTC; REHEARSAL_NVRTC names the library (PyPI: nvidia-cuda-nvrtc)";
+            crate::support::parts::skip(crate::support::parts::Part::Nvrtc, what);
         }
         library.map(Self)
     }
 
-    /// The compiler's complaints, if it has any.
+    /// Compiles a source; the compiler's log if it fails.
     fn compile(&self, name: &str, text: &str, options: &[String]) -> Result<(), String> {
         type Program = *mut u8;
         let (name, text) = (CString::new(name).unwrap(), CString::new(text).unwrap());
@@ -62,11 +63,11 @@ impl Nvrtc {
             let status = compile(program, options.len() as c_int, options.as_ptr());
             let mut size = 0;
             log_size(program, &mut size);
-            let mut said = vec![0u8; size.max(1)];
-            log(program, said.as_mut_ptr().cast());
+            let mut text = vec![0u8; size.max(1)];
+            log(program, text.as_mut_ptr().cast());
             destroy(&mut program);
-            let said = CStr::from_bytes_until_nul(&said).unwrap_or_default().to_string_lossy().into_owned();
-            if status == 0 { Ok(()) } else { Err(said) }
+            let text = CStr::from_bytes_until_nul(&text).unwrap_or_default().to_string_lossy().into_owned();
+            if status == 0 { Ok(()) } else { Err(text) }
         }
     }
 }
@@ -74,22 +75,20 @@ impl Nvrtc {
 #[test]
 fn every_kernel_compiles_for_a_gpu() {
     let Some(nvrtc) = Nvrtc::open() else { return };
-    for (file, _) in FILES {
-        for narrow in [Narrow::F32, Narrow::Bf16] {
-            for dim in if matches!(file, "attention" | "decode") { &[64, 80, 128][..] } else { &[1] } {
-                let source = Source { file, narrow, dim: *dim };
-                assert!(!source.kernels().is_empty(), "{file} has no kernel");
+    for file in FILES.into_iter().chain([&rehearsal_learn::adamw::GPU_SOURCE]) {
+        for element in [ElementType::F32, ElementType::Bf16] {
+            for head_dim in if file.per_head_dim { &[64, 80, 128][..] } else { &[1] } {
+                let source = Source { file, element, head_dim: *head_dim };
+                assert!(!source.kernels().is_empty(), "{} has no kernel", file.name);
                 // Ampere and Hopper.
                 for architecture in ["compute_80", "compute_90"] {
                     nvrtc
-                        .compile(file, &source.text(), &source.options(architecture))
+                        .compile(file.name, &source.text(), &source.options(architecture))
                         .unwrap_or_else(|log| panic!("{source:?} for {architecture}:\n{log}"));
                 }
             }
         }
     }
     let options = ["--gpu-architecture=compute_80".to_string(), "--std=c++17".to_string()];
-    let adamw = rehearsal_learn::ADAMW_CUDA;
-    nvrtc.compile("adamw", adamw, &options).unwrap_or_else(|log| panic!("adamw:\n{log}"));
     assert!(nvrtc.compile("wrong", "__global__ void f() { undeclared(); }", &options).is_err());
 }

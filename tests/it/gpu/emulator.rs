@@ -1,5 +1,5 @@
-//! A board that is no GPU: the kernels' own sources, compiled as C++ and run fiber by fiber on the CPU, over tensors of the
-//! CPU. It shows that they compute what they should; what it cannot show is how they fare on a device.
+//! A GPU backend without a GPU: the kernels' own sources, compiled as C++ and run on the CPU over CPU tensors, one fiber
+//! per GPU thread. It tests what the kernels compute, not that they run well on a device.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -10,14 +10,14 @@ use std::thread::{ThreadId, current};
 
 use candle_core::{CpuStorage, Result, Storage, Tensor, bail};
 use libloading::Library;
-use rehearsal::lm::gpu::{Board, Factor, Launch, Memory, Narrow, Product, Recorded, Source};
+use rehearsal_kernels::gpu::{DeviceMemory, ElementType, Factor, Gemm, GpuBackend, Launch, LaunchGraph, Source};
 
 const HEADER: &str = include_str!("emulator.hpp");
 
 type Run = unsafe extern "C" fn(*const u32, *const *const c_void);
 type Sizes = unsafe extern "C" fn(*mut usize) -> usize;
 
-/// Compiled sources, each loaded once. Fibers share statics, so one launch runs at a time.
+/// Compiled sources, each loaded once.
 struct Libraries {
     folder: tempfile::TempDir,
     shuffles: bool,
@@ -41,7 +41,7 @@ impl Libraries {
     }
 
     fn compile(&self, source: Source) -> Library {
-        let name = format!("{}_{}_{}", source.file, source.narrow.name(), source.dim);
+        let name = format!("{}_{}_{}", source.file.name, source.element.name(), source.head_dim);
         let exports: String = source.kernels().iter().map(|k| format!("EXPORT({k})\n")).collect();
         let shuffles = if self.shuffles { "#define BY_SHUFFLES\n" } else { "" };
         let text = format!("{shuffles}{HEADER}\n{}\n{exports}", source.text());
@@ -58,43 +58,45 @@ fn build(folder: &Path, name: &str, text: &str) -> Library {
         .output()
         .unwrap();
     assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
-    // SAFETY: a library of our own, without constructors that do anything.
+    // SAFETY: the library was just built from our own sources and has no constructors.
     unsafe { Library::new(&so) }.unwrap()
 }
 
-/// The board.
+/// The emulated GPU backend.
 pub struct Emulator {
     libraries: Arc<Libraries>,
-    /// What threads are recording.
-    recording: Mutex<HashMap<ThreadId, Vec<Step>>>,
+    /// Operations captured so far, by the thread that captures.
+    captured: Mutex<HashMap<ThreadId, Vec<Step>>>,
 }
 
 #[derive(Clone)]
 enum Step {
     Launch(Launch),
-    Product(Product),
+    Gemm(Gemm),
     Copy(u64, u64, usize),
     Zero(u64, usize),
 }
 
-static TURN: Mutex<()> = Mutex::new(());
+/// Held during a launch: fibers of a compiled source share its statics.
+static LAUNCHING: Mutex<()> = Mutex::new(());
 
 impl Emulator {
-    /// Tensor cores as one step, or by the shuffles that f32 takes.
+    /// A new backend. Tensor-core products are emulated as one step or, if `shuffles` is set, by the warp shuffles that
+    /// f32 kernels use.
     pub fn new(shuffles: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let libraries = Libraries { folder, shuffles, loaded: Mutex::default() };
-        Self { libraries: Arc::new(libraries), recording: Mutex::default() }
+        Self { libraries: Arc::new(libraries), captured: Mutex::default() }
     }
 
-    /// One for all tests, so that sources are compiled once.
+    /// The backend that tests share, so that each source is compiled once.
     pub fn shared() -> Arc<Self> {
         static SHARED: OnceLock<Arc<Emulator>> = OnceLock::new();
         SHARED.get_or_init(|| Arc::new(Self::new(false))).clone()
     }
 
-    fn do_or_record(&self, step: Step) {
-        if let Some(steps) = self.recording.lock().unwrap().get_mut(&current().id()) {
+    fn run_or_capture(&self, step: Step) {
+        if let Some(steps) = self.captured.lock().unwrap().get_mut(&current().id()) {
             return steps.push(step);
         }
         run(&self.libraries, &step);
@@ -104,17 +106,17 @@ impl Emulator {
 fn run(libraries: &Libraries, step: &Step) {
     match step {
         Step::Launch(l) => launch(&libraries.library(l.source), l),
-        Step::Product(p) => product(p),
-        // SAFETY: the memory is this board's or a tensor's, and has so many bytes.
+        Step::Gemm(p) => gemm(p),
+        // SAFETY: the memory is this backend's or a tensor's, and has `bytes` bytes.
         Step::Copy(from, to, bytes) => unsafe { std::ptr::copy(*from as *const u8, *to as *mut u8, *bytes) },
         // SAFETY: as above.
         Step::Zero(at, bytes) => unsafe { std::ptr::write_bytes(*at as *mut u8, 0, *bytes) },
     }
 }
 
-/// Runs a kernel of a compiled source, holding the launch against what it takes.
-pub fn launch(library: &Library, l: &Launch) {
-    let _turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
+/// Runs a kernel of a compiled source. Panics if the arguments are not those of the kernel, in number or size.
+fn launch(library: &Library, l: &Launch) {
+    let _launching = LAUNCHING.lock().unwrap_or_else(|e| e.into_inner());
     let name = l.kernel;
     // SAFETY: every kernel is exported with these signatures, and its arguments are checked against what it takes.
     unsafe {
@@ -130,24 +132,24 @@ pub fn launch(library: &Library, l: &Launch) {
     }
 }
 
-/// Reads a matrix, whatever its type and orientation, as `rows x columns` of f32.
-fn read(f: &Factor, narrow: Narrow, rows: usize, columns: usize) -> Vec<f32> {
+/// A factor as a row-major `rows x columns` matrix of f32.
+fn read(f: &Factor, element: ElementType, rows: usize, columns: usize) -> Vec<f32> {
     let at = |i: usize| {
         // SAFETY: strides say how far the factor goes.
         unsafe {
-            match narrow {
-                Narrow::F32 => *(f.pointer as *const f32).add(i),
-                Narrow::Bf16 => f32::from_bits(u32::from(*(f.pointer as *const u16).add(i)) << 16),
+            match element {
+                ElementType::F32 => *(f.pointer as *const f32).add(i),
+                ElementType::Bf16 => f32::from_bits(u32::from(*(f.pointer as *const u16).add(i)) << 16),
             }
         }
     };
-    let place = |r: usize, c: usize| if f.turned { c * f.stride + r } else { r * f.stride + c };
+    let place = |r: usize, c: usize| if f.transposed { c * f.stride + r } else { r * f.stride + c };
     (0..rows * columns).map(|i| at(place(i / columns, i % columns))).collect()
 }
 
-fn product(p: &Product) {
-    let a = read(&p.a, p.narrow, p.rows, p.depth);
-    let b = read(&p.b, p.narrow, p.depth, p.columns);
+fn gemm(p: &Gemm) {
+    let a = read(&p.a, p.element, p.rows, p.depth);
+    let b = read(&p.b, p.element, p.depth, p.columns);
     for i in 0..p.rows {
         let mut row = vec![0.0f32; p.columns];
         for k in 0..p.depth {
@@ -159,56 +161,56 @@ fn product(p: &Product) {
             let at = i * p.c_stride + j;
             // SAFETY: the stride says how far the result goes.
             unsafe {
-                match p.c_type {
-                    Narrow::F32 => {
+                match p.c_element {
+                    ElementType::F32 => {
                         let c = (p.c as *mut f32).add(at);
                         *c = if p.add { *c + sum } else { sum };
                     }
-                    Narrow::Bf16 => *(p.c as *mut u16).add(at) = rehearsal::lm::kernels::gemm::round_bf16(sum),
+                    ElementType::Bf16 => *(p.c as *mut u16).add(at) = rehearsal_kernels::gemm::round_bf16(sum),
                 }
             }
         }
     }
 }
 
-impl Board for Emulator {
-    fn allocate(&self, bytes: usize) -> Result<Memory> {
-        // What nobody has written is no number.
+impl GpuBackend for Emulator {
+    fn allocate(&self, bytes: usize) -> Result<DeviceMemory> {
+        // Uninitialised memory reads as NaN.
         let memory = vec![u64::MAX; bytes.div_ceil(8).max(1)];
-        Ok(Memory { pointer: memory.as_ptr() as u64, bytes, owner: Box::new(memory) })
+        Ok(DeviceMemory { pointer: memory.as_ptr() as u64, bytes, owner: Box::new(memory) })
     }
 
     fn zero(&self, pointer: u64, bytes: usize) -> Result<()> {
-        self.do_or_record(Step::Zero(pointer, bytes));
+        self.run_or_capture(Step::Zero(pointer, bytes));
         Ok(())
     }
 
     fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
-        self.do_or_record(Step::Copy(from, to, bytes));
+        self.run_or_capture(Step::Copy(from, to, bytes));
         Ok(())
     }
 
     fn upload(&self, from: &[u8], to: u64) -> Result<()> {
-        assert!(!self.recording.lock().unwrap().contains_key(&current().id()), "an upload cannot be recorded");
-        // SAFETY: the memory has so many bytes.
+        assert!(!self.captured.lock().unwrap().contains_key(&current().id()), "an upload cannot be captured");
+        // SAFETY: the memory has as many bytes.
         unsafe { std::ptr::copy(from.as_ptr(), to as *mut u8, from.len()) };
         Ok(())
     }
 
     fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
-        assert!(!self.recording.lock().unwrap().contains_key(&current().id()), "a download cannot be recorded");
-        // SAFETY: the memory has so many bytes.
+        assert!(!self.captured.lock().unwrap().contains_key(&current().id()), "a download cannot be captured");
+        // SAFETY: the memory has as many bytes.
         unsafe { std::ptr::copy(from as *const u8, to.as_mut_ptr(), to.len()) };
         Ok(())
     }
 
     fn launch(&self, launch: &Launch) -> Result<()> {
-        self.do_or_record(Step::Launch(launch.clone()));
+        self.run_or_capture(Step::Launch(launch.clone()));
         Ok(())
     }
 
-    fn product(&self, product: &Product) -> Result<()> {
-        self.do_or_record(Step::Product(*product));
+    fn gemm(&self, gemm: &Gemm) -> Result<()> {
+        self.run_or_capture(Step::Gemm(*gemm));
         Ok(())
     }
 
@@ -218,14 +220,15 @@ impl Board for Emulator {
         match &*storage {
             Storage::Cpu(CpuStorage::F32(data)) => Ok(data[from..].as_ptr() as u64),
             Storage::Cpu(CpuStorage::BF16(data)) => Ok(data[from..].as_ptr() as u64),
-            _ => bail!("the emulator works on f32 and bf16 on the CPU"),
+            Storage::Cpu(CpuStorage::U8(data)) => Ok(data[from..].as_ptr() as u64),
+            _ => bail!("the emulator works on f32, bf16 and u8 tensors on the CPU"),
         }
     }
 
-    fn record(&self, f: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn Recorded>> {
-        self.recording.lock().unwrap().insert(current().id(), Vec::new());
+    fn capture(&self, f: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn LaunchGraph>> {
+        self.captured.lock().unwrap().insert(current().id(), Vec::new());
         let result = f();
-        let steps = self.recording.lock().unwrap().remove(&current().id()).unwrap_or_default();
+        let steps = self.captured.lock().unwrap().remove(&current().id()).unwrap_or_default();
         result?;
         Ok(Box::new(Tape { libraries: self.libraries.clone(), steps }))
     }
@@ -236,16 +239,9 @@ struct Tape {
     steps: Vec<Step>,
 }
 
-impl Recorded for Tape {
-    fn run(&self) -> Result<()> {
+impl LaunchGraph for Tape {
+    fn replay(&self) -> Result<()> {
         self.steps.iter().for_each(|step| run(&self.libraries, step));
         Ok(())
     }
-}
-
-/// Compiles a text that stands by itself, for [`launch`].
-pub fn compile_text(name: &str, text: &str, kernels: &[&str]) -> Library {
-    let folder = tempfile::tempdir().unwrap();
-    let exports: String = kernels.iter().map(|k| format!("EXPORT({k})\n")).collect();
-    build(folder.path(), name, &format!("{HEADER}\n{text}\n{exports}"))
 }

@@ -1,4 +1,4 @@
-//! What runs on a GPU, without one: every kernel's source compiles for it, and computes what the CPU's kernels do.
+//! GPU code, tested without a GPU: every kernel's source compiles for one, and computes what the CPU kernels compute.
 
 mod compile;
 mod emulator;
@@ -6,10 +6,11 @@ mod models;
 
 pub use emulator::Emulator;
 
-/// The emulated board, or a loud skip.
-pub fn board() -> Option<std::sync::Arc<Emulator>> {
+/// The emulated GPU backend, or a skip with its reason.
+pub fn backend() -> Option<std::sync::Arc<Emulator>> {
     if emulator::compiler().is_none() {
-        crate::support::skipped!("no C++ compiler to run the GPU's kernels with");
+        let what = "no C++ compiler to run the GPU's kernels with";
+        crate::support::parts::skip(crate::support::parts::Part::Cxx, what);
         return None;
     }
     Some(Emulator::shared())

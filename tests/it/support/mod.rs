@@ -1,31 +1,44 @@
 //! Small jobs on the embedded model, in the process and as the real program.
 
+pub mod edit;
+pub mod parts;
 pub mod small;
+pub mod watch;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
 
+use rehearsal::algorithms::OnlineDpo;
+use rehearsal::driver::RolloutSettings;
 use rehearsal::store::{Preference, Store};
 use rehearsal::{CancellationToken, Config, Error, Job, Outcome, Reward};
 
-/// Says that a test was skipped and why, past the test runner, which hides what passing tests print.
-macro_rules! skipped {
-    ($($reason:tt)*) => {{
-        use std::io::Write;
-        let _ = writeln!(std::io::stderr(), "SKIPPED: {}", format_args!($($reason)*));
-    }};
-}
-pub(crate) use skipped;
+use self::parts::{Part, skip};
 
 /// A Python that has `transformers` and `torch` (`REHEARSAL_PYTHON`, or `python3`).
 pub fn python() -> Option<String> {
+    python_with(Part::Python, "transformers, torch")
+}
+
+/// A Python with some modules, separated by commas.
+pub fn python_with(part: Part, modules: &str) -> Option<String> {
     let python = std::env::var("REHEARSAL_PYTHON").unwrap_or_else(|_| "python3".into());
-    let found =
-        Command::new(&python).args(["-c", "import transformers, torch"]).output().is_ok_and(|o| o.status.success());
+    let import = format!("import {modules}");
+    let found = Command::new(&python).args(["-c", &import]).output().is_ok_and(|o| o.status.success());
     if !found {
-        skipped!("{python} has no transformers and torch; set REHEARSAL_PYTHON to one that has");
+        skip(part, format_args!("{python} cannot import {modules}; set REHEARSAL_PYTHON to one that can"));
     }
     found.then_some(python)
+}
+
+/// The rewards of [`toml`].
+pub const RULES: &str = "[reward]\nrules = [\"distinct_words\", \"ends_properly\"]\nweights = [0.1, 1.0]\n";
+
+/// A job's document with other sources of rewards in the place of its rules.
+pub fn rewarded_by(text: &str, sections: &str) -> String {
+    edit::replace_once(text, RULES, sections)
 }
 
 /// A job of a few seconds. `steps` and what `more` says (whole sections) can be chosen.
@@ -43,10 +56,7 @@ completions_per_prompt = 2
 max_new_tokens = 24
 temperature = 1.0
 
-[reward]
-rules = ["distinct_words", "ends_properly"]
-weights = [0.1, 1.0]
-
+{RULES}
 [optimizer]
 learning_rate = 1e-4
 warmup_steps = 2
@@ -57,6 +67,11 @@ warmup_steps = 2
 
 pub fn config(directory: &Path, steps: u64, more: &str) -> Config {
     Config::from_toml(&toml(directory, steps, more), Path::new(".")).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// `[rollout]` of an online DPO job.
+pub fn rollout(config: &mut Config) -> &mut RolloutSettings {
+    &mut config.algorithm_as_mut::<OnlineDpo>().expect("a job of online DPO").online.rollout
 }
 
 /// Runs a job in this process to its end.
@@ -75,6 +90,24 @@ pub fn resume(config: Config) -> Result<Outcome, Error> {
 
 pub fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Runtime::new().unwrap()
+}
+
+/// How long a test waits before it says what it waited for. No test passes because this is over.
+pub const PATIENCE: Duration = Duration::from_secs(600);
+
+/// A port that nobody listens on: not one of those that the system hands out, so that no other program gets it by chance
+/// before it is used.
+pub fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    const PORTS: std::ops::Range<u32> = 15_000..30_000;
+    let begin = std::process::id() * 64 % PORTS.len() as u32;
+    loop {
+        let n = u32::from(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = (PORTS.start + (begin + n) % PORTS.len() as u32) as u16;
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// The program itself.
@@ -107,6 +140,7 @@ pub struct Remains {
     pub step: u64,
     /// Weights, moments and the job's state with its counters, bit for bit.
     pub tensors: Vec<(String, Vec<u8>)>,
+    pub models: std::collections::BTreeMap<String, rehearsal::store::ModelCounters>,
     pub state: Vec<u8>,
     pub ledger: Vec<Preference>,
     /// Steps of the history, without durations.
@@ -129,6 +163,7 @@ impl Remains {
         Self {
             step: checkpoint.step,
             tensors: checkpoint.tensors.into_iter().map(|t| (t.name, t.data)).collect(),
+            models: checkpoint.models,
             state: checkpoint.state,
             ledger: store.preferences().unwrap().map(|p| timeless(p.unwrap())).collect(),
             history: history.lines().map(row).collect(),
@@ -150,6 +185,7 @@ impl Remains {
             assert_eq!(a, b);
         }
         assert_eq!(self.history.len(), other.history.len());
+        assert_eq!(self.models, other.models);
         assert!(self.state == other.state, "the job's state differs");
     }
 }

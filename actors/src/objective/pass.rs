@@ -1,0 +1,204 @@
+//! The forward and backward passes of one optimizer step.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Tensor, Var};
+use rehearsal_lm::{Batch, Decoder, Forward, Gradients, Recording};
+use tokio_util::sync::CancellationToken;
+
+use crate::micro_batch::micro_batches;
+use crate::{Error, Result};
+
+/// Means of a step's statistics by name.
+pub type Stats = BTreeMap<&'static str, f64>;
+
+/// Wall time of the phases of an optimizer step.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct StepTimes {
+    /// Forward passes and losses.
+    pub forward: Duration,
+    pub backward: Duration,
+    /// Gradient clipping, the optimizer's update, merging of adapters and weight averaging.
+    pub optimizer: Duration,
+}
+
+impl StepTimes {
+    /// Adds the times of another step.
+    pub fn add(&mut self, other: &StepTimes) {
+        self.forward += other.forward;
+        self.backward += other.backward;
+        self.optimizer += other.optimizer;
+    }
+}
+
+/// Gives an [`Objective`](crate::Objective) access to the model, and accumulates loss, gradients and statistics over
+/// the micro-batches of one optimizer step.
+pub struct Pass<'a> {
+    decoder: &'a Decoder,
+    temperature: f64,
+    micro_batch_tokens: usize,
+    cancel: &'a CancellationToken,
+    /// Activations that generation kept of completions sampled with the current weights.
+    recording: Option<Recording>,
+    pub(crate) gradients: Gradients,
+    loss: f64,
+    tokens: usize,
+    times: StepTimes,
+    /// Sum and count of each statistic.
+    sums: BTreeMap<&'static str, (f64, f64)>,
+}
+
+impl<'a> Pass<'a> {
+    /// Starts the passes of a step. Without a `recording`, every forward pass is computed.
+    pub(crate) fn new(
+        decoder: &'a Decoder,
+        temperature: f64,
+        micro_batch_tokens: usize,
+        cancel: &'a CancellationToken,
+        recording: Option<Recording>,
+    ) -> Self {
+        Self {
+            decoder,
+            temperature,
+            micro_batch_tokens,
+            cancel,
+            recording,
+            gradients: Gradients::default(),
+            loss: 0.0,
+            tokens: 0,
+            times: StepTimes::default(),
+            sums: BTreeMap::new(),
+        }
+    }
+
+    /// The model that is trained.
+    pub fn decoder(&self) -> &'a Decoder {
+        self.decoder
+    }
+
+    /// The temperature at which the step computes log-probabilities, above 0: the one that completions were sampled at.
+    pub fn temperature(&self) -> f64 {
+        self.temperature
+    }
+
+    /// Whether the step was cancelled. [`Pass::micro_batches`] checks it before each micro-batch.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancel.is_cancelled()
+    }
+
+    /// Splits `items` into micro-batches: consecutive items that together have at most the configured number of tokens
+    /// (`size` gives the tokens of one item), and at least one item. An item is never split.
+    ///
+    /// The iterator yields [`Error::Cancelled`] in place of a micro-batch once the step is cancelled.
+    pub fn micro_batches<'i, T, F>(
+        &self,
+        items: &'i [T],
+        size: F,
+    ) -> impl Iterator<Item = Result<&'i [T]>> + use<'a, 'i, T, F>
+    where
+        F: Fn(&T) -> usize,
+    {
+        let cancel = self.cancel;
+        let checked = move |batch| if cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(batch) };
+        micro_batches(items, self.micro_batch_tokens, move |_, item| size(item)).map(checked)
+    }
+
+    /// Adds to a statistic, whose value for the step is the sum of all `sum`s divided by the sum of all `count`s, or 0
+    /// where nothing was counted.
+    pub fn add(&mut self, name: &'static str, sum: f64, count: usize) {
+        let entry = self.sums.entry(name).or_default();
+        entry.0 += sum;
+        entry.1 += count as f64;
+    }
+
+    /// [`Pass::micro_step`] on log-probabilities of completions, with the activations that generation kept of them where
+    /// there are any. Results are the same bits either way; only the forward pass is saved.
+    ///
+    /// `loss` gets the output of [`Decoder::forward`] at the step's temperature: `[batch.scored()]`, and as many
+    /// entropies behind them if the batch asks for entropies. `last` says that this is the last call of the step, after
+    /// which the kept activations are freed layer by layer.
+    pub fn completions_step(
+        &mut self,
+        batch: &Batch,
+        last: bool,
+        loss: impl FnOnce(&mut Self, &Tensor) -> Result<Tensor>,
+    ) -> Result<()> {
+        let recording = if last { self.recording.take() } else { self.recording.clone() };
+        let forward = |model: &'a Decoder, temperature| match recording {
+            Some(recording) => model.forward_recalled(batch, temperature, recording),
+            None => model.forward(batch, temperature),
+        };
+        self.micro_step(batch.tokens(), forward, loss)
+    }
+
+    /// Runs forward pass, loss and backward pass of one micro-batch of `tokens` tokens.
+    ///
+    /// `forward` is given the model and the step's temperature and calls [`Decoder::forward`] or
+    /// [`Decoder::forward_values`]. `loss` is given the output of the forward pass as a variable, f32 on the model's
+    /// device, `[batch.scored()]` or `[batch.rows()]`; it returns the micro-batch's share of the step's loss, a scalar
+    /// that depends on that variable.
+    ///
+    /// # Errors
+    ///
+    /// [`rehearsal_lm::Error::NoGradient`] if the returned loss does not depend on the model's output, and the errors of
+    /// `forward` and `loss`.
+    pub fn micro_step(
+        &mut self,
+        tokens: usize,
+        forward: impl FnOnce(&'a Decoder, f64) -> rehearsal_lm::Result<Forward<'a>>,
+        loss: impl FnOnce(&mut Self, &Tensor) -> Result<Tensor>,
+    ) -> Result<()> {
+        let start = Instant::now();
+        let forward = forward(self.decoder, self.temperature)?;
+        let output = Var::from_tensor(&forward.output())?;
+        let loss = loss(self, &output)?;
+        self.loss += loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        self.tokens += tokens;
+        self.times.forward += start.elapsed();
+
+        let start = Instant::now();
+        let grad = loss.backward()?.remove(&output);
+        let grad = grad.ok_or_else(|| rehearsal_lm::Error::NoGradient("(the model's output)".into()))?;
+        forward.backward(&grad, &mut self.gradients)?;
+        self.times.backward += start.elapsed();
+        Ok(())
+    }
+
+    /// The loss so far: the sum of the micro-batches' shares.
+    pub fn loss(&self) -> f64 {
+        self.loss
+    }
+
+    /// Tokens that went through forward and backward passes so far.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Wall time of the forward and backward passes so far.
+    pub fn times(&self) -> StepTimes {
+        self.times
+    }
+
+    /// The statistics' means so far.
+    pub fn stats(&self) -> Stats {
+        self.sums.iter().map(|(name, (sum, n))| (*name, if *n > 0.0 { sum / n } else { 0.0 })).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tests::tiny_model;
+
+    #[test]
+    fn a_cancelled_step_has_no_more_micro_batches() {
+        let decoder = tiny_model().trainable(&candle_core::Device::Cpu, DType::F32).unwrap();
+        let cancel = CancellationToken::new();
+        let pass = Pass::new(&decoder, 1.0, 1, &cancel, None);
+        let mut batches = pass.micro_batches(&[1, 1], |n| *n);
+        assert!(batches.next().unwrap().is_ok());
+        cancel.cancel();
+        assert!(matches!(batches.next(), Some(Err(Error::Cancelled))));
+    }
+}

@@ -1,0 +1,163 @@
+//! Trained models as checkpoints hold them: the names of their tensors, and the way into the store and back.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor, Var};
+use rehearsal_lm::{Checkpoint, Parameters};
+use rehearsal_store::{LoadedCheckpoint, ModelCounters, OwnedTensor, Repair, Store};
+
+use crate::{Error, LoraInit, Result};
+
+/// Kind of the tensors that are trained: the model's weights, or its adapters.
+const WEIGHTS: &str = "weights";
+/// Kind of the exponential moving averages of the trained tensors.
+const AVERAGE: &str = "average";
+
+/// Names that the store uses for the types of tensors.
+const DTYPES: [(DType, &str); 4] = [(DType::F32, "F32"), (DType::F64, "F64"), (DType::BF16, "BF16"), (DType::U8, "U8")];
+
+/// The weights and the optimizer state of a trained model.
+///
+/// The tensors share storage with the model: save them before its next step.
+#[derive(Clone, Default)]
+pub struct ModelSnapshot {
+    /// Number of updates of the weights.
+    pub version: u64,
+    /// Steps of the optimizer.
+    pub optimizer_steps: u64,
+    /// `weights.NAME`, the optimizer's `exp_avg.NAME` and `exp_avg_sq.NAME`, and `average.NAME` where weights are
+    /// averaged. `NAME` is the parameter's name in Hugging Face's files, or the adapter's in PEFT's.
+    pub tensors: BTreeMap<String, Tensor>,
+}
+
+impl ModelSnapshot {
+    /// A snapshot of trained tensors, their averages if there are any, and the state of their optimizer.
+    pub(crate) fn new(
+        version: u64,
+        optimizer_steps: u64,
+        trained: &BTreeMap<String, Var>,
+        average: Option<&Parameters>,
+        optimizer: BTreeMap<String, Tensor>,
+    ) -> Self {
+        let mut tensors = optimizer;
+        tensors.extend(trained.iter().map(|(name, var)| (format!("{WEIGHTS}.{name}"), var.as_detached_tensor())));
+        let average = average.into_iter().flatten();
+        tensors.extend(average.map(|(name, tensor)| (format!("{AVERAGE}.{name}"), tensor.clone())));
+        Self { version, optimizer_steps, tensors }
+    }
+
+    /// A trained tensor.
+    pub(crate) fn weight(&self, name: &str) -> Result<&Tensor> {
+        self.tensor(WEIGHTS, name)
+    }
+
+    /// The average of a trained tensor.
+    pub(crate) fn average(&self, name: &str) -> Result<&Tensor> {
+        self.tensor(AVERAGE, name)
+    }
+
+    fn tensor(&self, kind: &str, name: &str) -> Result<&Tensor> {
+        let name = format!("{kind}.{name}");
+        self.tensors.get(&name).ok_or_else(|| Error::Checkpoint(format!("a model's snapshot has no tensor `{name}`")))
+    }
+
+    /// Puts the snapshot's weights, or their averages where there are any, into the model that the training started
+    /// from. `lora` is what its adapters started from, if adapters were trained; they are merged into the weights.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Checkpoint`] if the snapshot lacks one of the model's parameters or adapters.
+    pub fn apply_to(&self, checkpoint: &mut Checkpoint, lora: Option<&LoraInit>) -> Result<()> {
+        let averaged = self.tensors.keys().any(|name| name.split_once('.').is_some_and(|(kind, _)| kind == AVERAGE));
+        let kind = if averaged { AVERAGE } else { WEIGHTS };
+        match lora {
+            Some(start) => {
+                let lora = start.load(checkpoint, &Device::Cpu)?;
+                for (name, var) in lora.variables() {
+                    var.set(self.tensor(kind, name)?)?;
+                }
+                let merged = lora.merged(checkpoint, &Device::Cpu)?;
+                checkpoint.parameters.extend(merged);
+            }
+            None => {
+                let of = |name: String| {
+                    let tensor = self.tensor(kind, &name)?.clone();
+                    Ok((name, tensor))
+                };
+                let names: Vec<String> = checkpoint.parameters.keys().cloned().collect();
+                checkpoint.parameters = names.into_iter().map(of).collect::<Result<_>>()?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn counters(&self) -> ModelCounters {
+        ModelCounters { version: self.version, optimizer_steps: self.optimizer_steps }
+    }
+}
+
+/// A checkpoint read back from the store.
+pub struct Restored {
+    /// Number of steps done.
+    pub step: u64,
+    /// The trained models by role.
+    pub models: BTreeMap<String, ModelSnapshot>,
+    /// The job's own state, as it was saved.
+    pub state: Vec<u8>,
+}
+
+impl Restored {
+    /// Reads the newest undamaged checkpoint of a store, and a note for each newer one that is damaged.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Store`] if the store cannot be read, [`Error::Checkpoint`] if a tensor belongs to none of the
+    /// checkpoint's models or has a type that models do not have.
+    pub fn latest(store: &Store) -> Result<(Option<Self>, Vec<Repair>)> {
+        let (latest, repairs) = store.latest_checkpoint()?;
+        Ok((latest.map(Self::from_store).transpose()?, repairs))
+    }
+
+    fn from_store(loaded: LoadedCheckpoint) -> Result<Self> {
+        let empty = |counters: ModelCounters| ModelSnapshot {
+            version: counters.version,
+            optimizer_steps: counters.optimizer_steps,
+            tensors: BTreeMap::new(),
+        };
+        let mut models: BTreeMap<_, _> = loaded.models.into_iter().map(|(role, c)| (role, empty(c))).collect();
+        for t in loaded.tensors {
+            let model = t.name.split_once('.').and_then(|(role, name)| Some((models.get_mut(role)?, name.to_string())));
+            let Some((model, name)) = model else {
+                return Err(Error::Checkpoint(format!(
+                    "tensor `{}` of the checkpoint of step {} belongs to none of its models",
+                    t.name, loaded.step
+                )));
+            };
+            model.tensors.insert(name, from_store(&t)?);
+        }
+        Ok(Self { step: loaded.step, models, state: loaded.state })
+    }
+}
+
+/// The name of a model's tensor in a checkpoint: `ROLE.KIND.NAME`.
+pub(crate) fn stored_name(role: &str, tensor: &str) -> String {
+    format!("{role}.{tensor}")
+}
+
+/// The store's name of a tensor's type.
+pub(crate) fn stored_dtype(name: &str, dtype: DType) -> Result<&'static str> {
+    let found = DTYPES.iter().find(|(d, _)| *d == dtype).map(|(_, stored)| *stored);
+    found.ok_or_else(|| unstored_type(name, dtype))
+}
+
+/// The error for a tensor of a type that checkpoints do not hold.
+pub(crate) fn unstored_type(name: &str, dtype: DType) -> Error {
+    Error::Checkpoint(format!("tensor `{name}` has the type {dtype:?}, which checkpoints do not hold"))
+}
+
+fn from_store(t: &OwnedTensor) -> Result<Tensor> {
+    let Some((dtype, _)) = DTYPES.iter().find(|(_, stored)| *stored == t.dtype) else {
+        return Err(Error::Checkpoint(format!("tensor `{}` has the unknown type {}", t.name, t.dtype)));
+    };
+    Ok(Tensor::from_raw_buffer(&t.data, *dtype, &t.shape, &Device::Cpu)?)
+}

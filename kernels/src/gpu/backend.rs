@@ -1,0 +1,89 @@
+//! What a GPU provides: memory, launches, matrix products, and sequences of launches that are captured and replayed.
+
+use std::any::Any;
+
+use candle_core::{Result, Tensor};
+
+use super::source::{ElementType, Source};
+
+/// Memory on a device. Dropping it frees the memory in stream order.
+pub struct DeviceMemory {
+    pub pointer: u64,
+    pub bytes: usize,
+    /// The value whose destructor frees the memory.
+    pub owner: Box<dyn Any + Send + Sync>,
+}
+
+/// One argument of a kernel: its bytes, as the kernel reads them.
+#[derive(Debug, Clone)]
+pub struct Argument(pub Vec<u8>);
+
+/// A kernel launch.
+#[derive(Debug, Clone)]
+pub struct Launch {
+    /// The compiled source that has the kernel.
+    pub source: Source,
+    pub kernel: &'static str,
+    pub grid: (u32, u32),
+    pub block: (u32, u32),
+    /// Bytes of dynamic shared memory per block.
+    pub shared: u32,
+    pub arguments: Vec<Argument>,
+}
+
+/// A factor of a [`Gemm`]: element `(r, c)` is at `pointer + (r * stride + c) * bytes`, or, if transposed, at
+/// `pointer + (c * stride + r) * bytes`.
+#[derive(Debug, Clone, Copy)]
+pub struct Factor {
+    pub pointer: u64,
+    pub stride: usize,
+    pub transposed: bool,
+}
+
+/// A matrix product `c = a · b`, or `c += a · b` if `add` is set, with f32 sums.
+///
+/// `a` is `[rows, depth]` and `b` is `[depth, columns]`, both of type `element`; `c` is `[rows, columns]` of type
+/// `c_element`, its rows `c_stride` elements apart.
+#[derive(Debug, Clone, Copy)]
+pub struct Gemm {
+    pub rows: usize,
+    pub depth: usize,
+    pub columns: usize,
+    pub element: ElementType,
+    pub a: Factor,
+    pub b: Factor,
+    pub c: u64,
+    pub c_stride: usize,
+    pub c_element: ElementType,
+    pub add: bool,
+}
+
+/// A GPU with one stream: operations run in the order of the calls.
+pub trait GpuBackend: Send + Sync {
+    /// Allocates memory, which is not initialised.
+    fn allocate(&self, bytes: usize) -> Result<DeviceMemory>;
+    /// Sets bytes to zero.
+    fn zero(&self, pointer: u64, bytes: usize) -> Result<()>;
+    /// Copies bytes on the device.
+    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()>;
+    /// Copies bytes from the host to the device.
+    fn upload(&self, from: &[u8], to: u64) -> Result<()>;
+    /// Copies bytes from the device to the host, after all earlier operations.
+    fn download(&self, from: u64, to: &mut [u8]) -> Result<()>;
+    /// Launches a kernel, whose source is compiled if this is its first launch.
+    fn launch(&self, launch: &Launch) -> Result<()>;
+    /// Computes a matrix product.
+    fn gemm(&self, gemm: &Gemm) -> Result<()>;
+    /// The address of the first element of a contiguous tensor on this device. The caller may write there only if nothing
+    /// else uses the tensor.
+    fn tensor(&self, tensor: &Tensor) -> Result<u64>;
+    /// Captures the operations that `f` asks for, without running them, to be replayed. `f` must not allocate, and must
+    /// not copy to or from the host.
+    fn capture(&self, f: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn LaunchGraph>>;
+}
+
+/// A captured sequence of operations.
+pub trait LaunchGraph: Send {
+    /// Runs the sequence once.
+    fn replay(&self) -> Result<()>;
+}

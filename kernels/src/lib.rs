@@ -1,0 +1,32 @@
+//! Kernels of Rehearsal: CPU kernels over plain slices, the GPU backend, and counter-based random numbers.
+//!
+//! This crate knows no model, objective, actor, store or log. It reads one clock: an idle worker of a
+//! [thread team](team) spins, yields and then parks by elapsed time, which changes no result.
+//!
+//! CPU kernels are deterministic, batch-invariant, and give the same bits on every instruction set. Three rules make
+//! every promise about reproducibility true from here up:
+//!
+//! 1. An element of a matrix product is **one chain of fused multiply-adds in the order of the summed index**. Tiles,
+//!    threads and the batch decide who computes a chain, never its order.
+//! 2. A reduction over a row runs over sixteen fixed lanes and combines them in a fixed tree.
+//! 3. Work is split between threads by output element, never by summand.
+//!
+//! A fused multiply-add rounds once everywhere, so AVX2, AVX-512, NEON and the portable code agree bit for bit.
+//!
+//! Parallel loops of the CPU kernels are split by [`team`] alone.
+
+pub mod activation;
+pub mod attention;
+pub mod gemm;
+pub mod gpu;
+pub mod head;
+mod isa;
+pub mod math;
+pub mod norm;
+pub mod random;
+pub mod rope;
+mod shared;
+pub mod team;
+
+pub use isa::Isa;
+pub use shared::Shared;

@@ -1,0 +1,77 @@
+//! Rounds of offline learning on the policy's own completions, each from where the last one ended.
+//!
+//! A round is a step: the reference of a round is the policy at its beginning, so its log-probabilities are taken before
+//! the first update and no second copy of the weights is needed.
+
+use std::time::Instant;
+
+use rehearsal_actors::{Group, PairTokens, Pairs};
+use rehearsal_learn::pairs::Pair;
+
+use super::minibatches::{UpdateSettings, minibatches};
+use super::online::OnlineSettings;
+use super::pairs::{log_preferences, pair_stats, pair_tokens, tokens};
+use super::preference::LossSettings;
+use crate::driver::{Rollouts, Run, Step, Updates, rollout_stats};
+use crate::error::{Error, Result};
+use crate::summary::Seconds;
+
+/// Sections of an algorithm that learns in rounds.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct RoundSettings {
+    pub online: OnlineSettings,
+    pub loss: LossSettings,
+    pub update: UpdateSettings,
+}
+
+/// One round; `choose` gives the pairs of a prompt.
+pub async fn round(
+    run: &mut Run,
+    rollouts: &Rollouts,
+    settings: &RoundSettings,
+    choose: impl Fn(&Run, &Group) -> Vec<Pair>,
+) -> Result<Step> {
+    let mut seconds = Seconds::default();
+    let (version, learning_rate) = (run.version(), run.learning_rate());
+    let temperature = settings.online.rollout.temperature();
+
+    // 1. The round's completions, all from the current policy, with their scores.
+    let prompts = rollouts.draw(run);
+    let mut groups = rollouts.collect(run, &prompts, &mut seconds).await?;
+    let mut stats = rollout_stats(&groups);
+
+    // 2. The pairs of each prompt; every comparison goes into the ledger.
+    let chosen: Vec<Vec<Pair>> = groups.iter().map(|g| choose(run, g)).collect();
+    let first = chosen.iter().map(|pairs| pairs.first().copied());
+    log_preferences(run, rollouts, &prompts, &groups, first).await?;
+
+    // 3. The reference of the round is the policy before its first update. Its log-probabilities are the trainer's, which
+    //    on the CPU are the sampler's, to the bit.
+    let before = Instant::now();
+    let all = groups.iter().flat_map(|g| g.completions.iter().map(|c| tokens(&prompts, g, c))).collect();
+    let mut logprobs = rollouts.policy.logprobs(all, temperature).await?.into_iter();
+    for completion in groups.iter_mut().flat_map(|g| &mut g.completions) {
+        let missing = || Error::Internal("the policy returned fewer log-probabilities than completions".into());
+        completion.ref_logprobs = logprobs.next().ok_or_else(missing)?;
+    }
+    seconds.policy += before.elapsed().as_secs_f64();
+
+    // 4. Epochs of minibatches over the pairs.
+    let pairs: Vec<PairTokens> =
+        groups.iter().zip(&chosen).flat_map(|(g, pairs)| pairs.iter().map(|p| pair_tokens(&prompts, g, *p))).collect();
+    let mut updates = Updates::default();
+    for part in minibatches(run.common.job.seed, run.state.step, pairs.len(), settings.update) {
+        let pairs = part.into_iter().map(|i| pairs[i].clone()).collect();
+        let objective = Pairs { pairs, loss: settings.loss.preference };
+        updates.add(run.learn(objective, learning_rate, temperature).await?);
+    }
+
+    let made: Vec<Option<Pair>> = chosen
+        .iter()
+        .flat_map(|pairs| if pairs.is_empty() { vec![None] } else { pairs.iter().copied().map(Some).collect() })
+        .collect();
+    stats.extend(pair_stats(&made));
+    stats.insert("minibatches", updates.count() as f64);
+    let summary = updates.summary(stats, seconds, learning_rate, version);
+    Ok(settings.online.step(summary, &groups, prompts.len()))
+}

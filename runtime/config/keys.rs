@@ -1,0 +1,124 @@
+//! The visit of all keys: who visits, what is left behind.
+
+use std::path::{Path, PathBuf};
+
+use super::document::Document;
+use super::problem::Problem;
+use super::range::Range;
+use super::section::Section;
+use super::stages::Earlier;
+
+/// Typed settings of one or more sections.
+///
+/// [`Settings::visit`] names every key once, with the field that holds its value, its range and its help. Fields have
+/// their default values before a visit and the configured ones after it.
+pub trait Settings {
+    /// Visits every key, and reports values that contradict one another.
+    fn visit(&mut self, keys: &mut Keys);
+}
+
+/// Whether a key may differ when a job is resumed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// Changes results. It is part of the job's fingerprint: a resumed job must have the same value.
+    Result,
+    /// Names a file or model whose content is part of the fingerprint, wherever it lies.
+    Content,
+    /// Changes speed, memory, limits, or how long the job goes on. It may differ on resume.
+    Speed,
+}
+
+/// What a key holds.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Kind {
+    Number(Range),
+    Integer(Range),
+    Flag,
+    Text,
+    Choice(Vec<&'static str>),
+    Texts,
+    Numbers,
+}
+
+/// A key as a visit found it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Key {
+    pub section: &'static str,
+    pub name: &'static str,
+    pub kind: Kind,
+    /// The default as the reference shows it.
+    pub default: String,
+    /// The values that may be given, in words.
+    pub values: String,
+    pub help: &'static str,
+    pub effect: Effect,
+    /// The value as TOML; `None` where a key without a default has none.
+    pub value: Option<String>,
+}
+
+/// A visit under way: the document that is read, if any, and what was found.
+#[derive(Default)]
+pub struct Keys {
+    pub(super) document: Document,
+    /// Folder that paths in the document are relative to.
+    pub(super) base: PathBuf,
+    pub(super) earlier: Earlier,
+    pub problems: Vec<Problem>,
+    pub all: Vec<Key>,
+}
+
+impl Keys {
+    /// A visit that reads a document whose paths are relative to `base`; models of `earlier` stages may be named.
+    pub(crate) fn reading(document: Document, base: &Path, earlier: Earlier) -> Self {
+        Self { document, base: base.into(), earlier, ..Self::default() }
+    }
+
+    /// A section; it may be absent from the document.
+    pub fn section(&mut self, name: &'static str) -> Section<'_> {
+        Section::new(self, name)
+    }
+
+    /// Reports every section and key of the document that was not visited.
+    pub fn report_unknown(&mut self) {
+        let known: Vec<_> = self.all.iter().map(|key| (key.section, key.name)).collect();
+        let unknown = self.document.unknown(&known);
+        self.problems.extend(unknown);
+    }
+
+    /// The keys that were visited, each once, section by section in the order in which sections were first visited.
+    pub fn by_section(&self) -> Vec<(&'static str, Vec<&Key>)> {
+        let mut sections: Vec<(&'static str, Vec<&Key>)> = Vec::new();
+        for key in &self.all {
+            let at = sections.iter().position(|(name, _)| *name == key.section).unwrap_or_else(|| {
+                sections.push((key.section, Vec::new()));
+                sections.len() - 1
+            });
+            if !sections[at].1.iter().any(|k| k.name == key.name) {
+                sections[at].1.push(key);
+            }
+        }
+        sections
+    }
+
+    /// `section.key` and value of every key that changes results, each once, in the order of names.
+    pub fn fingerprint(&self) -> Vec<(String, String)> {
+        let relevant = self.all.iter().filter(|key| key.effect == Effect::Result);
+        let line = |key: &Key| (format!("{}.{}", key.section, key.name), key.value.clone().unwrap_or("none".into()));
+        let lines: std::collections::BTreeMap<_, _> = relevant.map(line).collect();
+        lines.into_iter().collect()
+    }
+
+    /// The visited values as a TOML document. Reading it gives the same settings.
+    pub fn toml(&self) -> String {
+        let mut out = String::new();
+        for (section, keys) in self.by_section() {
+            let lines: Vec<String> =
+                keys.iter().filter_map(|key| Some(format!("{} = {}\n", key.name, key.value.as_ref()?))).collect();
+            if !lines.is_empty() {
+                let apart = if out.is_empty() { "" } else { "\n" };
+                out.push_str(&format!("{apart}[{section}]\n{}", lines.concat()));
+            }
+        }
+        out
+    }
+}

@@ -1,0 +1,82 @@
+//! What an algorithm is: settings, loading, roles, steps.
+
+use std::any::Any;
+use std::fmt::Debug;
+
+use rehearsal_learn::reward::Normalisation;
+
+use super::loader::Loader;
+use super::run::Run;
+use super::starter::Starter;
+use super::stats::Step;
+use crate::config::{Keys, Settings};
+use crate::error::Result;
+use crate::futures::BoxFuture;
+use crate::metrics::Metric;
+use crate::settings::Common;
+use crate::summary::Evaluation;
+
+/// The settings of an algorithm, from which it is loaded.
+///
+/// A new algorithm implements this, [`LoadedAlgorithm`] and [`Algorithm`] in a file of its own and is named in one line
+/// of the registry.
+pub trait AlgorithmSettings: Settings + Debug + Send + Sync {
+    /// Reports values that contradict those of other sections.
+    fn check(&self, _common: &Common, _keys: &mut Keys) {}
+
+    /// Whether it needs a source of rewards.
+    fn needs_reward(&self) -> bool {
+        false
+    }
+
+    /// Whether it trains a reward model rather than a policy.
+    fn trains_reward_model(&self) -> bool {
+        false
+    }
+
+    /// The metrics that it alone reports: a gauge for each statistic of its steps that no other algorithm has.
+    fn metrics(&self) -> &'static [Metric] {
+        &[]
+    }
+
+    /// Reads the models and data it needs. Blocking; nothing has been written yet.
+    fn load(&self, loader: &mut Loader<'_>) -> Result<Box<dyn LoadedAlgorithm>>;
+
+    /// A copy.
+    fn boxed(&self) -> Box<dyn AlgorithmSettings>;
+
+    /// The settings as their own type.
+    fn as_any(&self) -> &dyn Any;
+
+    /// The settings as their own type, for a program that builds a job.
+    fn as_any_mut(&mut self) -> &mut dyn Any;
+}
+
+impl Clone for Box<dyn AlgorithmSettings> {
+    fn clone(&self) -> Self {
+        self.boxed()
+    }
+}
+
+/// An algorithm whose models and data are read.
+pub trait LoadedAlgorithm: Send {
+    /// Starts the roles it needs.
+    fn start<'a>(self: Box<Self>, starter: &'a mut Starter<'_>) -> BoxFuture<'a, Result<Box<dyn Algorithm>>>;
+}
+
+/// A running algorithm: the roles it was given, and one step. Whatever happens between steps belongs to the driver.
+///
+/// A step must be a function of the state, the logged completions and the configuration: after a kill it is taken again
+/// from the last checkpoint.
+pub trait Algorithm: Send {
+    /// Evaluates on held-out prompts or rows; `None` where nothing is held out.
+    fn evaluate<'a>(&'a mut self, run: &'a mut Run) -> BoxFuture<'a, Result<Option<Evaluation>>>;
+
+    /// Takes one step: draws data, updates the trained models, and returns what the step was like.
+    fn step<'a>(&'a mut self, run: &'a mut Run) -> BoxFuture<'a, Result<Step>>;
+
+    /// After the last step: what the scores of a trained reward model are normalised by, if they are.
+    fn normalisation<'a>(&'a mut self, _run: &'a mut Run) -> BoxFuture<'a, Result<Option<Normalisation>>> {
+        Box::pin(async { Ok(None) })
+    }
+}

@@ -1,0 +1,206 @@
+//! What an algorithm may read before its job begins, and what a resumed job must have in common.
+
+use std::sync::Arc;
+
+use candle_core::DType;
+use rehearsal_actors::MaskedSequence;
+use rehearsal_lm::{Checkpoint, HeadKind};
+
+use crate::config::ModelSource;
+use crate::data::{DataSettings, Dropped, Prompts, PromptsSettings, RowReader, Rows};
+use crate::error::{At, Result};
+use crate::models::ModelCache;
+use crate::rewards::{LoadedReward, RewardInputs, RewardSource};
+use crate::settings::Common;
+
+/// Reads models, data and sources of rewards. Nothing is written before all of it has succeeded.
+pub struct Loader<'a> {
+    pub common: &'a Common,
+    rewards: &'a [Box<dyn RewardSource>],
+    models: ModelCache,
+    policy: Arc<Checkpoint>,
+    loaded: Loaded,
+}
+
+/// What was read beside the algorithm's own inputs.
+pub struct Loaded {
+    /// The start of the policy, rounded to `model.dtype`. The trained copy is f32.
+    pub policy: Arc<Checkpoint>,
+    /// Sources of rewards, in the order in which their scores are added.
+    pub rewards: Vec<Box<dyn LoadedReward>>,
+    /// Rows or prompts to train on.
+    pub rows: usize,
+    pub dropped: Dropped,
+    /// Steps of the job, where it counts epochs.
+    pub steps: Option<u64>,
+    /// Hashes of everything that was read, by name.
+    pub fingerprint: Vec<(String, String)>,
+    /// Average length of a prompt in tokens, rounded up.
+    pub prompt_tokens: u64,
+}
+
+impl<'a> Loader<'a> {
+    /// Loads the policy's start.
+    pub fn new(common: &'a Common, rewards: &'a [Box<dyn RewardSource>]) -> Result<Self> {
+        let mut models = ModelCache::default();
+        let policy = models.load(&common.model.policy())?;
+        let mut fingerprint = vec![("model.policy, its weights".to_string(), policy.fingerprint()?)];
+        if let Some(adapter) = &common.lora.adapter {
+            let weights = adapter.join("adapter_model.safetensors");
+            let bytes = std::fs::read(&weights).at(&weights)?;
+            fingerprint.push(("lora.adapter, its weights".into(), blake3::hash(&bytes).to_hex()[..16].into()));
+        }
+        let loaded = Loaded {
+            policy: frozen(common, &policy)?,
+            rewards: Vec::new(),
+            rows: 0,
+            dropped: Dropped::default(),
+            steps: None,
+            fingerprint,
+            prompt_tokens: 0,
+        };
+        Ok(Self { common, rewards, models, policy, loaded })
+    }
+
+    /// What was read, once the algorithm has its own.
+    pub fn finish(self) -> Loaded {
+        self.loaded
+    }
+
+    /// The start of the policy, rounded to `model.dtype`. The trained copy is f32.
+    pub fn policy(&self) -> Arc<Checkpoint> {
+        self.loaded.policy.clone()
+    }
+
+    /// The reference; the policy's own copy where it is the same model.
+    pub fn reference(&mut self) -> Result<Arc<Checkpoint>> {
+        let reference = self.models.load(&self.common.model.reference())?;
+        let (a, b) = (self.policy.architecture.vocab, reference.architecture.vocab);
+        if a != b {
+            let message =
+                format!("the reference has a vocabulary of {b}, the policy of {a}; they must share their tokenizer");
+            return Err(rehearsal_lm::Error::Config(message).into());
+        }
+        self.loaded.fingerprint.push(("model.reference, its weights".into(), reference.fingerprint()?));
+        if Arc::ptr_eq(&reference, &self.policy) { Ok(self.policy()) } else { frozen(self.common, &reference) }
+    }
+
+    /// The policy's start under a score head: a reward model to train.
+    pub fn reward_model(&mut self) -> Result<Arc<Checkpoint>> {
+        let model = scored(self.common, &self.policy)?;
+        self.loaded.fingerprint.push(("critic, its weights".into(), model.fingerprint()?));
+        Ok(model)
+    }
+
+    /// A critic: the named model, or the first reward model that has the policy's tokenizer, or the policy, under a score
+    /// head.
+    pub fn critic(
+        &mut self,
+        named: Option<&ModelSource>,
+        reward_models: &[Arc<Checkpoint>],
+    ) -> Result<Arc<Checkpoint>> {
+        // A model that reads other tokens than the policy writes cannot value them.
+        let tokenizer = self.policy.text.tokenizer_json().to_string();
+        let same = |m: &&Arc<Checkpoint>| m.text.tokenizer_json() == tokenizer;
+        let start = match named {
+            Some(source) => {
+                let critic = self.models.load(source)?;
+                if !same(&&critic) {
+                    let message =
+                        "the critic's tokenizer is not the policy's; name a model that has the same in `critic.model`";
+                    return Err(rehearsal_lm::Error::Config(message.into()).into());
+                }
+                critic
+            }
+            None => reward_models.first().filter(same).unwrap_or(&self.policy).clone(),
+        };
+        let critic = scored(self.common, &start)?;
+        self.loaded.fingerprint.push(("critic, its weights".into(), critic.fingerprint()?));
+        Ok(critic)
+    }
+
+    /// Loads the configured sources of rewards; returns the reward models among them.
+    pub fn rewards(&mut self) -> Result<Vec<Arc<Checkpoint>>> {
+        let mut reward_models = Vec::new();
+        for source in self.rewards.iter().filter(|source| source.is_configured()) {
+            let loaded = source.load(&mut RewardInputs {
+                models: &mut self.models,
+                policy: &self.policy,
+                fingerprint: &mut self.loaded.fingerprint,
+                reward_models: &mut reward_models,
+            })?;
+            self.loaded.rewards.push(loaded);
+        }
+        Ok(reward_models)
+    }
+
+    /// The prompts of an online algorithm whose completions have `max_new_tokens` tokens at most.
+    pub fn prompts(&mut self, settings: &PromptsSettings, max_new_tokens: usize) -> Result<Prompts> {
+        let context = self.policy.architecture.context.saturating_sub(max_new_tokens);
+        let prompts = Prompts::load(settings, &self.common.evaluation, &self.policy.text, context)?;
+        let loaded = &mut self.loaded;
+        loaded.fingerprint.push(("the prompts".into(), prompts.fingerprint()));
+        loaded.dropped.add_rows("cannot be used", prompts.bad_lines);
+        loaded.dropped.add_rows("is too long", prompts.too_long);
+        loaded.rows = prompts.train.len();
+        loaded.prompt_tokens = prompts.mean_tokens();
+        Ok(prompts)
+    }
+
+    /// The rows of an offline algorithm, read by one of [`RowReader`]'s methods.
+    pub fn rows<T: crate::data::Content>(
+        &mut self,
+        data: &DataSettings,
+        prompts: &PromptsSettings,
+        read: fn(&mut RowReader<'_>) -> Result<Rows<T>>,
+    ) -> Result<Rows<T>> {
+        let mut reader = reader(self.common, data, prompts, &self.policy);
+        let rows = read(&mut reader)?;
+        self.loaded.dropped = reader.dropped;
+        self.loaded.fingerprint.push(("the data".into(), rows.fingerprint()));
+        self.loaded.rows = rows.train.len();
+        if data.epochs > 0.0 {
+            let steps = (data.epochs * rows.train.len() as f64 / data.batch_size as f64).ceil() as u64;
+            self.loaded.steps = Some(steps.max(1));
+        }
+        Ok(rows)
+    }
+
+    /// Demonstrations of a file of its own, such as pretraining text.
+    pub fn demonstrations(
+        &mut self,
+        data: &DataSettings,
+        prompts: &PromptsSettings,
+        file: &std::path::Path,
+    ) -> Result<Vec<MaskedSequence>> {
+        let train = reader(self.common, data, prompts, &self.policy).demonstrations_of(file)?;
+        let rows = Rows { train, held_out: Vec::new() };
+        self.loaded.fingerprint.push(("the demonstrations".into(), rows.fingerprint()));
+        Ok(rows.train)
+    }
+}
+
+fn reader<'r>(
+    common: &Common,
+    data: &'r DataSettings,
+    prompts: &'r PromptsSettings,
+    model: &'r Checkpoint,
+) -> RowReader<'r> {
+    RowReader::new(data, prompts, common.evaluation.every_steps > 0, &model.text, &model.architecture)
+}
+
+/// A model as it is held where it is only read.
+fn frozen(common: &Common, model: &Arc<Checkpoint>) -> Result<Arc<Checkpoint>> {
+    match common.model.dtype.dtype() {
+        DType::F32 => Ok(model.clone()),
+        dtype => Ok(Arc::new(model.rounded(dtype)?)),
+    }
+}
+
+/// A model under a score head; one that has a score head is shared.
+fn scored(common: &Common, model: &Arc<Checkpoint>) -> Result<Arc<Checkpoint>> {
+    match model.architecture.head {
+        HeadKind::Score => Ok(model.clone()),
+        HeadKind::Language => Ok(Arc::new(model.rounded(DType::F32)?.with_score_head(common.job.seed)?)),
+    }
+}

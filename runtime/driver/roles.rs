@@ -1,0 +1,113 @@
+//! The roles of a job as the driver sees them: what it checkpoints, clears, and watches.
+
+use std::path::PathBuf;
+
+use candle_core::DType;
+use rehearsal_actors::{
+    ArchivistHandle, BufferHandle, CriticHandle, Director, ModelSnapshot, PolicyHandle, ReferenceHandle, RewardHandle,
+    StepReport, UpdateBatch,
+};
+use tokio_util::sync::CancellationToken;
+
+/// A role whose weights are part of every checkpoint.
+pub enum TrainedModel {
+    Policy(PolicyHandle),
+    Critic(CriticHandle),
+}
+
+/// Calls a method that policy and critic share.
+macro_rules! either {
+    ($model:expr, $handle:ident => $call:expr) => {
+        match $model {
+            TrainedModel::Policy($handle) => $call,
+            TrainedModel::Critic($handle) => $call,
+        }
+    };
+}
+
+impl TrainedModel {
+    /// Its name in checkpoints.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Policy(_) => "policy",
+            Self::Critic(_) => "critic",
+        }
+    }
+
+    /// A copy that shares storage with the weights until they change.
+    pub async fn snapshot(&self) -> rehearsal_actors::Result<ModelSnapshot> {
+        either!(self, handle => handle.snapshot().await)
+    }
+
+    /// Returns to a snapshot.
+    pub async fn restore(&self, snapshot: ModelSnapshot) -> rehearsal_actors::Result<()> {
+        either!(self, handle => handle.restore(snapshot).await)
+    }
+
+    /// One optimizer step.
+    pub async fn step(&self, batch: UpdateBatch, cancel: CancellationToken) -> rehearsal_actors::Result<StepReport> {
+        either!(self, handle => handle.step(batch, cancel).await)
+    }
+
+    /// Writes the model as a Hugging Face directory in f32.
+    pub async fn export(&self, directory: PathBuf) -> rehearsal_actors::Result<()> {
+        either!(self, handle => handle.export(directory, DType::F32).await)
+    }
+}
+
+/// A role whose load is exported.
+pub enum Probe {
+    Policy(PolicyHandle),
+    Reference(ReferenceHandle),
+    Reward(RewardHandle),
+    Critic(CriticHandle),
+    Buffer(BufferHandle),
+    Archivist(ArchivistHandle),
+}
+
+impl Probe {
+    /// Seconds the role has worked, and messages that wait for it.
+    pub fn load(&self) -> (f64, usize) {
+        let (stats, depth) = match self {
+            Self::Policy(h) => (h.stats(), h.depth()),
+            Self::Reference(h) => (h.stats(), h.depth()),
+            Self::Reward(h) => (h.stats(), h.depth()),
+            Self::Critic(h) => (h.stats(), h.depth()),
+            Self::Buffer(h) => (h.stats(), h.depth()),
+            Self::Archivist(h) => (h.stats(), h.depth()),
+        };
+        (stats.busy().as_secs_f64(), depth)
+    }
+}
+
+/// All roles of a job.
+pub struct Roles {
+    pub director: Director,
+    pub archivist: ArchivistHandle,
+    /// Roles whose weights are checkpointed. The first is updated by `Run::learn` and exported at the end.
+    pub trained: Vec<TrainedModel>,
+    /// Emptied when the job returns to a checkpoint.
+    pub buffer: Option<BufferHandle>,
+    probes: Vec<(&'static str, Probe)>,
+}
+
+impl Roles {
+    /// The roles that every job has.
+    pub fn new(director: Director, archivist: ArchivistHandle) -> Self {
+        let probes = vec![("archivist", Probe::Archivist(archivist.clone()))];
+        Self { director, archivist, trained: Vec::new(), buffer: None, probes }
+    }
+
+    /// Adds a role whose load is exported.
+    pub fn watch(&mut self, role: &'static str, probe: Probe) {
+        self.probes.push((role, probe));
+    }
+
+    /// Every role with the seconds it has worked and the messages that wait for it.
+    pub fn loads(&self) -> impl Iterator<Item = (&'static str, f64, usize)> {
+        self.probes.iter().map(|(role, probe)| {
+            let (busy, depth) = probe.load();
+            (*role, busy, depth)
+        })
+    }
+}

@@ -1,0 +1,88 @@
+//! Starts a job: its roles, then its run.
+
+use std::sync::Arc;
+
+use rehearsal_actors::{Devices, Reward};
+use serde_json::Value;
+use tokio::sync::broadcast;
+use tokio_util::sync::CancellationToken;
+
+use super::algorithm::{Algorithm, LoadedAlgorithm};
+use super::journal::Journal;
+use super::loader::Loaded;
+use super::roles::Roles;
+use super::run::Run;
+use super::starter::Starter;
+use super::state::JobState;
+use crate::error::Result;
+use crate::events::Event;
+use crate::exporter::Readiness;
+use crate::metrics::Meters;
+use crate::rewards::RewardContext;
+use crate::settings::Common;
+
+/// What a job is started from.
+pub struct Setup {
+    pub common: Common,
+    /// Name of the algorithm.
+    pub algorithm: &'static str,
+    pub roles: Roles,
+    pub loaded: Loaded,
+    /// The host's reward, which takes the place of rules.
+    pub host: Option<Arc<dyn Reward>>,
+    pub devices: Devices,
+    pub meters: Arc<Meters>,
+    pub readiness: Readiness,
+    pub events: broadcast::Sender<Event>,
+    pub cancel: CancellationToken,
+}
+
+/// Starts the roles of an algorithm.
+pub async fn start(setup: Setup, algorithm: Box<dyn LoadedAlgorithm>) -> Result<(Run, Box<dyn Algorithm>)> {
+    let Setup { common, algorithm: name, mut roles, loaded, host, devices, meters, readiness, events, cancel } = setup;
+    let (mut guards, mut budget) = (Vec::new(), None);
+    let context = RewardContext {
+        devices: devices.clone(),
+        placement: common.placement.reward(),
+        dtype: common.model.dtype,
+        micro_batch_tokens: common.optimizer.micro_batch_tokens,
+        archivist: roles.archivist.clone(),
+        events: events.clone(),
+        stop: cancel.clone(),
+    };
+    let Loaded { policy, rewards, rows, dropped, prompt_tokens, .. } = loaded;
+    let mut starter = Starter {
+        common: &common,
+        roles: &mut roles,
+        devices,
+        host,
+        rewards,
+        context,
+        guards: &mut guards,
+        budget: &mut budget,
+        model: policy.clone(),
+        prompt_tokens,
+    };
+    let algorithm = algorithm.start(&mut starter).await?;
+    let run = Run {
+        journal: Journal::new(&common.job.directory),
+        common,
+        algorithm: name,
+        state: JobState::default(),
+        model: policy,
+        cancel,
+        roles,
+        dropped,
+        rows,
+        meters,
+        readiness,
+        events,
+        mid_step: false,
+        saved: None,
+        writing: None,
+        last: Value::Null,
+        budget,
+        _guards: guards,
+    };
+    Ok((run, algorithm))
+}

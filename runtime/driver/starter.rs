@@ -1,0 +1,95 @@
+//! Starts the roles of a job.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use rehearsal_actors::{BufferHandle, CriticHandle, Devices, PolicyHandle, ReferenceHandle, Reward, RewardHandle};
+use rehearsal_lm::Checkpoint;
+
+use super::roles::{Probe, Roles, TrainedModel};
+use crate::error::Result;
+use crate::memory::MemoryBudget;
+use crate::rewards::{LoadedReward, RewardContext, StartedReward, WeightedReward};
+use crate::settings::Common;
+
+/// Starts roles and notes them for the driver, which checkpoints, restores and watches them.
+pub struct Starter<'a> {
+    pub common: &'a Common,
+    pub(super) roles: &'a mut Roles,
+    pub(super) devices: Devices,
+    /// The host's reward, if it brings one.
+    pub(super) host: Option<Arc<dyn Reward>>,
+    pub(super) rewards: Vec<Box<dyn LoadedReward>>,
+    pub(super) context: RewardContext,
+    pub(super) guards: &'a mut Vec<Box<dyn Any + Send + Sync>>,
+    pub(super) budget: &'a mut Option<MemoryBudget>,
+    /// The model that is trained.
+    pub model: Arc<Checkpoint>,
+    /// Average length of a prompt in tokens, rounded up.
+    pub prompt_tokens: u64,
+}
+
+impl Starter<'_> {
+    /// The policy. Its weights are part of every checkpoint.
+    pub async fn policy(&mut self, model: Arc<Checkpoint>) -> Result<PolicyHandle> {
+        let config = self.common.trained(self.common.placement.policy());
+        let policy = self.roles.director.policy(model, config, self.devices.clone()).await?;
+        self.roles.trained.push(TrainedModel::Policy(policy.clone()));
+        self.roles.watch("policy", Probe::Policy(policy.clone()));
+        Ok(policy)
+    }
+
+    /// A critic on its own device. Its weights are part of every checkpoint.
+    pub async fn critic(&mut self, model: Arc<Checkpoint>) -> Result<CriticHandle> {
+        self.scored(model, self.common.placement.critic()).await
+    }
+
+    /// A reward model to train, on the policy's device. Its weights are part of every checkpoint.
+    pub async fn reward_model(&mut self, model: Arc<Checkpoint>) -> Result<CriticHandle> {
+        self.scored(model, self.common.placement.policy()).await
+    }
+
+    async fn scored(&mut self, model: Arc<Checkpoint>, placement: rehearsal_actors::Placement) -> Result<CriticHandle> {
+        let config = self.common.trained(placement);
+        let critic = self.roles.director.critic(model, config, self.devices.clone()).await?;
+        self.roles.trained.push(TrainedModel::Critic(critic.clone()));
+        self.roles.watch("critic", Probe::Critic(critic.clone()));
+        Ok(critic)
+    }
+
+    /// The reference.
+    pub async fn reference(&mut self, model: Arc<Checkpoint>) -> Result<ReferenceHandle> {
+        let (placement, tokens) = (self.common.placement.reference(), self.common.optimizer.micro_batch_tokens);
+        let dtype = self.common.model.dtype;
+        let reference = self.roles.director.reference(model, placement, tokens, dtype, self.devices.clone()).await?;
+        self.roles.watch("reference", Probe::Reference(reference.clone()));
+        Ok(reference)
+    }
+
+    /// The reward: the host's in place of rules, and every configured source.
+    pub async fn reward(&mut self) -> Result<RewardHandle> {
+        let mut parts: Vec<(f64, Arc<dyn Reward>)> = self.host.take().into_iter().map(|r| (1.0, r)).collect();
+        for source in std::mem::take(&mut self.rewards) {
+            let StartedReward { weight, reward, guard } = source.start(&self.context).await?;
+            parts.push((weight, reward));
+            self.guards.extend(guard);
+        }
+        let reward = self.roles.director.reward(Arc::new(WeightedReward::new(parts))).await?;
+        self.roles.watch("reward", Probe::Reward(reward.clone()));
+        Ok(reward)
+    }
+
+    /// The rollout buffer; a prompt has `group_size` completions.
+    pub async fn buffer(&mut self, group_size: usize) -> Result<BufferHandle> {
+        let limits = &self.common.limits;
+        let buffer = self.roles.director.buffer(group_size, limits.rollouts_max, limits.staleness_max).await?;
+        self.roles.buffer = Some(buffer.clone());
+        self.roles.watch("buffer", Probe::Buffer(buffer.clone()));
+        Ok(buffer)
+    }
+
+    /// Notes where the job's memory should go.
+    pub fn expect_memory(&mut self, budget: Option<MemoryBudget>) {
+        *self.budget = budget;
+    }
+}

@@ -1,0 +1,59 @@
+//! What a job knows besides its weights: saved in every checkpoint, restored by every resume.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::summary::{Counters, Evaluation, StepSummary};
+
+/// First byte of an encoded state.
+const VERSION: u8 = 3;
+
+/// The state of a job between two steps.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct JobState {
+    /// Steps done.
+    pub step: u64,
+    /// Prompts or rows drawn.
+    pub cursor: u64,
+    pub counters: Counters,
+    pub evaluations: Vec<Evaluation>,
+    /// Coefficient of PPO's KL penalty, once it has adapted.
+    pub kl_coef: Option<f64>,
+    /// The first answers to the held-out prompts, as tokens, where the reward can only compare: later ones meet them.
+    pub first_answers: Vec<Vec<u32>>,
+}
+
+impl JobState {
+    /// Counts a step that drew `drawn` prompts or rows and generated `completions` completions.
+    pub fn count(&mut self, summary: &StepSummary, drawn: usize, completions: usize) {
+        let stat = |name: &str| summary.stat(name).unwrap_or(0.0);
+        self.step += 1;
+        self.cursor += drawn as u64;
+        let c = &mut self.counters;
+        c.steps += 1;
+        c.updates = summary.version;
+        c.rollouts += completions as u64;
+        c.generated_tokens += summary.generated_tokens as u64;
+        c.trained_tokens += summary.trained_tokens as u64;
+        c.pairs += stat("pairs") as u64;
+        c.ties += stat("ties") as u64;
+        c.truncated += (stat("truncated") * completions as f64).round() as u64;
+    }
+
+    /// Bytes for a checkpoint.
+    pub fn encode(&self) -> Result<Vec<u8>> {
+        let body = postcard::to_stdvec(self).map_err(|e| Error::State(e.to_string()))?;
+        Ok([&[VERSION], body.as_slice()].concat())
+    }
+
+    /// From a checkpoint.
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        match bytes.split_first() {
+            Some((&VERSION, body)) => postcard::from_bytes(body).map_err(|e| Error::State(e.to_string())),
+            // Version 2 ended before the last field, which is then empty: a list of no items.
+            Some((2, body)) => postcard::from_bytes(&[body, &[0]].concat()).map_err(|e| Error::State(e.to_string())),
+            Some((version, _)) => Err(Error::State(format!("it has version {version}; this program reads {VERSION}"))),
+            None => Err(Error::State("it is empty".into())),
+        }
+    }
+}

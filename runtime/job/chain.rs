@@ -1,0 +1,110 @@
+//! Several jobs one after the other, each from where the last one ended: `[[stage]]` in one file.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use tokio_util::sync::CancellationToken;
+
+use super::config::Config;
+use super::job::Job;
+use super::saved::{self, CONFIG_FILE, Saved};
+use crate::blocking::blocking;
+use crate::config::folder_of;
+use crate::driver::MODEL_FOLDER;
+use crate::error::{At, Error, Result};
+use crate::events::Outcome;
+
+/// The stages of a file: one, for a file without `[[stage]]`.
+pub struct Chain {
+    stages: Vec<Config>,
+    source: String,
+    base: String,
+}
+
+impl Chain {
+    /// Reads a document whose paths are relative to `base`.
+    pub fn from_toml(source: &str, base: &Path) -> Result<Self> {
+        let stages = Config::stages(source, base)?;
+        Ok(Self { stages, source: source.into(), base: base.display().to_string() })
+    }
+
+    /// Reads a file.
+    pub fn load(file: &Path) -> Result<Self> {
+        let source = fs::read_to_string(file).at(file)?;
+        let base = folder_of(file);
+        let stages = Config::stages(&source, &base).map_err(|e| e.in_file(file))?;
+        Ok(Self { stages, source, base: base.display().to_string() })
+    }
+
+    /// Reads what was started in a directory.
+    pub fn saved(directory: &Path) -> Result<Self> {
+        let Saved { stages, source, base } =
+            saved::read(directory)?.ok_or_else(|| Error::NothingToResume(directory.into()))?;
+        Ok(Self { stages, source, base })
+    }
+
+    /// The configurations, in order.
+    pub fn stages(&self) -> &[Config] {
+        &self.stages
+    }
+
+    /// The folder of the stages' folders, if there are several.
+    fn folder(&self) -> Option<&Path> {
+        match self.stages.as_slice() {
+            [first, _, ..] => first.common.job.directory.parent(),
+            _ => None,
+        }
+    }
+
+    /// Runs or resumes the stages that are not done. `watch` sees each job before it starts.
+    pub async fn run(self, resume: bool, cancel: CancellationToken, watch: &mut dyn FnMut(&Job)) -> Result<Outcome> {
+        if let Some(folder) = self.folder().filter(|_| !resume) {
+            create(folder.into(), saved::with_header(&self.source, &self.base, None)).await?;
+        }
+        let count = self.stages.len();
+        let several = count > 1;
+        let mut last = None;
+        for (i, config) in self.stages.into_iter().enumerate() {
+            let directory = config.common.job.directory.clone();
+            // A stage's model is written when it is done. The last stage is resumed all the same: of a finished chain it
+            // says, as a finished job does, how it ended.
+            if i + 1 < count && directory.join(MODEL_FOLDER).is_dir() {
+                continue;
+            }
+            let source = saved::with_header(&self.source, &self.base, several.then_some(i));
+            let job = |config: Config| Job::builder(config).source(source.clone()).build();
+            let again = resume && (!several || directory.join("store").is_dir());
+            let first = job(config.clone())?;
+            watch(&first);
+            let outcome = if again { first.resume(cancel.clone()).await } else { first.run(cancel.clone()).await };
+            let outcome = match outcome {
+                // A stage that was killed before its settings were kept starts anew.
+                Err(Error::NothingToResume(_)) if several => {
+                    let anew = job(config)?;
+                    watch(&anew);
+                    anew.run(cancel.clone()).await?
+                }
+                other => other?,
+            };
+            let stopped = outcome.stopped;
+            last = Some(outcome);
+            if stopped {
+                break;
+            }
+        }
+        last.ok_or_else(|| Error::State("a chain without a stage".into()))
+    }
+}
+
+/// Creates the folder of a chain with the copy of its configuration.
+async fn create(folder: PathBuf, source: String) -> Result<()> {
+    blocking(move || {
+        let copy = folder.join(CONFIG_FILE);
+        if copy.exists() {
+            return Err(Error::Exists(folder));
+        }
+        fs::create_dir_all(&folder).at(&folder)?;
+        fs::write(&copy, source).at(&copy)
+    })
+    .await
+}

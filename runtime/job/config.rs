@@ -1,0 +1,305 @@
+//! The configuration of a job.
+
+use std::fs;
+use std::path::Path;
+
+use crate::algorithms::{ALGORITHMS, Entry};
+use crate::config::{self, ConfigError, Earlier, Keys, Problem, Settings, folder_of};
+use crate::driver::{AlgorithmSettings, MODEL_FOLDER};
+use crate::rewards::{RewardSource, sources};
+use crate::settings::Common;
+
+/// The configuration of a job: read from TOML, or built in Rust. The reference of all keys is `docs/config.md`.
+///
+/// ```
+/// use rehearsal::{Config, algorithms::OnlineDpo, rewards::RuleSource};
+///
+/// let mut config = Config::new("runs/brief");
+/// config.common.job.steps = 40;
+/// let mut algorithm = OnlineDpo::default();
+/// algorithm.online.rollout.completions_per_prompt = 4;
+/// config.set_algorithm("online_dpo", algorithm).unwrap();
+/// config.reward::<RuleSource>().unwrap().rules = vec!["length_window".into()];
+/// config.check().unwrap();
+/// ```
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The sections that every job has.
+    pub common: Common,
+    entry: &'static Entry,
+    /// Settings of the algorithm.
+    pub algorithm: Box<dyn AlgorithmSettings>,
+    /// Every source of rewards, configured or not, in the order in which their scores are added.
+    pub rewards: Vec<Box<dyn RewardSource>>,
+}
+
+impl Config {
+    /// The default configuration of a job that works in `directory`: online DPO of the embedded model.
+    pub fn new(directory: impl AsRef<Path>) -> Self {
+        let mut config = Self::of(&ALGORITHMS[0]);
+        config.common.job.directory = directory.as_ref().into();
+        config
+    }
+
+    fn of(entry: &'static Entry) -> Self {
+        Self { common: Common::default(), entry, algorithm: (entry.settings)(), rewards: sources() }
+    }
+
+    /// Name of the algorithm.
+    pub fn algorithm_name(&self) -> &'static str {
+        self.entry.name
+    }
+
+    /// Sets the algorithm and its settings.
+    ///
+    /// # Errors
+    ///
+    /// If there is no algorithm of that name.
+    pub fn set_algorithm(&mut self, name: &str, settings: impl AlgorithmSettings + 'static) -> Result<(), ConfigError> {
+        let names = || ALGORITHMS.iter().map(|entry| entry.name).collect::<Vec<_>>().join(", ");
+        let entry = ALGORITHMS.iter().find(|entry| entry.name == name).ok_or_else(|| {
+            let message = format!("there is no algorithm `{name}`; there are {}", names());
+            ConfigError::new(vec![Problem { line: 0, message }])
+        })?;
+        (self.entry, self.algorithm) = (entry, Box::new(settings));
+        Ok(())
+    }
+
+    /// Settings of a source of rewards by their type; `None` if there is no such source.
+    pub fn reward<T: 'static>(&mut self) -> Option<&mut T> {
+        self.rewards.iter_mut().find_map(|source| source.as_any_mut().downcast_mut())
+    }
+
+    /// Settings of the algorithm by their type; `None` if it is another.
+    pub fn algorithm_as<T: 'static>(&self) -> Option<&T> {
+        self.algorithm.as_any().downcast_ref()
+    }
+
+    /// Settings of the algorithm by their type, to be changed; `None` if it is another.
+    pub fn algorithm_as_mut<T: 'static>(&mut self) -> Option<&mut T> {
+        self.algorithm.as_any_mut().downcast_mut()
+    }
+
+    /// Checks every value by the ranges and rules that hold for files.
+    ///
+    /// # Errors
+    ///
+    /// All problems at once, each naming its key.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let problems = self.visited().problems;
+        if problems.is_empty() { Ok(()) } else { Err(ConfigError::new(problems)) }
+    }
+
+    /// The configuration as TOML. Reading it gives the same configuration; paths are written as they are held.
+    pub fn to_toml(&self) -> String {
+        self.visited().toml()
+    }
+
+    /// A visit of every key that this job uses.
+    pub(crate) fn visited(&self) -> Keys {
+        let mut keys = Keys::default();
+        self.clone().visit(&mut keys);
+        keys
+    }
+
+    /// What a resumed job must have in common: name and value of every setting that changes its results, in the order of
+    /// names. Sections that the job does not use are left out.
+    pub(crate) fn fingerprint(&self) -> Vec<(String, String)> {
+        let mut config = self.clone();
+        let mut keys = Keys::default();
+        config.visit_algorithm(&mut keys);
+        config.common.visit(&mut keys);
+        config.algorithm.visit(&mut keys);
+        let mut sources = Vec::new();
+        if config.algorithm.needs_reward() {
+            for source in config.rewards.iter_mut().filter(|source| source.is_configured()) {
+                sources.push(source.name());
+                source.visit(&mut keys);
+            }
+        }
+        let mut lines = keys.fingerprint();
+        lines.retain(|(name, _)| self.common.lora.enabled() || !name.starts_with("lora."));
+        lines.push(("sources of rewards".into(), sources.join(", ")));
+        lines
+    }
+
+    /// The fingerprint of the same algorithm with every key at its default.
+    pub(crate) fn default_fingerprint(&self) -> Vec<(String, String)> {
+        Self::of(self.entry).fingerprint()
+    }
+
+    fn visit(&mut self, keys: &mut Keys) {
+        self.visit_algorithm(keys);
+        self.common.visit(keys);
+        self.algorithm.visit(keys);
+        self.rewards.iter_mut().for_each(|source| source.visit(keys));
+        self.algorithm.check(&self.common, keys);
+    }
+
+    /// `job.algorithm`; a change brings the algorithm's default settings.
+    fn visit_algorithm(&mut self, keys: &mut Keys) {
+        let choices: Vec<(&'static str, &'static str)> = ALGORITHMS.iter().map(|e| (e.name, e.name)).collect();
+        let mut name = self.entry.name;
+        let help = "The algorithm; docs/methods.md describes each.";
+        keys.section("job").choice("algorithm", &mut name, &choices, help);
+        if let Some(entry) = ALGORITHMS.iter().find(|entry| entry.name == name && name != self.entry.name) {
+            (self.entry, self.algorithm) = (entry, (entry.settings)());
+        }
+    }
+
+    /// Reads a file; paths in it are relative to its folder.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let source = fs::read_to_string(path).map_err(|e| {
+            let problem = Problem { line: 0, message: format!("cannot be read: {e}") };
+            ConfigError::new(vec![problem]).in_file(path)
+        })?;
+        Self::from_toml(&source, &folder_of(path)).map_err(|e| e.in_file(path))
+    }
+
+    /// Reads a document of one job; paths in it are relative to `base`. All problems are reported at once.
+    pub fn from_toml(source: &str, base: &Path) -> Result<Self, ConfigError> {
+        let mut stages = Self::stages(source, base)?;
+        match stages.len() {
+            1 => Ok(stages.remove(0)),
+            n => {
+                let message = format!("has {n} stages; run it as a chain");
+                Err(ConfigError::new(vec![Problem { line: 0, message }]))
+            }
+        }
+    }
+
+    /// Reads a document of one job, or of several that build on one another (`[[stage]]`).
+    pub fn stages(source: &str, base: &Path) -> Result<Vec<Self>, ConfigError> {
+        let mut configs: Vec<Self> = Vec::new();
+        let mut earlier = Earlier::default();
+        let mut problems = Vec::new();
+        for stage in config::split(source).map_err(ConfigError::new)? {
+            let mut keys = Keys::reading(stage.document, base, earlier.clone());
+            let mut config = Self::of(&ALGORITHMS[0]);
+            config.visit(&mut keys);
+            config.visit_others(&mut keys);
+            keys.report_unknown();
+            problems.extend(keys.problems);
+            if let Some(name) = stage.name {
+                config.common.job.directory.push(&name);
+                let model = config.common.job.directory.join(MODEL_FOLDER);
+                earlier.add(&name, model, config.algorithm.trains_reward_model());
+            }
+            configs.push(config);
+        }
+        if problems.is_empty() { Ok(configs) } else { Err(ConfigError::new(problems)) }
+    }
+
+    /// Visits the sections of the other algorithms, so that they are known and their values are checked too.
+    fn visit_others(&self, keys: &mut Keys) {
+        for entry in ALGORITHMS.iter().filter(|entry| entry.name != self.entry.name) {
+            (entry.settings)().visit(keys);
+        }
+    }
+
+    /// Every key of every section.
+    fn all_keys() -> Keys {
+        let mut keys = Keys::default();
+        let mut config = Self::of(&ALGORITHMS[0]);
+        config.visit(&mut keys);
+        config.visit_others(&mut keys);
+        keys
+    }
+
+    /// The reference of all keys as Markdown: `docs/config.md`.
+    pub fn reference() -> String {
+        config::markdown(&Self::all_keys())
+    }
+
+    /// A JSON schema of the document: `docs/config.schema.json`.
+    pub fn json_schema() -> serde_json::Value {
+        config::json_schema(&Self::all_keys())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::algorithms::{Ppo, Sft};
+
+    #[test]
+    fn what_is_written_is_read_as_the_same() {
+        for entry in ALGORITHMS {
+            let mut config = Config::of(entry);
+            config.common.job.directory = "/runs/x".into();
+            config.common.optimizer.learning_rate = 3e-4;
+            let toml = config.to_toml();
+            let root = Path::new("/");
+            // An offline algorithm's data is missing here, which is the only problem it may have.
+            match Config::from_toml(&toml, root) {
+                Ok(read) => {
+                    assert_eq!(read.to_toml(), toml);
+                    assert_eq!(read.fingerprint(), config.fingerprint());
+                }
+                Err(e) => assert!(
+                    e.problems.iter().all(|p| p.message.contains("exceeds") || p.message.contains("data.train")),
+                    "{e}"
+                ),
+            }
+        }
+    }
+
+    #[test]
+    fn a_configuration_built_in_rust_is_checked_as_a_file_is() {
+        let mut config = Config::new("/runs/x");
+        config.common.optimizer.learning_rate = f64::NAN;
+        let error = config.check().unwrap_err().to_string();
+        assert!(error.contains("`optimizer.learning_rate` = NaN must be above 0"), "{error}");
+        config.common.optimizer.learning_rate = 1e-5;
+        config.check().unwrap();
+        config.set_algorithm("sft", Sft::default()).unwrap();
+        let error = config.check().unwrap_err().to_string();
+        assert!(error.contains("`data.train` is missing"), "{error}");
+        let mut ppo = Ppo::default();
+        ppo.online.rollout.completions_per_prompt = 0;
+        config.set_algorithm("ppo", ppo).unwrap();
+        let error = config.check().unwrap_err().to_string();
+        assert!(error.contains("`rollout.completions_per_prompt` = 0 must be 1 to 256"), "{error}");
+        assert!(config.set_algorithm("pqo", Ppo::default()).is_err());
+    }
+
+    #[test]
+    fn the_fingerprint_holds_what_changes_results_and_nothing_else() {
+        let read = |toml: &str| {
+            let source = format!("[job]\ndirectory = \"x\"\n{toml}");
+            Config::from_toml(&source, Path::new("/")).unwrap().fingerprint()
+        };
+        let plain = read("[reward]\nrules = [\"distinct_words\"]\n");
+        let same = [
+            "[rollout]\nbatch = 3\n[placement]\nthreads = 1\n[reward]\nrules = [\"distinct_words\"]\n",
+            "[judge]\ntemplate = \"brief\"\n[lora]\nalpha = 3\n[reward]\nrules = [\"distinct_words\"]\n",
+        ];
+        for toml in same {
+            assert_eq!(read(toml), plain, "{toml}");
+        }
+        let others = [
+            "[reward]\nrules = [\"distinct_words\"]\n[scorer]\nurl = \"http://localhost\"\n",
+            "[reward]\nrules = [\"distinct_words\"]\n[people]\nlisten = \"127.0.0.1:1\"\n",
+            "[reward]\nrules = [\"distinct_words\"]\n[lora]\nrank = 2\n",
+            "[reward]\nrules = [\"distinct_words\"]\n[rollout]\ntemperature = 0.5\n",
+        ];
+        for toml in others {
+            assert_ne!(read(toml), plain, "{toml}");
+        }
+    }
+
+    #[test]
+    fn a_stage_takes_the_reward_model_before_it_unless_it_names_another_reward() {
+        let chain = |reward: &str| {
+            let source = format!(
+                "[job]\ndirectory = \"x\"\n[data]\ntrain = [\".\"]\n[reward]\nrules = [\"distinct_words\"]\n\
+                 [[stage]]\nalgorithm = \"reward_model\"\n[[stage]]\nalgorithm = \"ppo\"\n{reward}"
+            );
+            let mut stages = Config::stages(&source, Path::new("/")).unwrap();
+            stages[1].reward::<crate::rewards::RewardModelSource>().unwrap().models.len()
+        };
+        assert_eq!(chain(""), 0);
+        assert_eq!(chain("[stage.reward]\nrules = []\n"), 1);
+        assert_eq!(chain("[stage.reward]\nrules = []\nmodels = [\"embedded\"]\n"), 1);
+    }
+}

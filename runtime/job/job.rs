@@ -1,0 +1,236 @@
+//! A job from the outside: build it, watch it, run or resume it, stop it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use metrics::Recorder;
+use rehearsal_actors::{Devices, Director, DirectorEvent, Reward};
+use rehearsal_store::{Repair, Store};
+use tokio::sync::{broadcast, mpsc};
+use tokio_util::sync::CancellationToken;
+
+use super::config::Config;
+use super::fingerprint::Fingerprint;
+use super::saved::{self, CONFIG_FILE};
+use crate::algorithms;
+use crate::blocking::blocking;
+use crate::driver::{Loaded, LoadedAlgorithm, Loader, Roles, Setup, drive, start};
+use crate::error::{At, Error, Result};
+use crate::events::{Event, Outcome};
+use crate::exporter::{self, Readiness};
+use crate::metrics::Meters;
+use crate::metrics::table::{counters, process};
+
+/// Events kept for a subscriber that falls behind; it then misses the oldest.
+const EVENTS_KEPT: usize = 4096;
+
+/// Puts a job together.
+pub struct JobBuilder {
+    config: Config,
+    source: Option<String>,
+    reward: Option<Arc<dyn Reward>>,
+    recorder: Option<Arc<dyn Recorder + Send + Sync>>,
+}
+
+impl JobBuilder {
+    /// The reward, in place of the configuration's rules.
+    pub fn reward(mut self, reward: impl Reward) -> Self {
+        self.reward = Some(Arc::new(reward));
+        self
+    }
+
+    /// Where metrics go; nothing is installed globally. Without it they go to `metrics.listen`, or nowhere.
+    pub fn recorder(mut self, recorder: Arc<dyn Recorder + Send + Sync>) -> Self {
+        self.recorder = Some(recorder);
+        self
+    }
+
+    /// The text of the configuration, kept with the job so that `rehearsal resume DIR` finds it. Without it, the
+    /// configuration is written out.
+    pub fn source(mut self, toml: impl Into<String>) -> Self {
+        self.source = Some(toml.into());
+        self
+    }
+
+    /// The job, not yet started. Files and models that the configuration names must exist: of several stages, build each
+    /// once those before it are done, as [`Chain`](crate::Chain) does.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] with all problems of the configuration, and [`Error::NoReward`] if the algorithm needs a reward and
+    /// there is none.
+    pub fn build(self) -> Result<Job> {
+        let JobBuilder { config, source, reward, recorder } = self;
+        config.check()?;
+        let configured = config.rewards.iter().any(|source| source.is_configured());
+        if config.algorithm.needs_reward() && !configured && reward.is_none() {
+            return Err(Error::NoReward);
+        }
+        let here = || std::env::current_dir().unwrap_or_default().display().to_string();
+        let source = source.unwrap_or_else(|| saved::with_header(&config.to_toml(), &here(), None));
+        Ok(Job { config, source, reward, recorder, events: broadcast::channel(EVENTS_KEPT).0 })
+    }
+}
+
+/// A job that can be run or resumed.
+pub struct Job {
+    config: Config,
+    source: String,
+    /// The host's reward, which takes the place of rules.
+    reward: Option<Arc<dyn Reward>>,
+    recorder: Option<Arc<dyn Recorder + Send + Sync>>,
+    events: broadcast::Sender<Event>,
+}
+
+/// What a job has read, and its open store.
+struct Opened {
+    algorithm: Box<dyn LoadedAlgorithm>,
+    loaded: Loaded,
+    store: Store,
+    repairs: Vec<Repair>,
+}
+
+impl Job {
+    /// Begins to put a job together.
+    pub fn builder(config: Config) -> JobBuilder {
+        JobBuilder { config, source: None, reward: None, recorder: None }
+    }
+
+    /// Where everything the job makes is kept.
+    pub fn directory(&self) -> &Path {
+        &self.config.common.job.directory
+    }
+
+    /// What happens, as it happens, from the moment of this call.
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+
+    /// Runs the job in a new directory. Cancelling `cancel` saves a checkpoint and ends it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Exists`] if the directory holds a job, and whatever ends the job.
+    pub async fn run(self, cancel: CancellationToken) -> Result<Outcome> {
+        let (config, reward, source) = (self.config.clone(), self.reward.is_some(), self.source.clone());
+        let opened = blocking(move || {
+            // Nothing is written before the input is known to be good.
+            let (algorithm, loaded) = load(&config, reward)?;
+            let directory = config.common.job.directory.clone();
+            let (mut store, repairs) = Store::open(&directory)?;
+            if Fingerprint::is_in(&store)? {
+                return Err(Error::Exists(directory));
+            }
+            let path = directory.join(CONFIG_FILE);
+            fs::write(&path, source).at(&path)?;
+            // Last: a job that was killed before this may simply be run again.
+            Fingerprint::new(&config, loaded.fingerprint.clone()).save(&mut store)?;
+            Ok(Opened { algorithm, loaded, store, repairs })
+        });
+        let opened = opened.await?;
+        self.work(opened, cancel).await
+    }
+
+    /// Continues a job that was interrupted: the result is that of a job that was not.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NothingToResume`] if the directory holds no job, [`Error::Changed`] if the configuration differs in what
+    /// changes results, and whatever ends the job.
+    pub async fn resume(self, cancel: CancellationToken) -> Result<Outcome> {
+        let (config, reward) = (self.config.clone(), self.reward.is_some());
+        let opened = blocking(move || {
+            let directory: PathBuf = config.common.job.directory.clone();
+            if !directory.join("store").is_dir() {
+                return Err(Error::NothingToResume(directory));
+            }
+            let (algorithm, loaded) = load(&config, reward)?;
+            let (mut store, repairs) = Store::open(&directory)?;
+            Fingerprint::new(&config, loaded.fingerprint.clone()).check(&mut store, &directory)?;
+            Ok(Opened { algorithm, loaded, store, repairs })
+        });
+        let opened = opened.await?;
+        self.work(opened, cancel).await
+    }
+
+    async fn work(self, opened: Opened, cancel: CancellationToken) -> Result<Outcome> {
+        let Job { config, reward, recorder, events, .. } = self;
+        let Opened { algorithm, loaded, store, repairs } = opened;
+        let mut common = config.common.clone();
+        common.job.steps = loaded.steps.unwrap_or(common.job.steps);
+        for repair in repairs {
+            let _ = events.send(Event::Repaired { message: repair.0 });
+        }
+        let prometheus = match (&recorder, common.metrics.listen) {
+            (None, Some(address)) => Some((exporter::recorder(), address)),
+            _ => None,
+        };
+        let declared = algorithms::metrics();
+        let meters = Arc::new(match (&recorder, &prometheus) {
+            (Some(recorder), _) => Meters::new(Some(&**recorder), &declared),
+            (None, Some((recorder, _))) => Meters::new(Some(recorder), &declared),
+            (None, None) => Meters::new(None, &declared),
+        });
+        let readiness = Readiness::default();
+        let _server = match &prometheus {
+            Some((recorder, address)) => Some(exporter::serve(recorder.handle(), *address, readiness.clone()).await?),
+            None => None,
+        };
+        let (director_events, restarts) = mpsc::unbounded_channel();
+        let director = Director::start(common.limits.restarts_max, common.limits.request, director_events).await?;
+        let watcher = tokio::spawn(watch_restarts(restarts, events.clone(), meters.clone()));
+        let full_disk = {
+            let (events, meters) = (events.clone(), meters.clone());
+            Arc::new(move |error: &rehearsal_store::Error| {
+                meters.set(process::DISK_FULL, 1.0);
+                let _ = events.send(Event::DiskFull { message: error.to_string() });
+            })
+        };
+        let devices = Devices::new(common.placement.threads)?;
+        let archivist = director.archivist(store, full_disk).await?;
+        let setup = Setup {
+            common,
+            algorithm: config.algorithm_name(),
+            roles: Roles::new(director, archivist),
+            loaded,
+            host: reward,
+            devices,
+            meters,
+            readiness,
+            events,
+            cancel,
+        };
+        let (mut run, mut algorithm) = start(setup, algorithm).await?;
+        let result = drive(&mut run, &mut *algorithm).await;
+        run.roles.director.stop().await;
+        watcher.abort();
+        if let Ok(outcome) = &result {
+            run.tell(Event::Finished(outcome.clone()));
+        }
+        result
+    }
+}
+
+/// Loads the algorithm and everything else that is read. A host's reward takes the place of rules.
+fn load(config: &Config, host_reward: bool) -> Result<(Box<dyn LoadedAlgorithm>, Loaded)> {
+    let rewards: Vec<_> =
+        config.rewards.iter().filter(|source| !(host_reward && source.yields_to_host())).cloned().collect();
+    let mut loader = Loader::new(&config.common, &rewards)?;
+    let algorithm = config.algorithm.load(&mut loader)?;
+    Ok((algorithm, loader.finish()))
+}
+
+/// Tells of restarted roles.
+async fn watch_restarts(
+    mut restarts: mpsc::UnboundedReceiver<DirectorEvent>,
+    events: broadcast::Sender<Event>,
+    meters: Arc<Meters>,
+) {
+    while let Some(event) = restarts.recv().await {
+        if let DirectorEvent::Restarted { role, reason, restarts } = event {
+            meters.set_series(counters::RESTARTS, role, f64::from(restarts));
+            let _ = events.send(Event::RoleRestarted { role, reason });
+        }
+    }
+}

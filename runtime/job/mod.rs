@@ -1,0 +1,13 @@
+//! A job from the outside: its configuration, builder, chain of stages, and what a resume compares.
+
+mod chain;
+mod config;
+mod fingerprint;
+#[allow(clippy::module_inception)]
+mod job;
+mod saved;
+
+pub use chain::Chain;
+pub use config::Config;
+pub use job::{Job, JobBuilder};
+pub use saved::CONFIG_FILE;

@@ -1,0 +1,155 @@
+//! Declarations of metrics, by what they measure.
+
+use super::{Label, Metric};
+
+/// The actor that a series belongs to.
+const ROLES: Label = Label { key: "role", values: &["policy", "reference", "reward", "critic", "buffer", "archivist"] };
+/// The phase of a step.
+const PHASES: Label = Label {
+    key: "phase",
+    values: &["generate", "policy", "reference", "reward", "critic", "forward", "backward", "optimizer"],
+};
+/// The phases that have a token rate.
+const RATES: Label = Label { key: "phase", values: &["generate", "train"] };
+/// Statistics of a sample.
+pub(super) const STATISTICS: Label = Label { key: "stat", values: &["mean", "min", "max", "std"] };
+
+/// Counts since the job began, kept in its checkpoints, and restarts of this process.
+pub mod counters {
+    use super::*;
+
+    crate::metrics::declare! {
+        STEPS = Metric::counter("steps_total", "steps", "Steps done, with or without an update.");
+        UPDATES = Metric::counter("updates_total", "updates",
+            "Optimizer updates. A step in which every prompt ties makes none.");
+        ROLLOUTS = Metric::counter("rollouts_total", "completions", "Completions generated for training or comparison.");
+        GENERATED_TOKENS = Metric::counter("generated_tokens_total", "tokens", "Tokens of those completions.");
+        TRAINED_TOKENS = Metric::counter("trained_tokens_total", "tokens",
+            "Tokens that went through a forward and backward pass.");
+        PAIRS = Metric::counter("pairs_total", "pairs", "Preference pairs made.");
+        TIES = Metric::counter("ties_total", "prompts",
+            "Prompts whose best and worst completion had the same score, so that no pair was made.");
+        TRUNCATED = Metric::counter("truncated_total", "completions",
+            "Completions truncated at `rollout.max_new_tokens`.");
+        STALE = Metric::counter("stale_total", "completions",
+            "Completions dropped from the buffer because they were stale (`limits.staleness_max`).");
+        RESTARTS = Metric::counter("restarts_total", "restarts",
+            "Times a role died and was started again, in this process.").by(ROLES);
+    }
+}
+
+/// Completions of a step, measured before its update.
+pub mod rollouts {
+    use super::*;
+
+    crate::metrics::declare! {
+        REWARD = Metric::gauge("reward", "score",
+            "Scores of the step's completions: mean, minimum, maximum, standard deviation.").by(STATISTICS);
+        KL = Metric::gauge("kl", "nats",
+            "Mean over completions of Σ_t [log π(y_t) - log π_ref(y_t)] (k1), y sampled from π.");
+        ENTROPY = Metric::gauge("entropy", "nats", "Mean over sampled tokens of -log π(y_t).");
+        MISMATCH_KL = Metric::gauge("mismatch_kl", "nats", "Mean over tokens of exp(d) - 1 - d, with d the trainer's \
+            log-probability minus the sampler's: rounding noise if they agree. It is 0 where the update reuses the \
+            activations of generation (`limits.kept_tokens`), and measured with `limits.kept_tokens = 0`.");
+        COMPLETION_TOKENS = Metric::gauge("completion_tokens", "tokens", "Mean length of the step's completions.");
+        TRUNCATED = Metric::gauge("truncated", "ratio",
+            "Share of the step's completions truncated at `rollout.max_new_tokens`.");
+    }
+}
+
+/// Updates of the trained model, whatever the objective.
+pub mod updates {
+    use super::*;
+
+    crate::metrics::declare! {
+        LOSS = Metric::gauge("loss", "nats",
+            "Loss of the step, as its objective defines it; for PPO, of its last minibatch.");
+        GRADIENT_NORM = Metric::gauge("gradient_norm", "norm", "Global norm of the gradients before clipping.");
+        LEARNING_RATE = Metric::gauge("learning_rate", "rate", "Learning rate of the step.");
+        MINIBATCHES = Metric::gauge("minibatches", "updates",
+            "Optimizer updates of the step; fewer than configured if the step's epochs end early.");
+    }
+}
+
+/// Likelihood of given tokens.
+pub mod sft {
+    use super::*;
+
+    crate::metrics::declare! {
+        NLL = Metric::gauge("nll", "nats", "Mean over trained tokens of -log π(token): of demonstrations, of chosen \
+            completions, or of PPO's pretraining mix.");
+    }
+}
+
+/// Losses on preference pairs.
+pub mod preferences {
+    use super::*;
+
+    crate::metrics::declare! {
+        PREFERENCE_ACCURACY = Metric::gauge("preference_accuracy", "ratio",
+            "Share of pairs that the implicit reward (DPO) or the reward model orders as labelled.");
+        MARGIN = Metric::gauge("margin", "nats or score", "Mean over pairs of β[(log π - log π_ref)(chosen) - \
+            (log π - log π_ref)(rejected)]; for a reward model, of the score difference.");
+        CHOSEN_REWARD = Metric::gauge("chosen_reward", "nats", "Mean over pairs of β(log π - log π_ref)(chosen).");
+        REJECTED_REWARD = Metric::gauge("rejected_reward", "nats",
+            "Mean over pairs of β(log π - log π_ref)(rejected).");
+        CHOSEN_LOGPROB = Metric::gauge("chosen_logprob", "nats",
+            "Mean over pairs of log π(chosen), summed over tokens.");
+        REJECTED_LOGPROB = Metric::gauge("rejected_logprob", "nats",
+            "Mean over pairs of log π(rejected), summed over tokens.");
+    }
+}
+
+/// Pairs made of a step's completions.
+pub mod pairs {
+    use super::*;
+
+    crate::metrics::declare! {
+        PAIRS = Metric::gauge("pairs", "pairs", "Pairs of the step.");
+        TIES = Metric::gauge("ties", "prompts", "Prompts of the step that made no pair.");
+        SCORE_MARGIN = Metric::gauge("score_margin", "score",
+            "Mean over pairs of the chosen completion's score minus the rejected one's.");
+    }
+}
+
+/// The last evaluation. A number `x` of an evaluation is exported as `held_out_x`.
+pub mod held_out {
+    use super::*;
+
+    crate::metrics::declare! {
+        REWARD = Metric::gauge("held_out_reward", "score", "Mean score on the held-out prompts.");
+        KL = Metric::gauge("held_out_kl", "nats", "KL to the reference on the held-out prompts.");
+        TOKENS = Metric::gauge("held_out_tokens", "tokens", "Mean length of the answers to the held-out prompts.");
+        LOSS = Metric::gauge("held_out_loss", "nats",
+            "Loss on the held-out rows: negative log-likelihood of a token, or loss of a pair.");
+        ACCURACY = Metric::gauge("held_out_accuracy", "ratio", "Share of held-out pairs ordered as labelled.");
+        MARGIN = Metric::gauge("held_out_margin", "nats or score", "`margin` on the held-out pairs.");
+        CHOSEN_LOGPROB = Metric::gauge("held_out_chosen_logprob", "nats", "`chosen_logprob` on the held-out pairs.");
+        REJECTED_LOGPROB = Metric::gauge("held_out_rejected_logprob", "nats",
+            "`rejected_logprob` on the held-out pairs.");
+    }
+}
+
+/// Progress, time and resources of this process.
+pub mod process {
+    use super::*;
+
+    crate::metrics::declare! {
+        DROPPED_ROWS = Metric::gauge("dropped_rows", "rows",
+            "Rows of the data that were left out; `status.json` counts them by reason.");
+        TOKENS_PER_SECOND = Metric::gauge("tokens_per_second", "tokens/s",
+            "Tokens of the phase divided by its time, in the last step.").by(RATES);
+        PHASE_SECONDS = Metric::gauge("phase_seconds", "seconds",
+            "Time of each phase in the last step; `critic` is its values and its updates.").by(PHASES);
+        STEP_SECONDS = Metric::histogram("step_seconds", "Wall-clock time of a step.");
+        CHECKPOINT_SECONDS = Metric::histogram("checkpoint_seconds", "Time until a checkpoint was durable.");
+        CHECKPOINT_BYTES = Metric::gauge("checkpoint_bytes", "bytes",
+            "Bytes written by the last checkpoint, without the shards it shares with earlier ones.");
+        CHECKPOINT_STEP = Metric::gauge("checkpoint_step", "step", "Step of the last durable checkpoint.");
+        ROLE_BUSY_SECONDS = Metric::gauge("role_busy_seconds", "seconds",
+            "Time each role has spent on messages, in this process.").by(ROLES);
+        MAILBOX_DEPTH = Metric::gauge("mailbox_depth", "messages", "Messages in the queue of each role.").by(ROLES);
+        DISK_FULL = Metric::gauge("disk_full", "0 or 1", "1 while the job waits for space on its disk.");
+        JOB_STEPS = Metric::gauge("job_steps", "steps", "Steps of the whole job.");
+    }
+}

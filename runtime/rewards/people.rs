@@ -1,0 +1,98 @@
+//! People who rank completions in a browser, as a source of rewards: `[people]`.
+
+use std::any::Any;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use super::memory::StoreMemory;
+use super::source::{LoadedReward, RewardContext, RewardInputs, RewardSource, StartedReward};
+use crate::config::{Keys, Range, Settings};
+use crate::error::{Error, Result};
+use crate::events::Event;
+use crate::futures::BoxFuture;
+use crate::judge::ReplyCache;
+use crate::label::people::CachedLabels;
+use crate::label::{self, Access, LabelQueue, LabelService, PeopleReward};
+
+/// `[people]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct PeopleSource {
+    /// Where the page is served; without it nobody is asked.
+    pub listen: Option<SocketAddr>,
+    /// Environment variable with the token.
+    pub token_env: Option<String>,
+    /// Labels that every prompt waits for.
+    pub labels: usize,
+    pub weight: f64,
+}
+
+impl Default for PeopleSource {
+    fn default() -> Self {
+        Self { listen: None, token_env: None, labels: 1, weight: 1.0 }
+    }
+}
+
+impl Settings for PeopleSource {
+    fn visit(&mut self, keys: &mut Keys) {
+        let mut s = keys.section("people");
+        s.speed().parsed(
+            "listen",
+            &mut self.listen,
+            "an address such as \"127.0.0.1:8765\"",
+            "an address with a port, such as \"127.0.0.1:8765\"",
+            "Serve a page there on which people rank the policy's completions; the job waits for them. An address beyond this \
+             machine needs a token, which is made and shown where `token_env` names none.",
+        );
+        let help = "Environment variable with a token of 16 characters or more; it is never stored or logged.";
+        s.speed().text("token_env", &mut self.token_env, "a variable's name", help);
+        let help = "People whose ranking every prompt waits for; their scores are averaged.";
+        s.integer("labels", &mut self.labels, Range::within(1.0, 100.0), help);
+        s.number("weight", &mut self.weight, Range::any(), "Weight of their score beside other sources.");
+    }
+}
+
+impl RewardSource for PeopleSource {
+    fn name(&self) -> &'static str {
+        "people"
+    }
+
+    fn is_configured(&self) -> bool {
+        self.listen.is_some()
+    }
+
+    fn load(&self, _: &mut RewardInputs<'_>) -> Result<Box<dyn LoadedReward>> {
+        let listen = self.listen.ok_or_else(|| Error::Rules("`people.listen` is missing".into()))?;
+        Ok(Box::new(Loaded { listen, settings: self.clone() }))
+    }
+
+    fn boxed(&self) -> Box<dyn RewardSource> {
+        Box::new(self.clone())
+    }
+
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+}
+
+struct Loaded {
+    listen: SocketAddr,
+    settings: PeopleSource,
+}
+
+impl LoadedReward for Loaded {
+    fn start<'a>(self: Box<Self>, context: &'a RewardContext) -> BoxFuture<'a, Result<StartedReward>> {
+        Box::pin(async move {
+            let memory: Arc<dyn ReplyCache> = Arc::new(StoreMemory::new(context.archivist.clone()));
+            let desk = Arc::new(LabelService::new(
+                LabelQueue::new(self.settings.labels),
+                Box::new(CachedLabels(memory.clone())),
+            ));
+            let access = Access::from_env(self.listen, self.settings.token_env.as_deref())?;
+            let served = label::serve(desk.clone(), self.listen, access.clone(), true).await?;
+            let url = access.url(served.address);
+            let _ = context.events.send(Event::PeopleWanted { url }); // not logged: it may hold the token
+            let people = PeopleReward::new(desk, memory, context.stop.clone());
+            Ok(StartedReward { guard: Some(Box::new(served)), ..StartedReward::new(self.settings.weight, people) })
+        })
+    }
+}

@@ -1,0 +1,54 @@
+//! `[job]` and `[checkpoint]`.
+
+use std::path::PathBuf;
+
+use crate::config::{Keys, Range, Settings};
+
+/// `[job]`, without its algorithm.
+#[derive(Debug, Clone, PartialEq)]
+pub struct JobSettings {
+    /// Where everything the job makes is kept.
+    pub directory: PathBuf,
+    /// Optimizer steps.
+    pub steps: u64,
+    pub seed: u64,
+}
+
+impl Default for JobSettings {
+    fn default() -> Self {
+        Self { directory: PathBuf::new(), steps: 100, seed: 0 }
+    }
+}
+
+impl Settings for JobSettings {
+    fn visit(&mut self, keys: &mut Keys) {
+        let mut s = keys.section("job");
+        s.needed_path("directory", &mut self.directory, "Where checkpoints, ledger and history are kept.");
+        let help = "Optimizer steps of the whole job. May grow on resume.";
+        s.speed().integer("steps", &mut self.steps, Range::from(1.0), help);
+        let help = "Seed of everything random: order of prompts, sampled tokens.";
+        s.integer("seed", &mut self.seed, Range::from(0.0), help);
+    }
+}
+
+/// `[checkpoint]`
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CheckpointSettings {
+    pub every_steps: u64,
+    pub keep: usize,
+}
+
+impl Default for CheckpointSettings {
+    fn default() -> Self {
+        Self { every_steps: 50, keep: 2 }
+    }
+}
+
+impl Settings for CheckpointSettings {
+    fn visit(&mut self, keys: &mut Keys) {
+        let mut s = keys.section("checkpoint");
+        let help = "Steps between checkpoints. One is also made at the end and when the job is asked to stop.";
+        s.speed().integer("every_steps", &mut self.every_steps, Range::from(1.0), help);
+        s.speed().integer("keep", &mut self.keep, Range::within(1.0, 1000.0), "Checkpoints kept.");
+    }
+}

@@ -1,0 +1,82 @@
+//! Settings that every job has, whatever its algorithm.
+
+mod evaluation;
+mod job;
+mod limits;
+mod lora;
+mod metrics;
+mod model;
+mod optimizer;
+mod placement;
+
+pub use evaluation::EvaluationSettings;
+pub use job::{CheckpointSettings, JobSettings};
+pub use limits::LimitsSettings;
+pub use lora::LoraSettings;
+pub use metrics::MetricsSettings;
+pub use model::ModelSettings;
+pub use optimizer::OptimizerSettings;
+pub use placement::PlacementSettings;
+
+use rehearsal_actors::{LoraInit, Placement, TrainedConfig};
+use rehearsal_learn::Schedule;
+
+use crate::config::{Keys, Settings};
+
+/// The sections that every job has.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Common {
+    pub job: JobSettings,
+    pub model: ModelSettings,
+    pub lora: LoraSettings,
+    pub optimizer: OptimizerSettings,
+    pub evaluation: EvaluationSettings,
+    pub checkpoint: CheckpointSettings,
+    pub placement: PlacementSettings,
+    pub limits: LimitsSettings,
+    pub metrics: MetricsSettings,
+}
+
+impl Settings for Common {
+    fn visit(&mut self, keys: &mut Keys) {
+        self.job.visit(keys);
+        self.model.visit(keys);
+        self.lora.visit(keys);
+        self.optimizer.visit(keys);
+        self.evaluation.visit(keys);
+        self.checkpoint.visit(keys);
+        self.placement.visit(keys);
+        self.limits.visit(keys);
+        self.metrics.visit(keys);
+    }
+}
+
+impl Common {
+    /// Learning rates of the job.
+    pub fn schedule(&self) -> Schedule {
+        Schedule {
+            kind: self.optimizer.schedule,
+            peak: self.optimizer.learning_rate,
+            warmup_steps: self.optimizer.warmup_steps,
+            total_steps: self.job.steps,
+        }
+    }
+
+    /// Settings of a model that is trained on a device.
+    pub(crate) fn trained(&self, placement: Placement) -> TrainedConfig {
+        TrainedConfig {
+            placement,
+            optimizer: self.optimizer.adamw,
+            max_grad_norm: self.optimizer.max_grad_norm,
+            micro_batch_tokens: self.optimizer.micro_batch_tokens,
+            precision: self.model.dtype,
+            gradient_checkpointing: self.optimizer.gradient_checkpointing,
+            ema_decay: self.optimizer.ema_decay,
+            lora: self.lora.enabled().then(|| LoraInit {
+                config: self.lora.config(),
+                adapter: self.lora.adapter.clone(),
+                seed: self.job.seed,
+            }),
+        }
+    }
+}
