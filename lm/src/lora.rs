@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use crate::cpu::with_views;
 use crate::error::{Error, Result};
 use crate::load::Checkpoint;
-use crate::model::{Decoder, HeadKind, Parameters};
+use crate::model::{Decoder, HeadKind, Parameters, SCORE_HEAD};
 
 /// Prefix of module names in PEFT's files.
 const PREFIX: &str = "base_model.model.";
@@ -95,7 +95,7 @@ impl Lora {
                 has.join(", ")
             ));
         }
-        let head = (base.architecture.head == HeadKind::Score).then_some("score.weight");
+        let head = (base.architecture.head == HeadKind::Score).then_some(SCORE_HEAD);
         let transposed = base.architecture.model_type == "gpt2";
         Ok(Self { config, variables: BTreeMap::new(), adapted, head, transposed })
     }

@@ -5,7 +5,7 @@ use rehearsal_kernels::random::{Region, Stream};
 use serde_json::Value;
 
 use crate::error::Result;
-use crate::model::{Architecture, Decoder, HeadKind, Parameters, with_head};
+use crate::model::{Architecture, Decoder, HeadKind, LANGUAGE_HEAD, Parameters, SCORE_HEAD, with_head};
 use crate::text::Text;
 
 /// A model as loaded from its files: weights on the CPU in f32, tokenizer and chat template.
@@ -51,8 +51,8 @@ impl Checkpoint {
         let stream = Stream::in_region(seed, Region::ScoreHeadInit, 0);
         let std = 1.0 / ((width + 1) as f64).sqrt();
         let score: Vec<f32> = (0..width as u64).map(|i| (std * stream.normal(i)) as f32).collect();
-        self.parameters.remove("lm_head.weight");
-        self.parameters.insert("score.weight".into(), Tensor::from_vec(score, (1, width), &Device::Cpu)?);
+        self.parameters.remove(LANGUAGE_HEAD);
+        self.parameters.insert(SCORE_HEAD.into(), Tensor::from_vec(score, (1, width), &Device::Cpu)?);
         self.config = with_head(&self.config, HeadKind::Score);
         if let (Some(map), Some(pad)) = (self.config.as_object_mut(), self.architecture.pad) {
             // transformers reads the score at the last token that is not padding, so the config must name the padding

@@ -11,7 +11,7 @@ use super::check::check;
 use super::checkpoint::Checkpoint;
 use super::gguf_tokenizer::tokenizer;
 use crate::error::{Error, Result};
-use crate::model::{Architecture, Parameters, Position, Rope, Scaling};
+use crate::model::{Architecture, LANGUAGE_HEAD, Parameters, Position, Rope, Scaling};
 use crate::text::Text;
 
 /// Typed access to the metadata of a GGUF file; errors name the file and the key.
@@ -191,7 +191,7 @@ fn hf_name(name: &str) -> Option<String> {
     match name {
         "token_embd.weight" => return Some("model.embed_tokens.weight".into()),
         "output_norm.weight" => return Some("model.norm.weight".into()),
-        "output.weight" => return Some("lm_head.weight".into()),
+        "output.weight" => return Some(LANGUAGE_HEAD.into()),
         _ => {}
     }
     let mut parts = name.strip_prefix("blk.")?.splitn(3, '.');

@@ -16,4 +16,5 @@ pub(crate) use config::with_head;
 pub use decoder::Decoder;
 pub use gradients::Gradients;
 pub(crate) use layers::{Block, Layers, Norm, Projection};
+pub(crate) use names::{LANGUAGE_HEAD, SCORE_HEAD};
 pub use rehearsal_kernels::activation::Activation;

@@ -2,6 +2,11 @@
 
 use super::architecture::{Architecture, HeadKind, NormKind};
 
+/// Weight of a score head, `[1, hidden]`.
+pub const SCORE_HEAD: &str = "score.weight";
+/// Weight of a language head that is not tied, `[vocab, hidden]`.
+pub const LANGUAGE_HEAD: &str = "lm_head.weight";
+
 /// Parameter names that differ between model types.
 pub struct Names {
     gpt2: bool,
@@ -37,9 +42,9 @@ impl Architecture {
     /// Name of the head's weight; a tied head has the embedding's.
     pub(crate) fn head_name(&self) -> &'static str {
         match self.head {
-            HeadKind::Score => "score.weight",
+            HeadKind::Score => SCORE_HEAD,
             HeadKind::Language if self.tied => self.names().embed(),
-            HeadKind::Language => "lm_head.weight",
+            HeadKind::Language => LANGUAGE_HEAD,
         }
     }
 
@@ -105,8 +110,8 @@ impl Architecture {
         }
         norm(&mut all, names.norm().to_string(), h, self.norm == NormKind::Layer);
         match self.head {
-            HeadKind::Score => all.push(("score.weight".to_string(), vec![1, h])),
-            HeadKind::Language if !self.tied => all.push(("lm_head.weight".to_string(), vec![self.vocab, h])),
+            HeadKind::Score => all.push((SCORE_HEAD.to_string(), vec![1, h])),
+            HeadKind::Language if !self.tied => all.push((LANGUAGE_HEAD.to_string(), vec![self.vocab, h])),
             HeadKind::Language => {}
         }
         all
