@@ -242,17 +242,24 @@ macro_rules! local_message {
 }
 pub(crate) use local_message;
 
-/// Implements the methods that all handles have.
+/// The load of a role, by its handle.
+pub trait RoleLoad: Send + Sync {
+    /// Number of messages sent and not yet handled.
+    fn depth(&self) -> usize;
+
+    /// What the role has done so far.
+    fn stats(&self) -> &RoleStats;
+}
+
+/// Implements [`RoleLoad`] for a handle.
 macro_rules! role_status {
     ($handle:ty) => {
-        impl $handle {
-            /// Number of messages sent and not yet handled.
-            pub fn depth(&self) -> usize {
+        impl $crate::RoleLoad for $handle {
+            fn depth(&self) -> usize {
                 self.link.depth()
             }
 
-            /// What the role has done so far.
-            pub fn stats(&self) -> &$crate::RoleStats {
+            fn stats(&self) -> &$crate::RoleStats {
                 self.link.stats()
             }
         }

@@ -4,12 +4,13 @@ use std::path::PathBuf;
 
 use candle_core::DType;
 use rehearsal_actors::{
-    ArchivistHandle, BufferHandle, CriticHandle, Director, ModelSnapshot, PolicyHandle, ReferenceHandle, RewardHandle,
-    StepReport, UpdateBatch,
+    ArchivistHandle, BufferHandle, CriticHandle, Director, ModelSnapshot, PolicyHandle, RoleLoad, StepReport,
+    UpdateBatch,
 };
 use tokio_util::sync::CancellationToken;
 
 /// A role whose weights are part of every checkpoint.
+#[derive(Clone)]
 pub enum TrainedModel {
     Policy(PolicyHandle),
     Critic(CriticHandle),
@@ -55,31 +56,6 @@ impl TrainedModel {
     }
 }
 
-/// A role whose load is exported.
-pub enum Probe {
-    Policy(PolicyHandle),
-    Reference(ReferenceHandle),
-    Reward(RewardHandle),
-    Critic(CriticHandle),
-    Buffer(BufferHandle),
-    Archivist(ArchivistHandle),
-}
-
-impl Probe {
-    /// Seconds the role has worked, and messages that wait for it.
-    pub fn load(&self) -> (f64, usize) {
-        let (stats, depth) = match self {
-            Self::Policy(h) => (h.stats(), h.depth()),
-            Self::Reference(h) => (h.stats(), h.depth()),
-            Self::Reward(h) => (h.stats(), h.depth()),
-            Self::Critic(h) => (h.stats(), h.depth()),
-            Self::Buffer(h) => (h.stats(), h.depth()),
-            Self::Archivist(h) => (h.stats(), h.depth()),
-        };
-        (stats.busy().as_secs_f64(), depth)
-    }
-}
-
 /// All roles of a job.
 pub struct Roles {
     pub director: Director,
@@ -88,26 +64,23 @@ pub struct Roles {
     pub trained: Vec<TrainedModel>,
     /// Emptied when the job returns to a checkpoint.
     pub buffer: Option<BufferHandle>,
-    probes: Vec<(&'static str, Probe)>,
+    watched: Vec<(&'static str, Box<dyn RoleLoad>)>,
 }
 
 impl Roles {
     /// The roles that every job has.
     pub fn new(director: Director, archivist: ArchivistHandle) -> Self {
-        let probes = vec![("archivist", Probe::Archivist(archivist.clone()))];
-        Self { director, archivist, trained: Vec::new(), buffer: None, probes }
+        let watched: Vec<(_, Box<dyn RoleLoad>)> = vec![("archivist", Box::new(archivist.clone()))];
+        Self { director, archivist, trained: Vec::new(), buffer: None, watched }
     }
 
     /// Adds a role whose load is exported.
-    pub fn watch(&mut self, role: &'static str, probe: Probe) {
-        self.probes.push((role, probe));
+    pub fn watch(&mut self, role: &'static str, handle: &(impl RoleLoad + Clone + 'static)) {
+        self.watched.push((role, Box::new(handle.clone())));
     }
 
     /// Every role with the seconds it has worked and the messages that wait for it.
     pub fn loads(&self) -> impl Iterator<Item = (&'static str, f64, usize)> {
-        self.probes.iter().map(|(role, probe)| {
-            let (busy, depth) = probe.load();
-            (*role, busy, depth)
-        })
+        self.watched.iter().map(|(role, handle)| (*role, handle.stats().busy().as_secs_f64(), handle.depth()))
     }
 }

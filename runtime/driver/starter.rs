@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rehearsal_actors::{BufferHandle, CriticHandle, Devices, PolicyHandle, ReferenceHandle, Reward, RewardHandle};
 use rehearsal_lm::Checkpoint;
 
-use super::roles::{Probe, Roles, TrainedModel};
+use super::roles::{Roles, TrainedModel};
 use crate::error::Result;
 use crate::memory::MemoryBudget;
 use crate::rewards::{LoadedReward, RewardContext, StartedReward, WeightedReward};
@@ -35,7 +35,7 @@ impl Starter<'_> {
         let config = self.common.trained(self.common.placement.policy());
         let policy = self.roles.director.policy(model, config, self.devices.clone()).await?;
         self.roles.trained.push(TrainedModel::Policy(policy.clone()));
-        self.roles.watch("policy", Probe::Policy(policy.clone()));
+        self.roles.watch("policy", &policy);
         Ok(policy)
     }
 
@@ -53,7 +53,7 @@ impl Starter<'_> {
         let config = self.common.trained(placement);
         let critic = self.roles.director.critic(model, config, self.devices.clone()).await?;
         self.roles.trained.push(TrainedModel::Critic(critic.clone()));
-        self.roles.watch("critic", Probe::Critic(critic.clone()));
+        self.roles.watch("critic", &critic);
         Ok(critic)
     }
 
@@ -62,7 +62,7 @@ impl Starter<'_> {
         let (placement, tokens) = (self.common.placement.reference(), self.common.optimizer.micro_batch_tokens);
         let dtype = self.common.model.dtype;
         let reference = self.roles.director.reference(model, placement, tokens, dtype, self.devices.clone()).await?;
-        self.roles.watch("reference", Probe::Reference(reference.clone()));
+        self.roles.watch("reference", &reference);
         Ok(reference)
     }
 
@@ -75,7 +75,7 @@ impl Starter<'_> {
             self.guards.extend(guard);
         }
         let reward = self.roles.director.reward(Arc::new(WeightedReward::new(parts))).await?;
-        self.roles.watch("reward", Probe::Reward(reward.clone()));
+        self.roles.watch("reward", &reward);
         Ok(reward)
     }
 
@@ -84,7 +84,7 @@ impl Starter<'_> {
         let limits = &self.common.limits;
         let buffer = self.roles.director.buffer(group_size, limits.rollouts_max, limits.staleness_max).await?;
         self.roles.buffer = Some(buffer.clone());
-        self.roles.watch("buffer", Probe::Buffer(buffer.clone()));
+        self.roles.watch("buffer", &buffer);
         Ok(buffer)
     }
 
