@@ -81,12 +81,9 @@ impl Run {
         learning_rate: f64,
         temperature: f64,
     ) -> Result<StepReport> {
-        self.settle().await?;
         let trained = || Error::Internal("the algorithm has started no model to train".into());
-        let model = self.roles.trained.first().ok_or_else(trained)?;
-        let report = self.update(model, Arc::new(objective), learning_rate, temperature).await?;
-        self.mid_step = true;
-        Ok(report)
+        let model = self.roles.trained.first().cloned().ok_or_else(trained)?;
+        self.update(model, Arc::new(objective), learning_rate, temperature).await
     }
 
     /// One update of a critic, as [`Run::learn`].
@@ -96,25 +93,29 @@ impl Run {
         objective: impl Objective,
         learning_rate: f64,
     ) -> Result<StepReport> {
-        self.settle().await?;
-        self.update(&TrainedModel::Critic(critic.clone()), Arc::new(objective), learning_rate, 1.0).await
+        self.update(TrainedModel::Critic(critic.clone()), Arc::new(objective), learning_rate, 1.0).await
     }
 
     async fn update(
-        &self,
-        model: &TrainedModel,
+        &mut self,
+        model: TrainedModel,
         objective: Arc<dyn Objective>,
         learning_rate: f64,
         temperature: f64,
     ) -> Result<StepReport> {
+        self.settle().await?;
         let batch = UpdateBatch { objective: objective.clone(), learning_rate, temperature };
         match model.step(batch, self.cancel.clone()).await {
+            Ok(report) => {
+                self.mid_step = true;
+                Ok(report)
+            }
             Err(error @ rehearsal_actors::Error::NotFinite { .. }) => {
                 let report = format!("{error}\nlearning rate {learning_rate}\n{objective:#?}\n");
                 let path = self.journal.offending_batch(self.state.step, report).await?;
                 Err(Error::Offending { path, error: Box::new(error.into()) })
             }
-            other => Ok(other?),
+            Err(error) => Err(error.into()),
         }
     }
 
