@@ -21,16 +21,8 @@ pub struct OptimizerSettings {
 
 impl Default for OptimizerSettings {
     fn default() -> Self {
-        let adamw = AdamWConfig {
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-            weight_decay: 0.0,
-            moments: MomentType::Full,
-            rule: AdamRule::Corrected,
-        };
         Self {
-            adamw,
+            adamw: AdamWConfig::default(),
             learning_rate: 5e-7,
             schedule: ScheduleKind::Constant,
             warmup_steps: 0,

@@ -27,9 +27,7 @@ pub struct LossSettings {
 
 impl Default for LossSettings {
     fn default() -> Self {
-        let kind = PreferenceKind::Sigmoid;
-        let preference = PreferenceConfig { kind, beta: 0.1, label_smoothing: 0.0, sft: None };
-        Self { preference, ties: TieRule::Skip, missing_eos_penalty: 0.0 }
+        Self { preference: PreferenceConfig::default(), ties: TieRule::Skip, missing_eos_penalty: 0.0 }
     }
 }
 
