@@ -1,7 +1,6 @@
 //! Direct preference optimisation on a fixed set of pairs (Rafailov et al. 2023), with any loss of the family. The
 //! reference's log-probabilities of each pair are computed once and cached for later epochs.
 
-use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
@@ -49,18 +48,6 @@ impl AlgorithmSettings for Dpo {
             return Err(Error::Prompts { file, message: message.into() });
         }
         Ok(Box::new(Loaded { settings: self.clone(), policy: loader.policy(), reference, rows }))
-    }
-
-    fn boxed(&self) -> Box<dyn AlgorithmSettings> {
-        Box::new(self.clone())
-    }
-
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
     }
 }
 

@@ -1,17 +1,14 @@
 //! Iterative DPO (Xu et al. 2023; Yuan et al. 2024): in each round, sample K completions of each prompt, pair the best with
 //! the worst, and learn from the pairs against the policy that sampled them.
 
-use std::any::Any;
+use rehearsal_actors::Group;
+use rehearsal_learn::pairs::Pair;
 
-use super::shared::rounds::{RoundSettings, round};
+use super::shared::rounds::{self, InRounds, RoundSettings};
 use crate::config::{Keys, Settings};
-use crate::driver::{
-    Algorithm, AlgorithmSettings, LoadedAlgorithm, Loader, RolloutInputs, Rollouts, Run, Starter, Step,
-};
+use crate::driver::{AlgorithmSettings, LoadedAlgorithm, Loader, Run};
 use crate::error::Result;
-use crate::futures::BoxFuture;
 use crate::settings::Common;
-use crate::summary::Evaluation;
 
 /// Settings of `iterative_dpo`: `[prompts]`, `[rollout]`, `[loss]`, `[update]`.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -21,9 +18,7 @@ pub struct IterativeDpo {
 
 impl Settings for IterativeDpo {
     fn visit(&mut self, keys: &mut Keys) {
-        self.rounds.online.visit(keys);
-        self.rounds.loss.visit(keys);
-        self.rounds.update.visit(keys);
+        self.rounds.visit(keys);
     }
 }
 
@@ -38,50 +33,16 @@ impl AlgorithmSettings for IterativeDpo {
     }
 
     fn load(&self, loader: &mut Loader<'_>) -> Result<Box<dyn LoadedAlgorithm>> {
-        let inputs = self.rounds.online.load(loader, false)?;
-        loader.rewards()?;
-        Ok(Box::new(Loaded { settings: self.clone(), inputs }))
-    }
-
-    fn boxed(&self) -> Box<dyn AlgorithmSettings> {
-        Box::new(self.clone())
-    }
-
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
+        rounds::load(self, loader)
     }
 }
 
-struct Loaded {
-    settings: IterativeDpo,
-    inputs: RolloutInputs,
-}
-
-impl LoadedAlgorithm for Loaded {
-    fn start<'a>(self: Box<Self>, starter: &'a mut Starter<'_>) -> BoxFuture<'a, Result<Box<dyn Algorithm>>> {
-        Box::pin(async move {
-            let rollouts = Rollouts::start(self.inputs, starter).await?;
-            Ok(Box::new(Running { settings: self.settings, rollouts }) as _)
-        })
-    }
-}
-
-struct Running {
-    settings: IterativeDpo,
-    rollouts: Rollouts,
-}
-
-impl Algorithm for Running {
-    fn step<'a>(&'a mut self, run: &'a mut Run) -> BoxFuture<'a, Result<Step>> {
-        let rounds = &self.settings.rounds;
-        Box::pin(round(run, &self.rollouts, rounds, |_, group| rounds.loss.best_and_worst(group).into_iter().collect()))
+impl InRounds for IterativeDpo {
+    fn rounds(&self) -> &RoundSettings {
+        &self.rounds
     }
 
-    fn evaluate<'a>(&'a mut self, run: &'a mut Run) -> BoxFuture<'a, Result<Option<Evaluation>>> {
-        Box::pin(self.rollouts.evaluate(run))
+    fn pairs(&self, _: &Run, group: &Group) -> Vec<Pair> {
+        self.rounds.loss.best_and_worst(group).into_iter().collect()
     }
 }

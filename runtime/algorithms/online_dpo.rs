@@ -2,8 +2,6 @@
 //! K times, a source of rewards scores the completions, the best and the worst of them enter a preference loss against the
 //! reference, and the next completions come from the updated policy.
 
-use std::any::Any;
-
 use rehearsal_actors::{PairTokens, Pairs};
 use rehearsal_learn::pairs::Pair;
 
@@ -49,18 +47,6 @@ impl AlgorithmSettings for OnlineDpo {
         let inputs = self.online.load(loader, true)?;
         loader.rewards()?;
         Ok(Box::new(Loaded { settings: self.clone(), inputs }))
-    }
-
-    fn boxed(&self) -> Box<dyn AlgorithmSettings> {
-        Box::new(self.clone())
-    }
-
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
     }
 }
 

@@ -1,7 +1,6 @@
 //! Reward modelling: the second of InstructGPT's three steps (Ouyang et al. 2022, §3.5, eq. 1). A model with a score head
 //! learns to order completions as people did.
 
-use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -108,18 +107,6 @@ impl AlgorithmSettings for RewardModel {
             None => Vec::new(),
         };
         Ok(Box::new(Loaded { settings: self.clone(), model: loader.reward_model()?, rows, demonstrations }))
-    }
-
-    fn boxed(&self) -> Box<dyn AlgorithmSettings> {
-        Box::new(self.clone())
-    }
-
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
     }
 }
 

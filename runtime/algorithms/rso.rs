@@ -1,22 +1,16 @@
 //! RSO (Liu et al. 2023, "Statistical Rejection Sampling Improves Preference Optimization"): in each round, completions are
 //! kept by rejection sampling, which makes them samples of the optimal policy, and paired; then as iterative DPO.
 
-use std::any::Any;
-
 use rehearsal_actors::Group;
 use rehearsal_learn::pairs::{Pair, select_pair};
 use rehearsal_learn::rso::rejection_sampling;
 use rehearsal_lm::random::{Region, Stream};
 
-use super::shared::rounds::{RoundSettings, round};
+use super::shared::rounds::{self, InRounds, RoundSettings};
 use crate::config::{Keys, Range, Settings};
-use crate::driver::{
-    Algorithm, AlgorithmSettings, LoadedAlgorithm, Loader, RolloutInputs, Rollouts, Run, Starter, Step,
-};
+use crate::driver::{AlgorithmSettings, LoadedAlgorithm, Loader, Run};
 use crate::error::Result;
-use crate::futures::BoxFuture;
 use crate::settings::Common;
-use crate::summary::Evaluation;
 
 /// Settings of `rso`: `[prompts]`, `[rollout]`, `[loss]`, `[update]`, `[rso]`.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,9 +30,7 @@ impl Default for Rso {
 
 impl Settings for Rso {
     fn visit(&mut self, keys: &mut Keys) {
-        self.rounds.online.visit(keys);
-        self.rounds.loss.visit(keys);
-        self.rounds.update.visit(keys);
+        self.rounds.visit(keys);
         let mut s = keys.section("rso");
         let help = "Candidates of a prompt that rejection sampling keeps, of `rollout.completions_per_prompt`.";
         s.integer("keep", &mut self.keep, Range::within(2.0, 256.0), help);
@@ -62,55 +54,15 @@ impl AlgorithmSettings for Rso {
     }
 
     fn load(&self, loader: &mut Loader<'_>) -> Result<Box<dyn LoadedAlgorithm>> {
-        let inputs = self.rounds.online.load(loader, false)?;
-        loader.rewards()?;
-        Ok(Box::new(Loaded { settings: self.clone(), inputs }))
-    }
-
-    fn boxed(&self) -> Box<dyn AlgorithmSettings> {
-        Box::new(self.clone())
-    }
-
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
+        rounds::load(self, loader)
     }
 }
 
-struct Loaded {
-    settings: Rso,
-    inputs: RolloutInputs,
-}
-
-impl LoadedAlgorithm for Loaded {
-    fn start<'a>(self: Box<Self>, starter: &'a mut Starter<'_>) -> BoxFuture<'a, Result<Box<dyn Algorithm>>> {
-        Box::pin(async move {
-            let rollouts = Rollouts::start(self.inputs, starter).await?;
-            Ok(Box::new(Running { settings: self.settings, rollouts }) as _)
-        })
-    }
-}
-
-struct Running {
-    settings: Rso,
-    rollouts: Rollouts,
-}
-
-impl Algorithm for Running {
-    fn step<'a>(&'a mut self, run: &'a mut Run) -> BoxFuture<'a, Result<Step>> {
-        let settings = &self.settings;
-        Box::pin(round(run, &self.rollouts, &settings.rounds, |run, group| settings.pairs(run, group)))
+impl InRounds for Rso {
+    fn rounds(&self) -> &RoundSettings {
+        &self.rounds
     }
 
-    fn evaluate<'a>(&'a mut self, run: &'a mut Run) -> BoxFuture<'a, Result<Option<Evaluation>>> {
-        Box::pin(self.rollouts.evaluate(run))
-    }
-}
-
-impl Rso {
     /// Accepted completions in the order of their acceptance: the first is paired with the second and so on, and the better
     /// score is chosen.
     fn pairs(&self, run: &Run, group: &Group) -> Vec<Pair> {

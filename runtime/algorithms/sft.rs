@@ -1,7 +1,6 @@
 //! Supervised fine-tuning: the first of InstructGPT's three steps (Ouyang et al. 2022, §3.5). The policy learns the
 //! assistant's turns of demonstrations.
 
-use std::any::Any;
 use std::sync::Arc;
 
 use rehearsal_actors::{Demonstrations, MaskedSequence, PolicyHandle};
@@ -53,18 +52,6 @@ impl AlgorithmSettings for Sft {
         let OfflineSettings { data, prompts } = &self.offline;
         let rows = loader.rows(data, prompts, |reader| reader.demonstrations())?;
         Ok(Box::new(Loaded { settings: self.clone(), policy: loader.policy(), rows }))
-    }
-
-    fn boxed(&self) -> Box<dyn AlgorithmSettings> {
-        Box::new(self.clone())
-    }
-
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
     }
 }
 

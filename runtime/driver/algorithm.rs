@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::fmt::Debug;
 
+use dyn_clone::DynClone;
 use rehearsal_learn::reward::Normalisation;
 
 use super::loader::Loader;
@@ -20,7 +21,7 @@ use crate::summary::Evaluation;
 ///
 /// A new algorithm implements this, [`LoadedAlgorithm`] and [`Algorithm`] in a file of its own and is named in one line
 /// of the registry.
-pub trait AlgorithmSettings: Settings + Debug + Send + Sync {
+pub trait AlgorithmSettings: Settings + Any + DynClone + Debug + Send + Sync {
     /// Reports values that contradict those of other sections.
     fn check(&self, _common: &Common, _keys: &mut Keys) {}
 
@@ -41,22 +42,8 @@ pub trait AlgorithmSettings: Settings + Debug + Send + Sync {
 
     /// Reads the models and data it needs. Blocking; nothing has been written yet.
     fn load(&self, loader: &mut Loader<'_>) -> Result<Box<dyn LoadedAlgorithm>>;
-
-    /// A copy.
-    fn boxed(&self) -> Box<dyn AlgorithmSettings>;
-
-    /// The settings as their own type.
-    fn as_any(&self) -> &dyn Any;
-
-    /// The settings as their own type, for a program that builds a job.
-    fn as_any_mut(&mut self) -> &mut dyn Any;
 }
-
-impl Clone for Box<dyn AlgorithmSettings> {
-    fn clone(&self) -> Self {
-        self.boxed()
-    }
-}
+dyn_clone::clone_trait_object!(AlgorithmSettings);
 
 /// An algorithm whose models and data are read.
 pub trait LoadedAlgorithm: Send {

@@ -1,5 +1,6 @@
 //! The configuration of a job.
 
+use std::any::Any;
 use std::fs;
 use std::path::Path;
 
@@ -55,7 +56,7 @@ impl Config {
     /// # Errors
     ///
     /// If there is no algorithm of that name.
-    pub fn set_algorithm(&mut self, name: &str, settings: impl AlgorithmSettings + 'static) -> Result<(), ConfigError> {
+    pub fn set_algorithm(&mut self, name: &str, settings: impl AlgorithmSettings) -> Result<(), ConfigError> {
         let names = || ALGORITHMS.iter().map(|entry| entry.name).collect::<Vec<_>>().join(", ");
         let entry = ALGORITHMS.iter().find(|entry| entry.name == name).ok_or_else(|| {
             let message = format!("there is no algorithm `{name}`; there are {}", names());
@@ -67,17 +68,17 @@ impl Config {
 
     /// Settings of a source of rewards by their type; `None` if there is no such source.
     pub fn reward<T: 'static>(&mut self) -> Option<&mut T> {
-        self.rewards.iter_mut().find_map(|source| source.as_any_mut().downcast_mut())
+        self.rewards.iter_mut().find_map(|source| (&mut **source as &mut dyn Any).downcast_mut())
     }
 
     /// Settings of the algorithm by their type; `None` if it is another.
     pub fn algorithm_as<T: 'static>(&self) -> Option<&T> {
-        self.algorithm.as_any().downcast_ref()
+        (&*self.algorithm as &dyn Any).downcast_ref()
     }
 
     /// Settings of the algorithm by their type, to be changed; `None` if it is another.
     pub fn algorithm_as_mut<T: 'static>(&mut self) -> Option<&mut T> {
-        self.algorithm.as_any_mut().downcast_mut()
+        (&mut *self.algorithm as &mut dyn Any).downcast_mut()
     }
 
     /// Checks every value by the ranges and rules that hold for files.

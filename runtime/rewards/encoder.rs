@@ -1,7 +1,6 @@
 //! A BERT model as a source of rewards: `[encoder]`. A sequence classifier scores the pair of prompt and completion; a
 //! sentence encoder scores the similarity of the completion to the reference answer of the prompt's row.
 
-use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -54,14 +53,6 @@ impl RewardSource for EncoderSource {
         let encoder = Arc::new(BertEncoder::open(model).map_err(Error::Usage)?);
         inputs.fingerprint.push(("encoder, its weights".into(), encoder.name().into()));
         Ok(Box::new(Loaded { encoder, weight: self.weight }))
-    }
-
-    fn boxed(&self) -> Box<dyn RewardSource> {
-        Box::new(self.clone())
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
     }
 }
 

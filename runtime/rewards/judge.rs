@@ -1,6 +1,5 @@
 //! A language model as judge, as a source of rewards: `[judge]`.
 
-use std::any::Any;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -172,14 +171,6 @@ impl RewardSource for JudgeSource {
             inputs.fingerprint.push(("judge, its template".into(), blake3::hash(&text).to_hex()[..16].into()));
         }
         Ok(Box::new(Loaded { template: self.template()?, model, settings: self.clone() }))
-    }
-
-    fn boxed(&self) -> Box<dyn RewardSource> {
-        Box::new(self.clone())
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
     }
 }
 

@@ -1,6 +1,5 @@
 //! Trained reward models as a source of rewards: `reward.models`.
 
-use std::any::Any;
 use std::sync::Arc;
 
 use rehearsal_actors::{RewardModel, RewardModels};
@@ -77,14 +76,6 @@ impl RewardSource for RewardModelSource {
         }
         let tokenizer = inputs.policy.text.tokenizer_json().to_string();
         Ok(Box::new(Loaded { settings: self.clone(), checkpoints, tokenizer }))
-    }
-
-    fn boxed(&self) -> Box<dyn RewardSource> {
-        Box::new(self.clone())
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
     }
 }
 

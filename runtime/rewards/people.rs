@@ -1,6 +1,5 @@
 //! People who rank completions in a browser, as a source of rewards: `[people]`.
 
-use std::any::Any;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -63,14 +62,6 @@ impl RewardSource for PeopleSource {
     fn load(&self, _: &mut RewardInputs<'_>) -> Result<Box<dyn LoadedReward>> {
         let listen = self.listen.ok_or_else(|| Error::Rules("`people.listen` is missing".into()))?;
         Ok(Box::new(Loaded { listen, settings: self.clone() }))
-    }
-
-    fn boxed(&self) -> Box<dyn RewardSource> {
-        Box::new(self.clone())
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
     }
 }
 

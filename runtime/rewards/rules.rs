@@ -1,7 +1,5 @@
 //! Rules that a program can check, as a source of rewards: `reward.rules`.
 
-use std::any::Any;
-
 use regex::Regex;
 use rehearsal_actors::{Judged, Reward, RewardError, Sample};
 use rehearsal_lm::generate::Finish;
@@ -83,14 +81,6 @@ impl RewardSource for RuleSource {
 
     fn load(&self, _: &mut RewardInputs<'_>) -> Result<Box<dyn LoadedReward>> {
         Ok(Box::new(Rules::new(self).map_err(Error::Rules)?))
-    }
-
-    fn boxed(&self) -> Box<dyn RewardSource> {
-        Box::new(self.clone())
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
     }
 }
 

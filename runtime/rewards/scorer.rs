@@ -1,7 +1,5 @@
 //! A scorer behind HTTP as a source of rewards: `[scorer]`.
 
-use std::any::Any;
-
 use super::endpoint::EndpointSettings;
 use super::source::{LoadedReward, RewardContext, RewardInputs, RewardSource, StartedReward};
 use crate::config::{Keys, Range, Settings};
@@ -49,14 +47,6 @@ impl RewardSource for ScorerSource {
     fn load(&self, _: &mut RewardInputs<'_>) -> Result<Box<dyn LoadedReward>> {
         let endpoint = self.endpoint.endpoint().ok_or_else(|| Error::Rules("`scorer.url` is missing".into()))?;
         Ok(Box::new(Loaded { endpoint, batch: self.batch, weight: self.weight }))
-    }
-
-    fn boxed(&self) -> Box<dyn RewardSource> {
-        Box::new(self.clone())
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
     }
 }
 

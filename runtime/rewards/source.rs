@@ -4,6 +4,7 @@ use std::any::Any;
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use dyn_clone::DynClone;
 use rehearsal_actors::{ArchivistHandle, Devices, Placement, Reward};
 use rehearsal_lm::{Checkpoint, Precision};
 use tokio::sync::broadcast;
@@ -18,7 +19,7 @@ use crate::models::ModelCache;
 /// A source of rewards: the settings of its section, from which it is loaded.
 ///
 /// A new source implements this in a file of its own and is named in one line of the registry.
-pub trait RewardSource: Settings + Debug + Send + Sync {
+pub trait RewardSource: Settings + Any + DynClone + Debug + Send + Sync {
     /// The section or keys that configure it, as the fingerprint names it.
     fn name(&self) -> &'static str;
 
@@ -32,19 +33,8 @@ pub trait RewardSource: Settings + Debug + Send + Sync {
 
     /// Reads models and whatever else can fail before the job begins. Blocking.
     fn load(&self, inputs: &mut RewardInputs<'_>) -> Result<Box<dyn LoadedReward>>;
-
-    /// A copy.
-    fn boxed(&self) -> Box<dyn RewardSource>;
-
-    /// The settings as their own type, for a program that builds a job.
-    fn as_any_mut(&mut self) -> &mut dyn Any;
 }
-
-impl Clone for Box<dyn RewardSource> {
-    fn clone(&self) -> Self {
-        self.boxed()
-    }
-}
+dyn_clone::clone_trait_object!(RewardSource);
 
 /// What loading a source may use.
 pub struct RewardInputs<'a> {

@@ -7,7 +7,6 @@ mod batch;
 mod metrics;
 mod settings;
 
-use std::any::Any;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -105,18 +104,6 @@ impl AlgorithmSettings for Ppo {
             None => Vec::new(),
         };
         Ok(Box::new(Loaded { settings: self.clone(), inputs, critic, pretraining }))
-    }
-
-    fn boxed(&self) -> Box<dyn AlgorithmSettings> {
-        Box::new(self.clone())
-    }
-
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
     }
 }
 

@@ -12,9 +12,14 @@ use super::minibatches::{UpdateSettings, minibatches};
 use super::online::OnlineSettings;
 use super::pairs::{log_preferences, pair_stats, pair_tokens, tokens};
 use super::preference::LossSettings;
-use crate::driver::{Rollouts, Run, Step, Updates, rollout_stats};
+use crate::config::{Keys, Settings};
+use crate::driver::{
+    Algorithm, AlgorithmSettings, LoadedAlgorithm, Loader, RolloutInputs, Rollouts, Run, Starter, Step, Updates,
+    rollout_stats,
+};
 use crate::error::{Error, Result};
-use crate::summary::Seconds;
+use crate::futures::BoxFuture;
+use crate::summary::{Evaluation, Seconds};
 
 /// Sections of an algorithm that learns in rounds.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -24,13 +29,62 @@ pub struct RoundSettings {
     pub update: UpdateSettings,
 }
 
-/// One round; `choose` gives the pairs of a prompt.
-pub async fn round(
-    run: &mut Run,
-    rollouts: &Rollouts,
-    settings: &RoundSettings,
-    choose: impl Fn(&Run, &Group) -> Vec<Pair>,
-) -> Result<Step> {
+impl Settings for RoundSettings {
+    fn visit(&mut self, keys: &mut Keys) {
+        self.online.visit(keys);
+        self.loss.visit(keys);
+        self.update.visit(keys);
+    }
+}
+
+/// An algorithm that learns in rounds: how a prompt's completions become pairs.
+pub trait InRounds: AlgorithmSettings + Clone {
+    /// Sections that all such algorithms have.
+    fn rounds(&self) -> &RoundSettings;
+
+    /// The pairs of a prompt.
+    fn pairs(&self, run: &Run, group: &Group) -> Vec<Pair>;
+}
+
+/// Loads an algorithm that learns in rounds.
+pub fn load(settings: &impl InRounds, loader: &mut Loader<'_>) -> Result<Box<dyn LoadedAlgorithm>> {
+    let inputs = settings.rounds().online.load(loader, false)?;
+    loader.rewards()?;
+    Ok(Box::new(Loaded { settings: settings.clone(), inputs }))
+}
+
+struct Loaded<S> {
+    settings: S,
+    inputs: RolloutInputs,
+}
+
+impl<S: InRounds> LoadedAlgorithm for Loaded<S> {
+    fn start<'a>(self: Box<Self>, starter: &'a mut Starter<'_>) -> BoxFuture<'a, Result<Box<dyn Algorithm>>> {
+        Box::pin(async move {
+            let rollouts = Rollouts::start(self.inputs, starter).await?;
+            Ok(Box::new(Running { settings: self.settings, rollouts }) as _)
+        })
+    }
+}
+
+struct Running<S> {
+    settings: S,
+    rollouts: Rollouts,
+}
+
+impl<S: InRounds> Algorithm for Running<S> {
+    fn step<'a>(&'a mut self, run: &'a mut Run) -> BoxFuture<'a, Result<Step>> {
+        Box::pin(round(run, &self.rollouts, &self.settings))
+    }
+
+    fn evaluate<'a>(&'a mut self, run: &'a mut Run) -> BoxFuture<'a, Result<Option<Evaluation>>> {
+        Box::pin(self.rollouts.evaluate(run))
+    }
+}
+
+/// One round.
+async fn round(run: &mut Run, rollouts: &Rollouts, algorithm: &impl InRounds) -> Result<Step> {
+    let settings = algorithm.rounds();
     let mut seconds = Seconds::default();
     let (version, learning_rate) = (run.version(), run.learning_rate());
     let temperature = settings.online.rollout.temperature();
@@ -41,7 +95,7 @@ pub async fn round(
     let mut stats = rollout_stats(&groups);
 
     // 2. The pairs of each prompt; every comparison goes into the ledger.
-    let chosen: Vec<Vec<Pair>> = groups.iter().map(|g| choose(run, g)).collect();
+    let chosen: Vec<Vec<Pair>> = groups.iter().map(|g| algorithm.pairs(run, g)).collect();
     let first = chosen.iter().map(|pairs| pairs.first().copied());
     log_preferences(run, rollouts, &prompts, &groups, first).await?;
 
