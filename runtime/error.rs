@@ -23,6 +23,16 @@ pub enum Error {
         "the job in {directory} was started with other settings, and a resumed job must do what it would have done:\n{differences}"
     )]
     Changed { directory: PathBuf, differences: String },
+    #[error("the job has ended")]
+    Ended,
+    #[error("this job trains a reward model, which generates no text")]
+    NoPolicy,
+    #[error("{0} is not empty and holds no model; name another directory")]
+    NotAModelDirectory(PathBuf),
+    #[error("the process that runs the job in {directory} does not answer: {reason}")]
+    Unreachable { directory: PathBuf, reason: String },
+    #[error("{0}")]
+    Refused(String),
     #[error("{error}; the batch is in {path}")]
     Offending { path: PathBuf, error: Box<Error> },
     #[error("{path}: {source}")]

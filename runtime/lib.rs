@@ -16,6 +16,7 @@
 //! # }
 //! ```
 
+pub mod access;
 pub mod algorithms;
 mod blocking;
 pub mod cli;
@@ -37,21 +38,31 @@ pub mod metrics;
 mod models;
 pub mod rewards;
 pub mod settings;
+mod status;
 mod summary;
 mod time;
 pub mod transformers;
 
-pub use config::ConfigError;
+pub use access::{Generate, Generated, JobReader, WeightType};
+pub use algorithms::Algorithms;
+pub use config::{ConfigError, Keys, Range, Settings};
 pub use data::{DataSettings, Dropped, DroppedRows, OnBad, OnLong, PromptsSettings};
-pub use driver::JobState;
+pub use driver::{
+    Algorithm, AlgorithmSettings, JobState, LoadedAlgorithm, Loader, RolloutInputs, RolloutSettings, Rollouts, Run, Starter,
+    Stats, Step, Updates, rollout_stats,
+};
 pub use error::{Error, Result};
-pub use events::{Event, Outcome};
+pub use events::{Event, NewCompletion, Outcome, ScoredText};
 pub use futures::BoxFuture;
-pub use job::{CONFIG_FILE, Chain, Config, Job, JobBuilder};
+pub use job::{CONFIG_FILE, Chain, Config, Job, JobBuilder, JobHandle};
 pub use memory::MemoryBudget;
+pub use metrics::Metric;
+pub use rehearsal_actors as actors;
 pub use rehearsal_actors::{Judged, Reward, RewardError, RewardFn, Sample};
 pub use rehearsal_learn as learn;
 pub use rehearsal_lm as lm;
 pub use rehearsal_store as store;
+pub use settings::Common;
+pub use status::{JobStatus, MemoryUse};
 pub use summary::{Answer, Counters, Evaluation, Seconds, StepSummary};
 pub use tokio_util::sync::CancellationToken;

@@ -2,13 +2,13 @@
 
 use rehearsal_actors::Placement;
 use rehearsal_lm::Architecture;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::driver::{RolloutSettings, recorded_tokens};
 use crate::settings::Common;
 
 /// Bytes by purpose, for a job whose roles are on the CPU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryBudget {
     /// The trained weights, f32.
     pub weights: u64,
@@ -18,7 +18,7 @@ pub struct MemoryBudget {
     pub moments: u64,
     /// Gradients, f32; only while a step is taken.
     pub gradients: u64,
-    /// What a micro-batch keeps for its way back; only while a step is taken.
+    /// What a micro-batch keeps for the backward pass; only while a step is taken.
     pub activations: u64,
     /// Packed weights and the cache, and what is kept for the update; only while completions are generated.
     pub generation: u64,

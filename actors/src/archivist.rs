@@ -68,6 +68,10 @@ pub(crate) enum ArchivistMsg {
         _permit: Permit,
         reply: Reply<Usage>,
     },
+    Read {
+        read: ReadStore,
+        _permit: Permit,
+    },
     Log {
         rollouts: Vec<RolloutRecord>,
         scores: Vec<ScoreRecord>,
@@ -77,6 +81,9 @@ pub(crate) enum ArchivistMsg {
     },
 }
 local_message!(ArchivistMsg);
+
+/// A function of the store that sends its own reply.
+type ReadStore = Box<dyn FnOnce(&Store) + Send>;
 
 pub(crate) struct Archivist {
     store: Store,
@@ -147,6 +154,7 @@ impl StateMachine for Archivist {
                 answer(reply, self.store.cache_replies(&entries, spent).map_err(Error::from))
             }
             ArchivistMsg::Spent { reply, .. } => answer(reply, self.store.spent().map_err(Error::from)),
+            ArchivistMsg::Read { read, .. } => read(&self.store),
             ArchivistMsg::Log { rollouts, scores, preferences, reply, .. } => {
                 answer(reply, self.log(&rollouts, &scores, &preferences))
             }
@@ -217,6 +225,20 @@ impl ArchivistHandle {
     /// The usage of all requests that the job has made to judges.
     pub async fn spent(&self) -> Result<Usage> {
         self.link.ask(|_permit, reply| ArchivistMsg::Spent { _permit, reply }).await
+    }
+
+    /// Runs `read` on the store, on the archivist's thread, between two of its other requests. Long reads delay the job:
+    /// read large ledgers page by page.
+    pub async fn read<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&Store) -> rehearsal_store::Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.link
+            .ask(|_permit, reply| {
+                let read: ReadStore = Box::new(move |store| answer(reply, read(store).map_err(Error::from)));
+                ArchivistMsg::Read { read, _permit }
+            })
+            .await
     }
 
     /// Logs finished rollouts.

@@ -184,9 +184,14 @@ impl Director {
         })
     }
 
-    /// Pauses the job at its next step boundary, or resumes it.
-    pub fn pause(&self, paused: bool) {
-        self.paused.send_replace(paused);
+    /// Pauses the job at its next step boundary while it holds `true`.
+    pub fn pause_switch(&self) -> watch::Sender<bool> {
+        self.paused.clone()
+    }
+
+    /// Whether the job is paused, or will be at its next step boundary.
+    pub fn is_paused(&self) -> bool {
+        *self.paused.borrow()
     }
 
     /// Waits while the job is paused.

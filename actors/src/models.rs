@@ -18,7 +18,7 @@ pub struct PolicyHandle {
 }
 
 impl PolicyHandle {
-    /// Samples completions and sends each to `finished` when it ends.
+    /// Samples completions and sends each to `finished` when it ends. Returns the version of the weights that sampled.
     ///
     /// The activations of up to `keep_tokens` tokens are kept for an update on these completions with the same weights:
     /// neither the update nor [`PolicyHandle::logprobs`] then repeats the forward pass. Results do not change, because
@@ -34,7 +34,7 @@ impl PolicyHandle {
         keep_tokens: usize,
         finished: UnboundedSender<Completion>,
         cancel: CancellationToken,
-    ) -> Result<()> {
+    ) -> Result<u64> {
         let options = Box::new(options);
         self.link
             .ask(|_permit, reply| TrainedMsg::Generate {
@@ -104,6 +104,11 @@ macro_rules! trained {
             pub async fn restore(&self, snapshot: ModelSnapshot) -> Result<()> {
                 let snapshot = Box::new(snapshot);
                 self.link.ask(|_permit, reply| TrainedMsg::Restore { snapshot, _permit, reply }).await
+            }
+
+            /// Returns to the weights and the optimizer state at the start of training.
+            pub async fn reset(&self) -> Result<()> {
+                self.link.ask(|_permit, reply| TrainedMsg::Reset { _permit, reply }).await
             }
 
             /// Writes the weights, or their moving average if there is one, as a Hugging Face directory in the given type.

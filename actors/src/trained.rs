@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use candle_core::{DType, Device, Var};
@@ -91,7 +92,7 @@ pub(crate) enum TrainedMsg {
         finished: UnboundedSender<Completion>,
         cancel: CancellationToken,
         _permit: Permit,
-        reply: Reply<()>,
+        reply: Reply<u64>,
     },
     Logprobs {
         tokens: Vec<Tokens>,
@@ -129,6 +130,10 @@ pub(crate) enum TrainedMsg {
         _permit: Permit,
         reply: Reply<()>,
     },
+    Reset {
+        _permit: Permit,
+        reply: Reply<()>,
+    },
     Export {
         directory: PathBuf,
         dtype: DType,
@@ -141,8 +146,11 @@ local_message!(TrainedMsg);
 /// State of the policy and of the critic.
 pub(crate) struct Trained {
     checkpoint: Arc<Checkpoint>,
+    devices: Devices,
     compute: SharedDevice,
     config: TrainedConfig,
+    /// Whether the weights are those that the job expects: not those of a restarted role that has yet to be restored.
+    ready: bool,
     decoder: Decoder,
     lora: Option<Lora>,
     optimizer: AdamW,
@@ -170,8 +178,10 @@ impl Trained {
         let average = config.ema_decay.map(|_| copies(trained)).transpose()?;
         Ok(Self {
             checkpoint,
+            devices: devices.clone(),
             compute,
             config,
+            ready: true,
             decoder,
             lora,
             optimizer,
@@ -187,8 +197,23 @@ impl Trained {
         self.lora.as_ref().map_or(self.decoder.variables(), Lora::variables)
     }
 
+    /// Builds the model at the start of training. A model that is built again, after its role died, answers nothing before
+    /// it has been restored or reset.
     pub fn build(checkpoint: Arc<Checkpoint>, config: TrainedConfig, devices: Devices) -> Build<Self> {
-        Arc::new(move || Trained::new(checkpoint.clone(), config.clone(), &devices))
+        let built = AtomicBool::new(false);
+        Arc::new(move || {
+            let mut model = Trained::new(checkpoint.clone(), config.clone(), &devices)?;
+            model.ready = !built.swap(true, Ordering::Relaxed);
+            Ok(model)
+        })
+    }
+
+    /// Returns to the start of training.
+    fn reset(&mut self) -> Result<()> {
+        if !self.ready || self.version > 0 {
+            *self = Self::new(self.checkpoint.clone(), self.config.clone(), &self.devices.clone())?;
+        }
+        Ok(())
     }
 
     fn generate(
@@ -198,8 +223,11 @@ impl Trained {
         keep_tokens: usize,
         finished: UnboundedSender<Completion>,
         cancel: &CancellationToken,
-    ) -> Result<()> {
-        self.recording = None;
+    ) -> Result<u64> {
+        // Completions that record nothing leave what an update has yet to use.
+        if keep_tokens > 0 {
+            self.recording = None;
+        }
         let mut generator = match self.generator.take() {
             Some(generator) => generator,
             None => self.compute.run(|| Generator::new(&self.decoder))?,
@@ -213,8 +241,11 @@ impl Trained {
             generator.generate_recorded(requests, options, Some(text), &cancelled, &mut finished, keep_tokens)
         });
         self.generator = Some(generator);
-        self.recording = result?;
-        Ok(())
+        let recording = result?;
+        if keep_tokens > 0 {
+            self.recording = recording;
+        }
+        Ok(self.version)
     }
 
     fn logprobs(&self, tokens: &[Tokens], temperature: f64) -> Result<Vec<Vec<f32>>> {
@@ -291,6 +322,7 @@ impl Trained {
         }
         self.optimizer.restore(snapshot.optimizer_steps, &snapshot.tensors)?;
         self.version = snapshot.version;
+        self.ready = true;
         Ok(())
     }
 
@@ -337,6 +369,9 @@ impl StateMachine for Trained {
     type Message = TrainedMsg;
 
     fn apply(&mut self, message: TrainedMsg) {
+        if !self.ready && !matches!(message, TrainedMsg::Restore { .. } | TrainedMsg::Reset { .. }) {
+            return; // the dropped reply tells the caller that the role died
+        }
         let budget = self.config.micro_batch_tokens;
         match message {
             TrainedMsg::Generate { requests, options, keep_tokens, finished, cancel, reply, .. } => {
@@ -357,6 +392,7 @@ impl StateMachine for Trained {
             TrainedMsg::Step { batch, cancel, reply, .. } => answer(reply, self.step(&batch, &cancel)),
             TrainedMsg::Snapshot { reply, .. } => answer(reply, Ok(self.snapshot())),
             TrainedMsg::Restore { snapshot, reply, .. } => answer(reply, self.restore(&snapshot)),
+            TrainedMsg::Reset { reply, .. } => answer(reply, self.reset()),
             TrainedMsg::Export { directory, dtype, reply, .. } => answer(reply, self.export(&directory, dtype)),
         }
     }

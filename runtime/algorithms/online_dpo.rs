@@ -6,7 +6,7 @@ use rehearsal_actors::{PairTokens, Pairs};
 use rehearsal_learn::pairs::Pair;
 
 use super::shared::online::OnlineSettings;
-use super::shared::pairs::{log_preferences, pair_stats, pair_tokens};
+use super::shared::pairs::{pair_stats, pair_tokens};
 use super::shared::preference::LossSettings;
 use crate::config::{Keys, Settings};
 use crate::driver::{
@@ -86,7 +86,7 @@ impl Algorithm for Running {
 
             // 2. The best and the worst completion of each prompt; every comparison goes into the ledger.
             let pairs: Vec<Option<Pair>> = groups.iter().map(|g| loss.best_and_worst(g)).collect();
-            log_preferences(run, &self.rollouts, &prompts, &groups, pairs.iter().copied()).await?;
+            self.rollouts.log_preferences(run, &prompts, &groups, pairs.iter().copied()).await?;
 
             // 3. One update on the pairs. When all prompts tie there is nothing to learn.
             let tokens: Vec<PairTokens> =

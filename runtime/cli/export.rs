@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use candle_core::DType;
 use clap::{Args, ValueEnum};
 use rehearsal_store::{Prompt, Query, Store};
 
 use super::saved;
+use crate::access::{JobReader, WeightType};
 use crate::data::ledger::{self, Shape};
 use crate::data::write;
 use crate::error::{Error, Result};
@@ -20,12 +20,13 @@ use crate::error::{Error, Result};
 pub struct Export {
     /// Directory of a job, or a directory that `label` or `import` created
     directory: PathBuf,
-    /// Write the newest checkpoint's policy to this Hugging Face directory
+    /// Write the policy to this Hugging Face directory: of a running job as it is after the step under way, else of the
+    /// newest checkpoint
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Type of the written weights
-    #[arg(long, default_value = "f32", value_parser = ["f32", "f16", "bf16"])]
-    dtype: String,
+    #[arg(long, value_name = "f32|f16|bf16", default_value = "f32")]
+    dtype: WeightType,
     /// Write the preference ledger to this file: Parquet if it ends in .parquet, else JSON Lines; `-` is standard
     /// output
     #[arg(long, value_name = "FILE")]
@@ -83,41 +84,38 @@ pub fn export(export: Export) -> Result<ExitCode> {
     if model.is_none() && ledger.is_none() {
         return Err(Error::Usage("nothing to export is named; add --model DIR, --ledger FILE, or both".into()));
     }
-    saved::require_job(&directory)?;
-    let (store, _) = Store::open(&directory)?;
-    if let Some(out) = model {
-        let checkpoint = saved::policy(&directory, &store)?;
-        let dtype = match dtype.as_str() {
-            "f16" => DType::F16,
-            "bf16" => DType::BF16,
-            _ => DType::F32,
-        };
-        checkpoint.save(&checkpoint.parameters, &out, dtype)?;
-        eprintln!("wrote the model to {}", out.display());
-    }
-    if let Some(out) = ledger {
-        let (shape, name) = match rows {
-            Rows::Pairs => (Shape::Pairs, "pairs"),
-            Rows::Rankings => (Shape::Rankings, "rankings"),
-            Rows::Demonstrations => (Shape::Demonstrations, "demonstrations"),
-            Rows::Verdicts => (Shape::Verdicts, "verdicts"),
-        };
-        let (mut written, mut others) = (Vec::new(), 0);
-        for preference in store.query(filter.query())? {
-            match ledger::row(&preference?, shape) {
-                Some(row) => written.push(row),
-                None => others += 1,
-            }
+    saved::block_on(async {
+        let job = JobReader::open(&directory).await?;
+        if let Some(out) = model {
+            job.export(&out, dtype).await?;
+            eprintln!("wrote the model to {}", out.display());
         }
-        if written.is_empty() {
-            return Err(Error::Usage(format!(
-                "the ledger has no {name} of that kind; {others} other records match the filter"
-            )));
+        match ledger {
+            Some(out) => write_ledger(&job, &out, rows, filter.query()).await,
+            None => Ok(()),
         }
-        write::write(&written, &out, &mut std::io::stdout().lock())?;
-        eprintln!("wrote {} {name}; left out {others} records that are ties or of another kind", written.len());
-    }
+    })?;
     Ok(ExitCode::SUCCESS)
+}
+
+async fn write_ledger(job: &JobReader, out: &Path, rows: Rows, query: Query) -> Result<()> {
+    let (shape, name) = match rows {
+        Rows::Pairs => (Shape::Pairs, "pairs"),
+        Rows::Rankings => (Shape::Rankings, "rankings"),
+        Rows::Demonstrations => (Shape::Demonstrations, "demonstrations"),
+        Rows::Verdicts => (Shape::Verdicts, "verdicts"),
+    };
+    let records = job.preferences(query).await?;
+    let written: Vec<_> = records.iter().filter_map(|record| ledger::row(record, shape)).collect();
+    let others = records.len() - written.len();
+    if written.is_empty() {
+        return Err(Error::Usage(format!(
+            "the ledger has no {name} of that kind; {others} other records match the filter"
+        )));
+    }
+    write::write(&written, out, &mut std::io::stdout().lock())?;
+    eprintln!("wrote {} {name}; left out {others} records that are ties or of another kind", written.len());
+    Ok(())
 }
 
 /// Adds the rows of files to the ledger of a directory, which is created if it does not exist.

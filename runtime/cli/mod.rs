@@ -15,7 +15,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use rehearsal_lm::Message;
 
+use crate::access::Generate;
 use crate::error::{Error, Result};
 
 const ABOUT: &str = "Aligns language models by SFT, reward models, PPO, DPO and its relatives, with exact resume";
@@ -67,17 +69,19 @@ Ctrl-C stops the job after a checkpoint; a second Ctrl-C ends it at once. Both c
         #[arg(long)]
         config: Option<PathBuf>,
     },
-    /// Show the progress of a job, its newest metrics and its checkpoints
+    /// Show the progress of a job, its newest metrics and its checkpoints, also while it runs
     #[command(after_help = "Example:
   rehearsal status runs/quickstart")]
     Status {
         /// Directory of the job
         directory: PathBuf,
     },
-    /// Generate a completion of a prompt by a model or by the newest checkpoint of a job
+    /// Generate a completion of a prompt by a model or by the policy of a job
     #[command(after_help = "Examples:
   rehearsal generate embedded 'What does the fox do?'
-  rehearsal generate runs/quickstart 'What does the fox do?' --temperature 0")]
+  rehearsal generate runs/quickstart 'What does the fox do?' --temperature 0
+
+A job that runs answers with its weights of this moment, another with those of its newest checkpoint.")]
     Generate {
         /// Hugging Face directory, .gguf file, directory of a job, or `embedded`
         model: String,
@@ -151,8 +155,9 @@ pub fn main() -> ExitCode {
         Command::Resume { directory, config } => run::resume(&directory, config.as_deref()),
         Command::Status { directory } => status::status(&directory),
         Command::Generate { model, prompt, max_new_tokens, temperature, top_p, seed, system } => {
-            let settings = generate::Settings { max_new_tokens, temperature, top_p, seed, system };
-            generate::generate(&model, &prompt, &settings)
+            let mut request = Generate { max_new_tokens, temperature, top_p, seed, ..Generate::new(prompt) };
+            request.messages.splice(0..0, system.map(Message::system));
+            generate::generate(&model, request)
         }
         Command::Evaluate(what) => evaluate::evaluate(what),
         Command::Export(export) => export::export(export),

@@ -88,7 +88,10 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
         Event::DiskFull { message } => line(format!("waiting: {message}")),
         Event::BudgetSpent { message } => line(format!("stopping: {message}")),
         Event::Repaired { message } => line(format!("repaired: {message}")),
-        Event::Finished(_) => {}
+        Event::Paused { step } => line(format!("paused before step {}", step + 1)),
+        Event::Scored { .. } | Event::Preferences { .. } => {}
+        // The command reports both when it ends.
+        Event::Finished(_) | Event::Failed { .. } => {}
     }
 }
 

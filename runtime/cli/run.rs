@@ -9,7 +9,7 @@ use super::exit::{FAILED, STOPPED};
 use super::progress::ProgressDisplay;
 use crate::error::{Error, Result};
 use crate::events::Outcome;
-use crate::job::{Chain, Config};
+use crate::job::Chain;
 
 /// Starts the job of a configuration file.
 pub fn run(file: &Path) -> Result<ExitCode> {
@@ -23,21 +23,6 @@ pub fn resume(directory: &Path, file: Option<&Path>) -> Result<ExitCode> {
         None => Chain::saved(directory)?,
     };
     work(chain, true)
-}
-
-/// The configuration that a job was started with. Fails for a job of several stages.
-pub fn saved_config(directory: &Path) -> Result<Config> {
-    match Chain::saved(directory)?.stages() {
-        [config] => Ok(config.clone()),
-        stages => {
-            let folders: Vec<String> = stages.iter().map(|c| c.common.job.directory.display().to_string()).collect();
-            Err(Error::State(format!(
-                "{} holds several stages; name one of them: {}",
-                directory.display(),
-                folders.join(", ")
-            )))
-        }
-    }
 }
 
 fn work(chain: Chain, resume: bool) -> Result<ExitCode> {

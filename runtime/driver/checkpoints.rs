@@ -68,7 +68,8 @@ impl Run {
     }
 
     /// Returns to the newest checkpoint, or to the start where there is none.
-    pub(super) async fn restore(&mut self) -> Result<()> {
+    pub(crate) async fn restore(&mut self) -> Result<()> {
+        self.restarts_restored = self.roles.director.restarts();
         // A checkpoint that is being written is durable or not by the time the archivist answers.
         self.writing = None;
         self.mid_step = false;
@@ -89,6 +90,9 @@ impl Run {
                 self.saved = Some(self.state.step);
             }
             None => {
+                for model in &self.roles.trained {
+                    model.reset().await?;
+                }
                 self.state = JobState::default();
                 self.saved = None;
             }

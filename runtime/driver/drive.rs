@@ -1,11 +1,15 @@
 //! What every algorithm has in common: evaluations and checkpoints when they are due, the end, pauses, recovery.
 
 use std::fs;
+use std::path::PathBuf;
 use std::time::Instant;
 
+use candle_core::DType;
 use rehearsal_actors::save_normalisation;
+use rehearsal_learn::reward::Normalisation;
 
 use super::algorithm::Algorithm;
+use super::command::Command;
 use super::run::Run;
 use crate::blocking::blocking;
 use crate::error::{At, Error, Result};
@@ -14,9 +18,8 @@ use crate::events::{Event, Outcome};
 /// The trained model, in the job's directory, once the job is done.
 pub const MODEL_FOLDER: &str = "model";
 
-/// Restores the newest checkpoint, then takes steps to the end, returning to the last checkpoint whenever a role dies.
+/// Takes steps of a restored job to the end, returning to the last checkpoint whenever a role dies.
 pub async fn drive(run: &mut Run, algorithm: &mut dyn Algorithm) -> Result<Outcome> {
-    run.restore().await?;
     run.readiness.set(true);
     run.tell(Event::Started {
         step: run.state.step,
@@ -26,7 +29,6 @@ pub async fn drive(run: &mut Run, algorithm: &mut dyn Algorithm) -> Result<Outco
         dropped: run.dropped.clone(),
     });
     let stopped = loop {
-        let restarts = run.roles.director.restarts();
         match steps(run, algorithm).await {
             Ok(()) => break false,
             Err(e) if e.is_cancelled() || e.is_spent() => {
@@ -43,7 +45,7 @@ pub async fn drive(run: &mut Run, algorithm: &mut dyn Algorithm) -> Result<Outco
             }
             Err(e) if e.is_death() => {
                 run.readiness.set(false);
-                recover(run, restarts + 1).await?;
+                recover(run).await?;
                 run.readiness.set(true);
             }
             Err(e) => return Err(e),
@@ -52,6 +54,9 @@ pub async fn drive(run: &mut Run, algorithm: &mut dyn Algorithm) -> Result<Outco
     run.readiness.set(false);
     if !stopped {
         export(run, algorithm).await?;
+        while let Ok(command) = run.commands.try_recv() {
+            run.carry_out(command).await?;
+        }
     }
     Ok(Outcome {
         directory: run.common.job.directory.clone(),
@@ -98,44 +103,85 @@ fn checkpoint_due(run: &Run) -> bool {
     step > 0 && (step.is_multiple_of(every) || step >= run.common.job.steps)
 }
 
-/// Between two steps: waits while the job is paused; an error once it is asked to stop.
-async fn boundary(run: &Run) -> Result<()> {
-    tokio::select! {
-        () = run.roles.director.wait_while_paused() => {}
-        () = run.cancel.cancelled() => {}
+/// Between two steps: carries out commands, and waits while the job is paused; an error once it is asked to stop.
+async fn boundary(run: &mut Run) -> Result<()> {
+    if run.roles.director.is_paused() {
+        run.tell(Event::Paused { step: run.state.step });
     }
-    if run.cancel.is_cancelled() { Err(rehearsal_actors::Error::Cancelled.into()) } else { Ok(()) }
+    loop {
+        tokio::select! {
+            biased;
+            () = run.cancel.cancelled() => return Err(rehearsal_actors::Error::Cancelled.into()),
+            Some(command) = run.commands.recv() => run.carry_out(command).await?,
+            () = run.roles.director.wait_while_paused() => return Ok(()),
+        }
+    }
 }
 
 /// Waits until every death is dealt with and returns to the last checkpoint, however often a role dies meanwhile.
-async fn recover(run: &mut Run, mut restarts: u32) -> Result<()> {
+async fn recover(run: &mut Run) -> Result<()> {
     loop {
-        run.roles.director.wait_for_restarts(restarts).await;
+        run.roles.director.wait_for_restarts(run.restarts_restored + 1).await;
         if let Some(failure) = run.roles.director.failure() {
             return Err(failure.into());
         }
         match run.restore().await {
-            Err(e) if e.is_death() => restarts += 1,
+            Err(e) if e.is_death() => {}
             other => return other,
         }
     }
 }
 
-/// Writes the trained model beside the store as a Hugging Face directory: all of it, or what was there before.
+/// Writes the trained model into the job's directory: all of it, or what was there before.
 async fn export(run: &mut Run, algorithm: &mut dyn Algorithm) -> Result<()> {
-    let directory = &run.common.job.directory;
-    let (temporary, last) = (directory.join("model.tmp"), directory.join(MODEL_FOLDER));
-    let trained = || Error::Internal("the algorithm has started no model to train".into());
-    run.roles.trained.first().ok_or_else(trained)?.export(temporary.clone()).await?;
     let normalisation = algorithm.normalisation(run).await?;
-    blocking(move || {
-        if let Some(normalisation) = normalisation {
-            save_normalisation(&temporary, &normalisation).at(&temporary)?;
+    run.write_model(run.common.job.directory.join(MODEL_FOLDER), DType::F32, normalisation).await
+}
+
+impl Run {
+    /// Carries out a command. Its errors go to who gave it, except for those that end or restart the job.
+    async fn carry_out(&mut self, command: Command) -> Result<()> {
+        let (reply, result) = match command {
+            Command::Checkpoint { reply } => (reply, self.checkpoint().await),
+            Command::Export { directory, dtype, reply } => (reply, self.export(directory, dtype).await),
+        };
+        let died = result.as_ref().is_err_and(|e| e.is_death());
+        let step = self.state.step;
+        if died {
+            drop(reply);
+            return result;
         }
-        if last.exists() {
-            fs::remove_dir_all(&last).at(&last)?;
-        }
-        fs::rename(&temporary, &last).at(&last)
-    })
-    .await
+        let _ = reply.send(result.map(|()| step)); // who asked may be gone
+        Ok(())
+    }
+
+    /// Writes the trained model as a Hugging Face directory; an earlier one is replaced as a whole.
+    async fn export(&self, directory: PathBuf, dtype: DType) -> Result<()> {
+        let (path, known) = (directory.clone(), ["config.json", "adapter"]);
+        blocking(move || {
+            let Ok(mut files) = fs::read_dir(&path) else { return Ok(()) };
+            let is_model = known.iter().any(|name| path.join(name).exists());
+            if is_model || files.next().is_none() { Ok(()) } else { Err(Error::NotAModelDirectory(path)) }
+        })
+        .await?;
+        self.write_model(directory, dtype, None).await
+    }
+
+    async fn write_model(&self, last: PathBuf, dtype: DType, normalisation: Option<Normalisation>) -> Result<()> {
+        let mut temporary = last.clone().into_os_string();
+        temporary.push(".tmp");
+        let temporary = PathBuf::from(temporary);
+        let trained = || Error::Internal("the algorithm has started no model to train".into());
+        self.roles.trained.first().ok_or_else(trained)?.export(temporary.clone(), dtype).await?;
+        blocking(move || {
+            if let Some(normalisation) = normalisation {
+                save_normalisation(&temporary, &normalisation).at(&temporary)?;
+            }
+            if last.exists() {
+                fs::remove_dir_all(&last).at(&last)?;
+            }
+            fs::rename(&temporary, &last).at(&last)
+        })
+        .await
+    }
 }

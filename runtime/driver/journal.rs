@@ -4,10 +4,11 @@ use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::blocking::blocking;
 use crate::error::{At, Result};
+use crate::status::{JobStatus, STATUS_FILE};
 
 /// Writes a job's files, off the host's async threads.
 pub struct Journal {
@@ -55,9 +56,9 @@ impl Journal {
     }
 
     /// Replaces the status. `status` is called where it may read files.
-    pub async fn status(&self, status: impl FnOnce() -> Value + Send + 'static) -> Result<()> {
-        let path = self.directory.join("status.json");
-        blocking(move || replace(&path, &status().to_string())).await
+    pub async fn status(&self, status: impl FnOnce() -> JobStatus + Send + 'static) -> Result<()> {
+        let path = self.directory.join(STATUS_FILE);
+        blocking(move || replace(&path, &json!(status()).to_string())).await
     }
 
     /// Writes out a batch whose loss or gradient was not finite; returns where.

@@ -2,6 +2,7 @@
 
 mod algorithm;
 mod checkpoints;
+mod command;
 mod drive;
 mod journal;
 mod loader;
@@ -14,6 +15,7 @@ mod state;
 mod stats;
 
 pub use algorithm::{Algorithm, AlgorithmSettings, LoadedAlgorithm};
+pub(crate) use command::{Command, CommandReply};
 pub use drive::MODEL_FOLDER;
 pub(crate) use drive::drive;
 pub use loader::{Loaded, Loader};

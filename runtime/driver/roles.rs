@@ -45,14 +45,19 @@ impl TrainedModel {
         either!(self, handle => handle.restore(snapshot).await)
     }
 
+    /// Returns to the start of training.
+    pub async fn reset(&self) -> rehearsal_actors::Result<()> {
+        either!(self, handle => handle.reset().await)
+    }
+
     /// One optimizer step.
     pub async fn step(&self, batch: UpdateBatch, cancel: CancellationToken) -> rehearsal_actors::Result<StepReport> {
         either!(self, handle => handle.step(batch, cancel).await)
     }
 
-    /// Writes the model as a Hugging Face directory in f32.
-    pub async fn export(&self, directory: PathBuf) -> rehearsal_actors::Result<()> {
-        either!(self, handle => handle.export(directory, DType::F32).await)
+    /// Writes the model as a Hugging Face directory.
+    pub async fn export(&self, directory: PathBuf, dtype: DType) -> rehearsal_actors::Result<()> {
+        either!(self, handle => handle.export(directory, dtype).await)
     }
 }
 

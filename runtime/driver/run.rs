@@ -3,13 +3,15 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use rehearsal_actors::{CriticHandle, Objective, StepReport, UpdateBatch};
+use rehearsal_actors::{CriticHandle, Objective, PolicyHandle, StepReport, UpdateBatch};
 use rehearsal_lm::Checkpoint;
+use rehearsal_store::Preference;
 use serde_json::{Value, json};
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::checkpoints::Writing;
+use super::command::Command;
 use super::journal::Journal;
 use super::roles::{Roles, TrainedModel};
 use super::state::JobState;
@@ -22,6 +24,7 @@ use crate::memory::{self, MemoryBudget};
 use crate::metrics::Meters;
 use crate::metrics::table::process;
 use crate::settings::Common;
+use crate::status::{JobStatus, MemoryUse};
 use crate::summary::Evaluation;
 
 /// A running job.
@@ -42,8 +45,13 @@ pub struct Run {
     /// Set while the state is restored and steps run.
     pub(super) readiness: Readiness,
     pub(super) events: broadcast::Sender<Event>,
+    /// What the job's handles ask for between two steps.
+    pub(super) commands: mpsc::UnboundedReceiver<Command>,
+    pub(super) status: watch::Sender<JobStatus>,
     /// Whether the weights have been updated since the state was last whole: a checkpoint must not be made of them.
     pub(super) mid_step: bool,
+    /// Restarts of roles before the state was last restored; a role that is restarted later has to be restored.
+    pub(super) restarts_restored: u32,
     /// Step of the newest durable checkpoint.
     pub(super) saved: Option<u64>,
     /// The checkpoint that is being written.
@@ -59,8 +67,16 @@ pub struct Run {
 impl Run {
     /// Sends an event to whoever subscribed.
     pub fn tell(&self, event: Event) {
-        tracing::debug!(?event);
+        tracing::debug!(event = ?event.without_texts());
         let _ = self.events.send(event);
+    }
+
+    /// The policy that the job trains; `None` if it trains a reward model.
+    pub(crate) fn policy(&self) -> Option<PolicyHandle> {
+        match self.roles.trained.first() {
+            Some(TrainedModel::Policy(policy)) => Some(policy.clone()),
+            _ => None,
+        }
     }
 
     /// Updates that the trained model has had: the version of the weights that a step generates with.
@@ -119,6 +135,14 @@ impl Run {
         }
     }
 
+    /// Writes comparisons of the current step into the preference ledger, and tells of them. A record with the step and
+    /// index of one that is there replaces it.
+    pub async fn log_preferences(&self, preferences: Vec<Preference>) -> Result<()> {
+        self.roles.archivist.log_preferences(preferences.clone()).await?;
+        self.tell(Event::Preferences { step: self.state.step, preferences: preferences.into() });
+        Ok(())
+    }
+
     /// Counts a step, and makes it visible: metrics, history, status, event.
     pub(super) async fn finish_step(&mut self, step: Step) -> Result<()> {
         self.mid_step = false;
@@ -157,23 +181,30 @@ impl Run {
         }
     }
 
-    /// Writes what `rehearsal status` shows of a job that another process runs.
+    /// Publishes how far the job is: to its handles, and to `status.json` for when it does not run.
     pub(super) async fn write_status(&self) -> Result<()> {
         let evaluation = |e: &Evaluation| {
             let mut row = json!(e.stats);
             row["step"] = json!(e.step);
             row
         };
-        let mut status = json!({
-            "process": std::process::id(), "step": self.state.step, "steps": self.common.job.steps,
-            "checkpoint": self.saved, "time_ms": crate::time::now_ms(), "last": self.last,
-            "counters": self.state.counters,
-            "evaluations": self.state.evaluations.iter().map(evaluation).collect::<Vec<_>>(),
-            "algorithm": self.algorithm, "dropped": self.dropped,
-        });
-        let budget = self.budget;
+        let mut status = JobStatus {
+            process: std::process::id(),
+            step: self.state.step,
+            steps: self.common.job.steps,
+            checkpoint: self.saved,
+            time_ms: crate::time::now_ms(),
+            last: self.last.clone(),
+            counters: self.state.counters,
+            evaluations: self.state.evaluations.iter().map(evaluation).collect(),
+            algorithm: self.algorithm.into(),
+            dropped: self.dropped.clone(),
+            memory: MemoryUse { predicted: self.budget, measured_peak: None },
+        };
+        let publish = self.status.clone();
         let status = move || {
-            status["memory"] = json!({"predicted": budget, "measured_peak": memory::measured_peak()});
+            status.memory.measured_peak = memory::measured_peak();
+            publish.send_replace(status.clone());
             status
         };
         self.journal.status(status).await

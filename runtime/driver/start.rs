@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use rehearsal_actors::{Devices, Reward};
 use serde_json::Value;
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::algorithm::{Algorithm, LoadedAlgorithm};
+use super::command::Command;
 use super::journal::Journal;
 use super::loader::Loaded;
 use super::roles::Roles;
@@ -20,6 +21,7 @@ use crate::exporter::Readiness;
 use crate::metrics::Meters;
 use crate::rewards::RewardContext;
 use crate::settings::Common;
+use crate::status::JobStatus;
 
 /// What a job is started from.
 pub struct Setup {
@@ -34,12 +36,15 @@ pub struct Setup {
     pub meters: Arc<Meters>,
     pub readiness: Readiness,
     pub events: broadcast::Sender<Event>,
+    pub commands: mpsc::UnboundedReceiver<Command>,
+    pub status: watch::Sender<JobStatus>,
     pub cancel: CancellationToken,
 }
 
 /// Starts the roles of an algorithm.
 pub async fn start(setup: Setup, algorithm: Box<dyn LoadedAlgorithm>) -> Result<(Run, Box<dyn Algorithm>)> {
-    let Setup { common, algorithm: name, mut roles, loaded, host, devices, meters, readiness, events, cancel } = setup;
+    let Setup { common, algorithm: name, mut roles, loaded, host, devices, meters, readiness, .. } = setup;
+    let Setup { events, commands, status, cancel, .. } = setup;
     let (mut guards, mut budget) = (Vec::new(), None);
     let context = RewardContext {
         devices: devices.clone(),
@@ -77,7 +82,10 @@ pub async fn start(setup: Setup, algorithm: Box<dyn LoadedAlgorithm>) -> Result<
         meters,
         readiness,
         events,
+        commands,
+        status,
         mid_step: false,
+        restarts_restored: 0,
         saved: None,
         writing: None,
         last: Value::Null,

@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::config::Config;
 use super::job::Job;
 use super::saved::{self, CONFIG_FILE, Saved};
+use crate::algorithms::Algorithms;
 use crate::blocking::blocking;
 use crate::config::folder_of;
 use crate::driver::MODEL_FOLDER;
@@ -39,7 +40,7 @@ impl Chain {
     /// Reads what was started in a directory.
     pub fn saved(directory: &Path) -> Result<Self> {
         let Saved { stages, source, base } =
-            saved::read(directory)?.ok_or_else(|| Error::NothingToResume(directory.into()))?;
+            saved::read(directory, &Algorithms::default())?.ok_or_else(|| Error::NothingToResume(directory.into()))?;
         Ok(Self { stages, source, base })
     }
 

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::fs;
 use std::path::Path;
 
-use crate::algorithms::{ALGORITHMS, Entry};
+use crate::algorithms::{ALGORITHMS, Algorithms, Entry};
 use crate::config::{self, ConfigError, Earlier, Keys, Problem, Settings, folder_of};
 use crate::driver::{AlgorithmSettings, MODEL_FOLDER};
 use crate::rewards::{RewardSource, sources};
@@ -19,7 +19,7 @@ use crate::settings::Common;
 /// config.common.job.steps = 40;
 /// let mut algorithm = OnlineDpo::default();
 /// algorithm.online.rollout.completions_per_prompt = 4;
-/// config.set_algorithm("online_dpo", algorithm).unwrap();
+/// config.set_algorithm(algorithm).unwrap();
 /// config.reward::<RuleSource>().unwrap().rules = vec!["length_window".into()];
 /// config.check().unwrap();
 /// ```
@@ -27,7 +27,8 @@ use crate::settings::Common;
 pub struct Config {
     /// The sections that every job has.
     pub common: Common,
-    entry: &'static Entry,
+    algorithms: Algorithms,
+    entry: Entry,
     /// Settings of the algorithm.
     pub algorithm: Box<dyn AlgorithmSettings>,
     /// Every source of rewards, configured or not, in the order in which their scores are added.
@@ -37,13 +38,19 @@ pub struct Config {
 impl Config {
     /// The default configuration of a job that works in `directory`: online DPO of the embedded model.
     pub fn new(directory: impl AsRef<Path>) -> Self {
-        let mut config = Self::of(&ALGORITHMS[0]);
+        let mut config = Self::of(&Algorithms::default(), ALGORITHMS[0]);
         config.common.job.directory = directory.as_ref().into();
         config
     }
 
-    fn of(entry: &'static Entry) -> Self {
-        Self { common: Common::default(), entry, algorithm: (entry.settings)(), rewards: sources() }
+    fn of(algorithms: &Algorithms, entry: Entry) -> Self {
+        let (common, algorithms) = (Common::default(), algorithms.clone());
+        Self { common, algorithms, entry, algorithm: (entry.settings)(), rewards: sources() }
+    }
+
+    /// The algorithms that it may name.
+    pub fn algorithms(&self) -> &Algorithms {
+        &self.algorithms
     }
 
     /// Name of the algorithm.
@@ -51,18 +58,21 @@ impl Config {
         self.entry.name
     }
 
-    /// Sets the algorithm and its settings.
+    /// Sets the algorithm by its settings.
     ///
     /// # Errors
     ///
-    /// If there is no algorithm of that name.
-    pub fn set_algorithm(&mut self, name: &str, settings: impl AlgorithmSettings) -> Result<(), ConfigError> {
-        let names = || ALGORITHMS.iter().map(|entry| entry.name).collect::<Vec<_>>().join(", ");
-        let entry = ALGORITHMS.iter().find(|entry| entry.name == name).ok_or_else(|| {
-            let message = format!("there is no algorithm `{name}`; there are {}", names());
+    /// If no algorithm of [`Config::algorithms`] has settings of that type.
+    pub fn set_algorithm<S: AlgorithmSettings>(&mut self, settings: S) -> Result<(), ConfigError> {
+        let unknown = || {
+            let message = format!(
+                "no algorithm has settings of the type `{}`; add it by `Algorithms::with`",
+                std::any::type_name::<S>()
+            );
             ConfigError::new(vec![Problem { line: 0, message }])
-        })?;
-        (self.entry, self.algorithm) = (entry, Box::new(settings));
+        };
+        self.entry = self.algorithms.of(&settings).ok_or_else(unknown)?;
+        self.algorithm = Box::new(settings);
         Ok(())
     }
 
@@ -126,7 +136,7 @@ impl Config {
 
     /// The fingerprint of the same algorithm with every key at its default.
     pub(crate) fn default_fingerprint(&self) -> Vec<(String, String)> {
-        Self::of(self.entry).fingerprint()
+        Self::of(&self.algorithms, self.entry).fingerprint()
     }
 
     fn visit(&mut self, keys: &mut Keys) {
@@ -139,61 +149,34 @@ impl Config {
 
     /// `job.algorithm`; a change brings the algorithm's default settings.
     fn visit_algorithm(&mut self, keys: &mut Keys) {
-        let choices: Vec<(&'static str, &'static str)> = ALGORITHMS.iter().map(|e| (e.name, e.name)).collect();
+        let choices: Vec<(&'static str, &'static str)> =
+            self.algorithms.entries().iter().map(|e| (e.name, e.name)).collect();
         let mut name = self.entry.name;
         let help = "The algorithm; docs/methods.md describes each.";
         keys.section("job").choice("algorithm", &mut name, &choices, help);
-        if let Some(entry) = ALGORITHMS.iter().find(|entry| entry.name == name && name != self.entry.name) {
+        if let Some(entry) = self.algorithms.named(name).filter(|entry| entry.name != self.entry.name) {
             (self.entry, self.algorithm) = (entry, (entry.settings)());
         }
     }
 
     /// Reads a file; paths in it are relative to its folder.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let source = fs::read_to_string(path).map_err(|e| {
-            let problem = Problem { line: 0, message: format!("cannot be read: {e}") };
-            ConfigError::new(vec![problem]).in_file(path)
-        })?;
-        Self::from_toml(&source, &folder_of(path)).map_err(|e| e.in_file(path))
+        Algorithms::default().load(path)
     }
 
     /// Reads a document of one job; paths in it are relative to `base`. All problems are reported at once.
     pub fn from_toml(source: &str, base: &Path) -> Result<Self, ConfigError> {
-        let mut stages = Self::stages(source, base)?;
-        match stages.len() {
-            1 => Ok(stages.remove(0)),
-            n => {
-                let message = format!("has {n} stages; run it as a chain");
-                Err(ConfigError::new(vec![Problem { line: 0, message }]))
-            }
-        }
+        Algorithms::default().from_toml(source, base)
     }
 
     /// Reads a document of one job, or of several that build on one another (`[[stage]]`).
     pub fn stages(source: &str, base: &Path) -> Result<Vec<Self>, ConfigError> {
-        let mut configs: Vec<Self> = Vec::new();
-        let mut earlier = Earlier::default();
-        let mut problems = Vec::new();
-        for stage in config::split(source).map_err(ConfigError::new)? {
-            let mut keys = Keys::reading(stage.document, base, earlier.clone());
-            let mut config = Self::of(&ALGORITHMS[0]);
-            config.visit(&mut keys);
-            config.visit_others(&mut keys);
-            keys.report_unknown();
-            problems.extend(keys.problems);
-            if let Some(name) = stage.name {
-                config.common.job.directory.push(&name);
-                let model = config.common.job.directory.join(MODEL_FOLDER);
-                earlier.add(&name, model, config.algorithm.trains_reward_model());
-            }
-            configs.push(config);
-        }
-        if problems.is_empty() { Ok(configs) } else { Err(ConfigError::new(problems)) }
+        Algorithms::default().stages(source, base)
     }
 
     /// Visits the sections of the other algorithms, so that they are known and their values are checked too.
     fn visit_others(&self, keys: &mut Keys) {
-        for entry in ALGORITHMS.iter().filter(|entry| entry.name != self.entry.name) {
+        for entry in self.algorithms.entries().iter().filter(|entry| entry.name != self.entry.name) {
             (entry.settings)().visit(keys);
         }
     }
@@ -201,7 +184,7 @@ impl Config {
     /// Every key of every section.
     fn all_keys() -> Keys {
         let mut keys = Keys::default();
-        let mut config = Self::of(&ALGORITHMS[0]);
+        let mut config = Self::of(&Algorithms::default(), ALGORITHMS[0]);
         config.visit(&mut keys);
         config.visit_others(&mut keys);
         keys
@@ -218,6 +201,74 @@ impl Config {
     }
 }
 
+/// Reading of configurations, whose `job.algorithm` may be any of these.
+impl Algorithms {
+    /// The default configuration of a job that works in `directory`.
+    ///
+    /// # Errors
+    ///
+    /// If there is no algorithm of that name.
+    pub fn config(&self, algorithm: &str, directory: impl AsRef<Path>) -> Result<Config, ConfigError> {
+        let unknown = || {
+            let names: Vec<_> = self.entries().iter().map(|entry| entry.name).collect();
+            let message = format!("there is no algorithm `{algorithm}`; there are {}", names.join(", "));
+            ConfigError::new(vec![Problem { line: 0, message }])
+        };
+        let mut config = Config::of(self, self.named(algorithm).ok_or_else(unknown)?);
+        config.common.job.directory = directory.as_ref().into();
+        Ok(config)
+    }
+
+    /// As [`Config::load`].
+    pub fn load(&self, path: &Path) -> Result<Config, ConfigError> {
+        let source = fs::read_to_string(path).map_err(|e| {
+            let problem = Problem { line: 0, message: format!("cannot be read: {e}") };
+            ConfigError::new(vec![problem]).in_file(path)
+        })?;
+        self.from_toml(&source, &folder_of(path)).map_err(|e| e.in_file(path))
+    }
+
+    /// As [`Config::from_toml`].
+    pub fn from_toml(&self, source: &str, base: &Path) -> Result<Config, ConfigError> {
+        let mut stages = self.stages(source, base)?;
+        match stages.len() {
+            1 => Ok(stages.remove(0)),
+            n => {
+                let message = format!("has {n} stages; run it as a chain");
+                Err(ConfigError::new(vec![Problem { line: 0, message }]))
+            }
+        }
+    }
+
+    /// As [`Config::stages`].
+    pub fn stages(&self, source: &str, base: &Path) -> Result<Vec<Config>, ConfigError> {
+        let (configs, problems) = self.read(source, base)?;
+        if problems.is_empty() { Ok(configs) } else { Err(ConfigError::new(problems)) }
+    }
+
+    /// The stages of a document, as far as they can be read, and its problems.
+    pub(super) fn read(&self, source: &str, base: &Path) -> Result<(Vec<Config>, Vec<Problem>), ConfigError> {
+        let mut configs: Vec<Config> = Vec::new();
+        let mut earlier = Earlier::default();
+        let mut problems = Vec::new();
+        for stage in config::split(source).map_err(ConfigError::new)? {
+            let mut keys = Keys::reading(stage.document, base, earlier.clone());
+            let mut config = Config::of(self, self.entries()[0]);
+            config.visit(&mut keys);
+            config.visit_others(&mut keys);
+            keys.report_unknown();
+            problems.extend(keys.problems);
+            if let Some(name) = stage.name {
+                config.common.job.directory.push(&name);
+                let model = config.common.job.directory.join(MODEL_FOLDER);
+                earlier.add(&name, model, config.algorithm.trains_reward_model());
+            }
+            configs.push(config);
+        }
+        Ok((configs, problems))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -226,7 +277,7 @@ mod tests {
     #[test]
     fn what_is_written_is_read_as_the_same() {
         for entry in ALGORITHMS {
-            let mut config = Config::of(entry);
+            let mut config = Config::of(&Algorithms::default(), *entry);
             config.common.job.directory = "/runs/x".into();
             config.common.optimizer.learning_rate = 3e-4;
             let toml = config.to_toml();
@@ -253,15 +304,16 @@ mod tests {
         assert!(error.contains("`optimizer.learning_rate` = NaN must be above 0"), "{error}");
         config.common.optimizer.learning_rate = 1e-5;
         config.check().unwrap();
-        config.set_algorithm("sft", Sft::default()).unwrap();
+        config.set_algorithm(Sft::default()).unwrap();
         let error = config.check().unwrap_err().to_string();
         assert!(error.contains("`data.train` is missing"), "{error}");
         let mut ppo = Ppo::default();
         ppo.online.rollout.completions_per_prompt = 0;
-        config.set_algorithm("ppo", ppo).unwrap();
+        config.set_algorithm(ppo).unwrap();
         let error = config.check().unwrap_err().to_string();
         assert!(error.contains("`rollout.completions_per_prompt` = 0 must be 1 to 256"), "{error}");
-        assert!(config.set_algorithm("pqo", Ppo::default()).is_err());
+        let error = Algorithms::default().config("pqo", "x").unwrap_err().to_string();
+        assert!(error.contains("there is no algorithm `pqo`; there are online_dpo, sft"), "{error}");
     }
 
     #[test]

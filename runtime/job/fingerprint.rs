@@ -8,6 +8,7 @@ use rehearsal_store::Store;
 
 use super::config::Config;
 use super::saved;
+use crate::algorithms::Algorithms;
 use crate::error::{Error, Result};
 
 /// Where the store keeps the fingerprint.
@@ -92,7 +93,7 @@ impl Fingerprint {
     fn compare_legacy(&self, legacy: &Lines, directory: &Path) -> Result<()> {
         let mut differences = Vec::new();
         // Data or models that have moved make the old document invalid; their content is compared below.
-        if let Ok(Some(saved)) = saved::read(directory)
+        if let Ok(Some(saved)) = saved::read(directory, &Algorithms::default())
             && let [saved] = saved.stages.as_slice()
         {
             differences = self.differences(&saved.fingerprint(), &self.settings);

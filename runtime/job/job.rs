@@ -1,26 +1,29 @@
 //! A job from the outside: build it, watch it, run or resume it, stop it.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use metrics::Recorder;
 use rehearsal_actors::{Devices, Director, DirectorEvent, Reward};
 use rehearsal_store::{Repair, Store};
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::{broadcast, mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::config::Config;
 use super::fingerprint::Fingerprint;
+use super::handle::JobHandle;
 use super::saved::{self, CONFIG_FILE};
-use crate::algorithms;
+use crate::access::{self, Live};
 use crate::blocking::blocking;
-use crate::driver::{Loaded, LoadedAlgorithm, Loader, Roles, Setup, drive, start};
+use crate::driver::{Algorithm, Loaded, LoadedAlgorithm, Loader, Roles, Run, Setup, drive, start};
 use crate::error::{At, Error, Result};
 use crate::events::{Event, Outcome};
 use crate::exporter::{self, Readiness};
 use crate::metrics::Meters;
 use crate::metrics::table::{counters, process};
+use crate::status::JobStatus;
 
 /// Events kept for a subscriber that falls behind; it then misses the oldest.
 const EVENTS_KEPT: usize = 4096;
@@ -53,6 +56,35 @@ impl JobBuilder {
         self
     }
 
+    /// Starts the job in a new directory, on the current tokio runtime, and returns its handle once its roles are up.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`JobBuilder::build`], [`Error::Exists`] if the directory holds a job, and whatever keeps the job from
+    /// starting: models, data, devices, ports. Nothing is written before models and data are read.
+    pub async fn start(self) -> Result<JobHandle> {
+        self.build()?.start(Begin::New).await
+    }
+
+    /// Continues an interrupted job as [`JobBuilder::start`] starts one: the result is that of a job that was not
+    /// interrupted.
+    ///
+    /// # Errors
+    ///
+    /// As [`Job::resume`].
+    pub async fn resume(self) -> Result<JobHandle> {
+        self.build()?.start(Begin::Again).await
+    }
+
+    /// Starts the job, or continues it if its directory holds one.
+    ///
+    /// # Errors
+    ///
+    /// As [`JobBuilder::start`] and [`JobBuilder::resume`].
+    pub async fn start_or_resume(self) -> Result<JobHandle> {
+        self.build()?.start(Begin::Either).await
+    }
+
     /// The job, not yet started. Files and models that the configuration names must exist: of several stages, build each
     /// once those before it are done, as [`Chain`](crate::Chain) does.
     ///
@@ -83,12 +115,31 @@ pub struct Job {
     events: broadcast::Sender<Event>,
 }
 
+/// Whether a job begins in a new directory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Begin {
+    New,
+    Again,
+    /// New if the directory holds no job.
+    Either,
+}
+
 /// What a job has read, and its open store.
 struct Opened {
     algorithm: Box<dyn LoadedAlgorithm>,
     loaded: Loaded,
     store: Store,
     repairs: Vec<Repair>,
+}
+
+/// A job whose roles are up. What is dropped with it stops.
+struct Running {
+    run: Run,
+    algorithm: Box<dyn Algorithm>,
+    watcher: JoinHandle<()>,
+    _exporter: Option<exporter::Server>,
+    #[cfg(unix)]
+    socket: Option<access::Server>,
 }
 
 impl Job {
@@ -107,29 +158,16 @@ impl Job {
         self.events.subscribe()
     }
 
-    /// Runs the job in a new directory. Cancelling `cancel` saves a checkpoint and ends it.
+    /// Runs the job in a new directory to its end. Cancelling `cancel` saves a checkpoint and ends it.
+    /// [`JobBuilder::start`] does the same in the background, with a handle.
     ///
     /// # Errors
     ///
     /// [`Error::Exists`] if the directory holds a job, and whatever ends the job.
     pub async fn run(self, cancel: CancellationToken) -> Result<Outcome> {
-        let (config, reward, source) = (self.config.clone(), self.reward.is_some(), self.source.clone());
-        let opened = blocking(move || {
-            // Nothing is written before the input is known to be good.
-            let (algorithm, loaded) = load(&config, reward)?;
-            let directory = config.common.job.directory.clone();
-            let (mut store, repairs) = Store::open(&directory)?;
-            if Fingerprint::is_in(&store)? {
-                return Err(Error::Exists(directory));
-            }
-            let path = directory.join(CONFIG_FILE);
-            fs::write(&path, source).at(&path)?;
-            // Last: a job that was killed before this may simply be run again.
-            Fingerprint::new(&config, loaded.fingerprint.clone()).save(&mut store)?;
-            Ok(Opened { algorithm, loaded, store, repairs })
-        });
-        let opened = opened.await?;
-        self.work(opened, cancel).await
+        let opened = self.open(Begin::New).await?;
+        let (running, _) = self.bring_up(opened, cancel).await?;
+        running.drive().await
     }
 
     /// Continues a job that was interrupted: the result is that of a job that was not.
@@ -139,22 +177,55 @@ impl Job {
     /// [`Error::NothingToResume`] if the directory holds no job, [`Error::Changed`] if the configuration differs in what
     /// changes results, and whatever ends the job.
     pub async fn resume(self, cancel: CancellationToken) -> Result<Outcome> {
-        let (config, reward) = (self.config.clone(), self.reward.is_some());
-        let opened = blocking(move || {
-            let directory: PathBuf = config.common.job.directory.clone();
-            if !directory.join("store").is_dir() {
+        let opened = self.open(Begin::Again).await?;
+        let (running, _) = self.bring_up(opened, cancel).await?;
+        running.drive().await
+    }
+
+    /// Starts or resumes the job in the background.
+    pub(super) async fn start(self, begin: Begin) -> Result<JobHandle> {
+        let (directory, events, cancel) =
+            (Arc::new(self.directory().to_path_buf()), self.events.clone(), CancellationToken::new());
+        let opened = self.open(begin).await?;
+        let (running, live) = self.bring_up(opened, cancel.clone()).await?;
+        let pause = running.run.roles.director.pause_switch();
+        let (sender, ended) = watch::channel(None);
+        tokio::spawn(async move { sender.send_replace(Some(running.drive().await.map_err(Arc::new))) });
+        Ok(JobHandle { directory, events, cancel, pause, live, ended })
+    }
+
+    /// Reads models and data, then opens the store. A new job's directory is not written before the input is known to be
+    /// good.
+    async fn open(&self, begin: Begin) -> Result<Opened> {
+        let (config, reward, source) = (self.config.clone(), self.reward.is_some(), self.source.clone());
+        blocking(move || {
+            let directory = config.common.job.directory.clone();
+            let has_store = directory.join("store").is_dir();
+            if begin == Begin::Again && !has_store {
                 return Err(Error::NothingToResume(directory));
             }
             let (algorithm, loaded) = load(&config, reward)?;
             let (mut store, repairs) = Store::open(&directory)?;
-            Fingerprint::new(&config, loaded.fingerprint.clone()).check(&mut store, &directory)?;
+            let begun = Fingerprint::is_in(&store)?;
+            let fingerprint = Fingerprint::new(&config, loaded.fingerprint.clone());
+            match begin {
+                Begin::New if begun => return Err(Error::Exists(directory)),
+                Begin::Either if begun => fingerprint.check(&mut store, &directory)?,
+                Begin::Again => fingerprint.check(&mut store, &directory)?,
+                Begin::New | Begin::Either => {
+                    let path = directory.join(CONFIG_FILE);
+                    fs::write(&path, source).at(&path)?;
+                    // Last: a job that was killed before this may simply be run again.
+                    fingerprint.save(&mut store)?;
+                }
+            }
             Ok(Opened { algorithm, loaded, store, repairs })
-        });
-        let opened = opened.await?;
-        self.work(opened, cancel).await
+        })
+        .await
     }
 
-    async fn work(self, opened: Opened, cancel: CancellationToken) -> Result<Outcome> {
+    /// Starts the roles.
+    async fn bring_up(self, opened: Opened, cancel: CancellationToken) -> Result<(Running, Live)> {
         let Job { config, reward, recorder, events, .. } = self;
         let Opened { algorithm, loaded, store, repairs } = opened;
         let mut common = config.common.clone();
@@ -166,14 +237,14 @@ impl Job {
             (None, Some(address)) => Some((exporter::recorder(), address)),
             _ => None,
         };
-        let declared = algorithms::metrics();
+        let declared = config.algorithms().metrics();
         let meters = Arc::new(match (&recorder, &prometheus) {
             (Some(recorder), _) => Meters::new(Some(&**recorder), &declared),
             (None, Some((recorder, _))) => Meters::new(Some(recorder), &declared),
             (None, None) => Meters::new(None, &declared),
         });
         let readiness = Readiness::default();
-        let _server = match &prometheus {
+        let exporter = match &prometheus {
             Some((recorder, address)) => Some(exporter::serve(recorder.handle(), *address, readiness.clone()).await?),
             None => None,
         };
@@ -189,25 +260,58 @@ impl Job {
         };
         let devices = Devices::new(common.placement.threads)?;
         let archivist = director.archivist(store, full_disk).await?;
+        let (commands, given) = mpsc::unbounded_channel();
+        let (publish, status) = watch::channel(JobStatus::default());
         let setup = Setup {
             common,
             algorithm: config.algorithm_name(),
-            roles: Roles::new(director, archivist),
+            roles: Roles::new(director, archivist.clone()),
             loaded,
             host: reward,
             devices,
             meters,
             readiness,
             events,
+            commands: given,
+            status: publish,
             cancel,
         };
-        let (mut run, mut algorithm) = start(setup, algorithm).await?;
-        let result = drive(&mut run, &mut *algorithm).await;
-        run.roles.director.stop().await;
-        watcher.abort();
-        if let Ok(outcome) = &result {
-            run.tell(Event::Finished(outcome.clone()));
-        }
+        let (mut run, algorithm) = start(setup, algorithm).await?;
+        run.restore().await?;
+        let live = Live { archivist, policy: run.policy(), model: run.model.clone(), commands, status };
+        #[cfg(unix)]
+        let socket = match access::serve(live.clone(), &run.common.job.directory).await {
+            Ok(server) => Some(server),
+            Err(e) => {
+                tracing::warn!("other processes cannot read the job while it runs: {e}");
+                None
+            }
+        };
+        let running = Running {
+            run,
+            algorithm,
+            watcher,
+            _exporter: exporter,
+            #[cfg(unix)]
+            socket,
+        };
+        Ok((running, live))
+    }
+}
+
+impl Running {
+    /// Takes the job to its end.
+    async fn drive(mut self) -> Result<Outcome> {
+        let result = drive(&mut self.run, &mut *self.algorithm).await;
+        // Before the store is released: who finds no socket waits for the store.
+        #[cfg(unix)]
+        drop(self.socket.take());
+        self.run.roles.director.stop().await;
+        self.watcher.abort();
+        self.run.tell(match &result {
+            Ok(outcome) => Event::Finished(outcome.clone()),
+            Err(e) => Event::Failed { message: e.to_string() },
+        });
         result
     }
 }

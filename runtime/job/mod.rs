@@ -3,11 +3,14 @@
 mod chain;
 mod config;
 mod fingerprint;
+mod handle;
 #[allow(clippy::module_inception)]
 mod job;
 mod saved;
 
 pub use chain::Chain;
 pub use config::Config;
+pub use handle::JobHandle;
 pub use job::{Job, JobBuilder};
 pub use saved::CONFIG_FILE;
+pub(crate) use saved::saved_config;

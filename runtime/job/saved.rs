@@ -4,7 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use super::config::Config;
-use crate::error::{At, Result};
+use crate::algorithms::Algorithms;
+use crate::config::{ConfigError, Problem};
+use crate::error::{At, Error, Result};
 
 /// The configuration's copy in the job's directory.
 pub const CONFIG_FILE: &str = "job.toml";
@@ -31,16 +33,21 @@ pub fn with_header(source: &str, base: &str, stage: Option<usize>) -> String {
 
 /// Reads the copy in a directory; `None` if there is none. Of a directory that belongs to one stage, that stage alone; the
 /// directory may have been moved since.
-pub fn read(directory: &Path) -> Result<Option<Saved>> {
+pub fn read(directory: &Path, algorithms: &Algorithms) -> Result<Option<Saved>> {
     let copy = directory.join(CONFIG_FILE);
     if !copy.exists() {
         return Ok(None);
     }
-    let text = fs::read_to_string(&copy).at(&copy)?;
+    let (saved, problems) = read_copy(directory, &copy, algorithms)?;
+    if problems.is_empty() { Ok(Some(saved)) } else { Err(ConfigError::new(problems).in_file(&copy).into()) }
+}
+
+fn read_copy(directory: &Path, copy: &Path, algorithms: &Algorithms) -> Result<(Saved, Vec<Problem>)> {
+    let text = fs::read_to_string(copy).at(copy)?;
     let find = |key: &str| text.lines().take(2).find_map(|line| line.strip_prefix(key));
     let base = find(BASE).unwrap_or(".").to_string();
     let stage: Option<usize> = find(STAGE).and_then(|n| n.parse().ok());
-    let mut stages = Config::stages(&text, Path::new(&base)).map_err(|e| e.in_file(&copy))?;
+    let (mut stages, problems) = algorithms.read(&text, Path::new(&base)).map_err(|e| e.in_file(copy))?;
     match stage {
         Some(stage) if stage < stages.len() => stages = vec![stages.swap_remove(stage)],
         _ => {}
@@ -49,5 +56,27 @@ pub fn read(directory: &Path) -> Result<Option<Saved>> {
         only.common.job.directory = directory.into();
     }
     let source = text.lines().skip_while(|line| line.starts_with(BASE) || line.starts_with(STAGE));
-    Ok(Some(Saved { stages, source: source.collect::<Vec<_>>().join("\n"), base }))
+    Ok((Saved { stages, source: source.collect::<Vec<_>>().join("\n"), base }, problems))
+}
+
+/// The configuration of the job in a directory, as far as this program can read it: the job may have an algorithm of
+/// another program, and files that are gone.
+///
+/// # Errors
+///
+/// If there is none, or the directory holds several stages, of which each has a directory of its own.
+pub fn saved_config(directory: &Path) -> Result<Config> {
+    let copy = directory.join(CONFIG_FILE);
+    if !copy.exists() {
+        return Err(Error::NothingToResume(directory.into()));
+    }
+    let (saved, _) = read_copy(directory, &copy, &Algorithms::default())?;
+    match saved.stages.as_slice() {
+        [config] => Ok(config.clone()),
+        stages => {
+            let folders: Vec<String> = stages.iter().map(|c| c.common.job.directory.display().to_string()).collect();
+            let stages = folders.join(", ");
+            Err(Error::Usage(format!("{} holds several stages; name one of them: {stages}", directory.display())))
+        }
+    }
 }

@@ -37,7 +37,7 @@ pub struct OwnedTensor {
 }
 
 /// A checkpoint without its tensors.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointSummary {
     pub step: u64,
     /// Size of its shards.

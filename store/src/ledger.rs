@@ -191,7 +191,7 @@ impl Preference {
 }
 
 /// A filter on the ledger; the default matches everything.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Query {
     /// Steps of the job.
     pub steps: Option<Range<u64>>,

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use rehearsal::{Config, algorithms, metrics};
+use rehearsal::{Algorithms, Config, metrics};
 
 fn check(page: &str, want: String) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(page);
@@ -22,7 +22,7 @@ fn docs_config_is_the_schema() {
 
 #[test]
 fn docs_metrics_is_the_table() {
-    check("docs/metrics.md", metrics::markdown(&algorithms::metrics()));
+    check("docs/metrics.md", metrics::markdown(&Algorithms::default().metrics()));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The one integration binary: golden values, real models, loops, crashes, real Prometheus.
 
+mod access;
 mod architecture;
 mod bad_input;
 mod chat;
@@ -12,6 +13,7 @@ mod fixtures;
 mod gguf_judge;
 mod golden;
 mod gpu;
+mod handle;
 mod judges;
 mod label;
 mod ledger;

@@ -210,7 +210,7 @@ fn a_real_prometheus_answers_every_expression_of_a_running_job() {
 
     // Every metric of the table is there, under its name and kind.
     let text = get(port, "/metrics").unwrap();
-    for metric in rehearsal::algorithms::metrics() {
+    for metric in rehearsal::Algorithms::default().metrics() {
         let name = metric.exported_name();
         let kind = format!("{:?}", metric.kind).to_lowercase();
         assert!(text.contains(&format!("# TYPE {name} {kind}")), "{name} is not exported");

@@ -10,7 +10,7 @@ use rehearsal_learn::pairs::Pair;
 
 use super::minibatches::{UpdateSettings, minibatches};
 use super::online::OnlineSettings;
-use super::pairs::{log_preferences, pair_stats, pair_tokens, tokens};
+use super::pairs::{pair_stats, pair_tokens, tokens};
 use super::preference::LossSettings;
 use crate::config::{Keys, Settings};
 use crate::driver::{
@@ -97,7 +97,7 @@ async fn round(run: &mut Run, rollouts: &Rollouts, algorithm: &impl InRounds) ->
     // 2. The pairs of each prompt; every comparison goes into the ledger.
     let chosen: Vec<Vec<Pair>> = groups.iter().map(|g| algorithm.pairs(run, g)).collect();
     let first = chosen.iter().map(|pairs| pairs.first().copied());
-    log_preferences(run, rollouts, &prompts, &groups, first).await?;
+    rollouts.log_preferences(run, &prompts, &groups, first).await?;
 
     // 3. The reference of the round is the policy before its first update. Its log-probabilities are the trainer's, which
     //    on the CPU are the sampler's, to the bit.

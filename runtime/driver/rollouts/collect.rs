@@ -22,7 +22,7 @@ use crate::data::{PromptRow, Prompts};
 use crate::driver::run::Run;
 use crate::driver::starter::Starter;
 use crate::error::{Error, Result};
-use crate::events::Event;
+use crate::events::{Event, NewCompletion, ScoredText};
 use crate::summary::Seconds;
 
 /// What an online algorithm reads before it starts.
@@ -104,6 +104,16 @@ impl Rollouts {
             judged.extend(fresh);
         }
         seconds.reward += start.elapsed().as_secs_f64();
+        let scored = |g: &Generated| {
+            judged.get(&g.index).map(|Judged { score, reason, .. }| ScoredText {
+                index: g.index,
+                prompt: asked.prompt(g.index).text.clone(),
+                completion: g.text.clone(),
+                score: *score,
+                reason: reason.clone(),
+            })
+        };
+        run.tell(Event::Scored { step, completions: generated.values().filter_map(scored).collect() });
 
         let unread: Vec<&Generated> = generated.values().filter(|g| !ref_logprobs.contains_key(&g.index)).collect();
         let read = self.reference_logprobs(asked, &unread, seconds).await?;
@@ -203,7 +213,14 @@ impl Rollouts {
                 if failed.is_none() {
                     overlap.enqueue(asked, &done, &new);
                 }
-                run.tell(Event::Rollout { step: run.state.step, done: done.len(), of: total });
+                let completions = new.iter().filter_map(|index| done.get(index)).map(|g| NewCompletion {
+                    index: g.index,
+                    prompt: asked.prompt(g.index).text.clone(),
+                    completion: g.text.clone(),
+                    tokens: g.completion.tokens.len(),
+                });
+                let completions = completions.collect();
+                run.tell(Event::Rollout { step: run.state.step, done: done.len(), of: total, completions });
             }
             let lost = |_| rehearsal_actors::Error::Died { role: "policy", reason: None };
             generating.await.map_err(lost)??;

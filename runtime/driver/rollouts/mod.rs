@@ -4,6 +4,7 @@ mod collect;
 mod completion;
 mod evaluation;
 mod overlap;
+mod preferences;
 mod settings;
 mod stats;
 

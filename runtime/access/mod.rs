@@ -1,0 +1,262 @@
+//! The one way to read a job: by its process while it runs, through a Unix socket in its directory, and from its store
+//! while it does not.
+
+mod live;
+mod records;
+mod request;
+#[cfg(unix)]
+mod socket;
+mod stored;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rehearsal_lm::Checkpoint;
+use rehearsal_store::{CheckpointSummary, Error as StoreError, Preference, Query, Repair, Store};
+
+pub(crate) use live::Live;
+pub(crate) use request::Request;
+pub use request::{Generate, Generated, Rollouts, Verified, WeightType};
+#[cfg(unix)]
+pub(crate) use socket::{Server, serve};
+pub use stored::complete;
+
+use self::request::Reply;
+use crate::blocking::blocking;
+use crate::error::{Error, Result};
+use crate::status::JobStatus;
+
+/// Asks, and takes the reply that belongs to the request.
+macro_rules! expect {
+    ($reader:ident, $request:expr, $reply:pat => $value:expr) => {
+        match $reader.ask($request).await? {
+            $reply => Ok($value),
+            other => Err(Error::Internal(format!("the reply to another request arrived: {other:?}"))),
+        }
+    };
+}
+
+/// How long opening waits for a process that holds the store and does not listen: it is starting, or ending.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Reads a job, whether or not a process runs it.
+///
+/// While the job runs, its process answers: [`JobReader::generate`] uses the weights of this moment. While it does not,
+/// its store answers: the weights are those of the newest intact checkpoint, and the directory is locked, so that the job
+/// cannot be resumed before the reader is dropped.
+///
+/// ```no_run
+/// # async fn f() -> rehearsal::Result<()> {
+/// use rehearsal::{Generate, JobReader};
+///
+/// let job = JobReader::open("runs/quickstart").await?;
+/// let status = job.status().await?;
+/// println!("step {} of {}", status.step, status.steps);
+/// println!("{}", job.generate(Generate::new("What does the fox do?")).await?.text);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct JobReader {
+    directory: PathBuf,
+    source: Source,
+}
+
+#[derive(Clone)]
+enum Source {
+    /// A handle to the job, in this process.
+    Here(Live),
+    /// The job's socket.
+    #[cfg(unix)]
+    Running,
+    Stored {
+        store: Arc<Mutex<Store>>,
+        repairs: Vec<Repair>,
+    },
+    /// A process holds the store and does not listen: it is starting, or its file system has no sockets.
+    Silent {
+        owner: String,
+    },
+}
+
+impl JobReader {
+    /// A reader of a job that this process runs.
+    pub(crate) fn live(directory: &Path, live: Live) -> Self {
+        Self { directory: directory.into(), source: Source::Here(live) }
+    }
+
+    /// Opens a job by its directory.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NothingToResume`] if the directory holds no job, and the errors of the store. Of a process that holds the
+    /// job and does not answer, such as one that is starting, only the status can be read.
+    pub async fn open(directory: impl AsRef<Path>) -> Result<Self> {
+        let directory: PathBuf = directory.as_ref().into();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            #[cfg(unix)]
+            if socket::connect(&directory).await?.is_some() {
+                return Ok(Self { directory, source: Source::Running });
+            }
+            let path = directory.clone();
+            let opened = blocking(move || {
+                // Checked before opening, which would create a store.
+                if !path.join("store").is_dir() {
+                    return Err(Error::NothingToResume(path));
+                }
+                Ok(Store::open(&path)?)
+            })
+            .await;
+            match opened {
+                Ok((store, repairs)) => {
+                    let store = Arc::new(Mutex::new(store));
+                    return Ok(Self { directory, source: Source::Stored { store, repairs } });
+                }
+                Err(Error::Store(StoreError::InUse { .. })) if Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                Err(Error::Store(StoreError::InUse { owner, .. })) => {
+                    return Ok(Self { directory, source: Source::Silent { owner } });
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// The job's directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Whether a process ran the job when it was opened.
+    pub fn is_running(&self) -> bool {
+        !matches!(self.source, Source::Stored { .. })
+    }
+
+    /// What was repaired when the store was opened.
+    pub fn repairs(&self) -> &[Repair] {
+        match &self.source {
+            Source::Stored { repairs, .. } => repairs,
+            _ => &[],
+        }
+    }
+
+    async fn ask(&self, request: Request) -> Result<Reply> {
+        match self.ask_once(request.clone()).await {
+            // The process has ended meanwhile, or was killed: another one answers, or the store.
+            Err(Error::Ended | Error::Unreachable { .. }) if !matches!(self.source, Source::Here(_)) => {
+                Self::open(&self.directory).await?.ask_once(request).await
+            }
+            other => other,
+        }
+    }
+
+    async fn ask_once(&self, request: Request) -> Result<Reply> {
+        match &self.source {
+            Source::Here(live) => live.answer(request).await,
+            #[cfg(unix)]
+            Source::Running => match socket::connect(&self.directory).await? {
+                Some(stream) => socket::ask(stream, &self.directory, &request).await,
+                None => Err(Error::Ended),
+            },
+            Source::Silent { owner } => match request {
+                Request::Status => Ok(Reply::Status(Box::new(stored::status(&self.directory)?))),
+                _ => {
+                    let (directory, owner) = (self.directory.clone(), owner.clone());
+                    Err(StoreError::InUse { directory, owner }.into())
+                }
+            },
+            Source::Stored { store, .. } => {
+                let store = store.clone();
+                blocking(move || {
+                    let store = store.lock().unwrap_or_else(PoisonError::into_inner);
+                    stored::answer(&store, request)
+                })
+                .await
+            }
+        }
+    }
+
+    /// The model that the job trains: the weights of this moment while it runs, those of the newest intact checkpoint
+    /// while it does not. `scratch` names a directory that does not exist; a running job writes its model there, and it is
+    /// removed again.
+    pub async fn model(&self, scratch: &Path) -> Result<Checkpoint> {
+        if let Source::Stored { store, .. } = &self.source {
+            let store = store.clone();
+            let load = move || Ok(stored::model(&store.lock().unwrap_or_else(PoisonError::into_inner))?.0);
+            return blocking(load).await;
+        }
+        self.export(scratch, WeightType::F32).await?;
+        let scratch: PathBuf = scratch.into();
+        blocking(move || {
+            let model = Checkpoint::open(&scratch);
+            let _ = std::fs::remove_dir_all(&scratch); // what stays is the caller's to remove
+            Ok(model?)
+        })
+        .await
+    }
+
+    /// How far the job is.
+    pub async fn status(&self) -> Result<JobStatus> {
+        expect!(self, Request::Status, Reply::Status(status) => *status)
+    }
+
+    /// A completion of a prompt by the trained model.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Usage`] for values out of range, and [`Error::NoPolicy`] if the job trains a reward model.
+    pub async fn generate(&self, request: Generate) -> Result<Generated> {
+        expect!(self, Request::Generate(request), Reply::Generated(generated) => generated)
+    }
+
+    /// Writes the trained model to a Hugging Face directory, and returns the steps it has had. A running job writes
+    /// it between two steps. A model in the directory is replaced.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotAModelDirectory`] if the directory holds something else, and errors of writing.
+    pub async fn export(&self, directory: impl AsRef<Path>, dtype: WeightType) -> Result<u64> {
+        let path = directory.as_ref();
+        // The process that runs the job may have another working directory.
+        let directory = std::path::absolute(path).map_err(|source| Error::Io { path: path.into(), source })?;
+        expect!(self, Request::Export { directory, dtype }, Reply::Exported { step } => step)
+    }
+
+    /// The durable checkpoints, oldest first.
+    pub async fn checkpoints(&self) -> Result<Vec<CheckpointSummary>> {
+        expect!(self, Request::Checkpoints, Reply::Checkpoints(checkpoints) => checkpoints)
+    }
+
+    /// The records of the preference ledger that match a query, in the order of steps and indices.
+    pub async fn preferences(&self, query: Query) -> Result<Vec<Preference>> {
+        let (mut all, mut after): (Vec<Preference>, _) = (Vec::new(), None);
+        loop {
+            let page = self.preferences_after(query.clone(), after).await?;
+            let Some(last) = page.last() else { return Ok(all) };
+            after = Some((last.step, last.index));
+            all.extend(page);
+        }
+    }
+
+    /// One page of [`preferences`](Self::preferences): at most 256 records, after the one of that step and index.
+    pub async fn preferences_after(
+        &self,
+        query: Query,
+        after: Option<(u64, u32)>,
+    ) -> Result<Vec<Preference>> {
+        expect!(self, Request::Preferences { query, after }, Reply::Preferences(page) => page)
+    }
+
+    /// The logged completions of a step that is under way, with the scores that are known.
+    pub async fn rollouts(&self, step: u64) -> Result<Rollouts> {
+        expect!(self, Request::Rollouts { step }, Reply::Rollouts(rollouts) => rollouts)
+    }
+
+    /// Verifies every checksum. A running job writes nothing meanwhile.
+    pub async fn verify(&self) -> Result<Verified> {
+        expect!(self, Request::Verify, Reply::Verified(verified) => verified)
+    }
+}
