@@ -20,6 +20,7 @@ mod ledger;
 mod loops;
 mod oracle;
 mod overlap;
+mod own_algorithm;
 mod prometheus;
 mod roles;
 mod round_trip;
