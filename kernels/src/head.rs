@@ -3,7 +3,7 @@
 
 use crate::gemm::{Element, Packed, Precision, View, gemm};
 use crate::isa::per_isa;
-use crate::math::{LANES, LSE_BLOCK, LogSumExp, exp, softcap, sum};
+use crate::math::{LANES, LSE_BLOCK, LogSum, LogSumExp, exp, softcap, sum};
 use crate::team::{chunk, for_each_chunk};
 
 /// Rows per block of logits: with [`LSE_BLOCK`] columns, 32 MiB.
@@ -25,8 +25,8 @@ impl Targets<'_> {
 }
 
 /// Log-probability of a token, given the log-sum-exp of its row's logits at the same temperature.
-pub fn logprob(logits: &[f32], token: u32, temperature: f32, lse: f32) -> f32 {
-    logits[token as usize] * (1.0 / temperature) - lse
+pub fn logprob(logits: &[f32], token: u32, temperature: f32, lse: LogSum) -> f32 {
+    logits[token as usize] * (1.0 / temperature) - lse.high - lse.low
 }
 
 /// Calls `f(rows, columns, logits)` for each block of rows and vocabulary columns.
@@ -65,7 +65,7 @@ pub fn logprobs<E: Element>(
     weight: View<'_, E>,
     targets: Targets<'_>,
     precision: Precision,
-) -> (Vec<f32>, Vec<f32>) {
+) -> (Vec<f32>, Vec<LogSum>) {
     let scale = targets.scale();
     let mut sums = vec![(LogSumExp::default(), 0.0); targets.tokens.len()];
     blocks(hidden, weight, targets.softcap, precision, |rows, columns, logits| {
@@ -81,7 +81,7 @@ pub fn logprobs<E: Element>(
     });
     let answer = |(sum, chosen): &(LogSumExp, f32)| {
         let lse = sum.value();
-        (chosen * scale - lse, lse)
+        (chosen * scale - lse.high - lse.low, lse)
     };
     sums.iter().map(answer).unzip()
 }
@@ -90,7 +90,7 @@ pub fn logprobs<E: Element>(
 pub fn entropies<E: Element>(
     hidden: &[f32],
     weight: View<'_, E>,
-    lse: &[f32],
+    lse: &[LogSum],
     targets: Targets<'_>,
     precision: Precision,
 ) -> Vec<f32> {
@@ -104,17 +104,17 @@ pub fn entropies<E: Element>(
 }
 
 per_isa! {
-    fn entropy_part(logits: &[f32], scale: f32, lse: f32) -> f32 {
+    fn entropy_part(logits: &[f32], scale: f32, lse: LogSum) -> f32 {
         let mut lanes = [0.0f32; LANES];
         let (whole, rest) = logits.as_chunks::<LANES>();
         for x in whole {
             for i in 0..LANES {
-                let log = x[i].mul_add(scale, -lse);
+                let log = x[i].mul_add(scale, -lse.high) - lse.low;
                 lanes[i] = exp(log).mul_add(-log, lanes[i]);
             }
         }
         for (lane, x) in lanes.iter_mut().zip(rest) {
-            let log = x.mul_add(scale, -lse);
+            let log = x.mul_add(scale, -lse.high) - lse.low;
             *lane = exp(log).mul_add(-log, *lane);
         }
         sum(&lanes)
@@ -124,7 +124,7 @@ per_isa! {
 /// Inputs of [`backward`].
 pub struct Saved<'a> {
     pub hidden: &'a [f32],
-    pub lse: &'a [f32],
+    pub lse: &'a [LogSum],
     /// Gradient of each log-probability.
     pub grad: &'a [f32],
     /// Entropies and their gradients, if entropies were computed.
@@ -169,7 +169,7 @@ pub fn backward<E: Element>(
 #[derive(Clone, Copy)]
 struct Row {
     scale: f32,
-    lse: f32,
+    lse: LogSum,
     grad: f32,
     entropy: f32,
     d_entropy: f32,
@@ -189,7 +189,7 @@ per_isa! {
     fn softmax_backward(logits: &mut [f32], target: Option<usize>, row: Row) {
         let chosen = target.and_then(|t| logits.get(t).copied());
         for x in logits.iter_mut() {
-            let log = x.mul_add(row.scale, -row.lse);
+            let log = x.mul_add(row.scale, -row.lse.high) - row.lse.low;
             let d = -row.scale * exp(log) * (log + row.entropy).mul_add(row.d_entropy, row.grad);
             *x = d * row.slope(*x);
         }

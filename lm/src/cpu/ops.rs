@@ -7,7 +7,7 @@ use half::bf16;
 use rehearsal_kernels::attention::{self, Family, Heads, Saved};
 use rehearsal_kernels::gemm::{self, Element, Packed, View};
 use rehearsal_kernels::head::{self, Targets};
-use rehearsal_kernels::math::dot;
+use rehearsal_kernels::math::{LogSum, dot};
 use rehearsal_kernels::rope::{Angles, rotate};
 use rehearsal_kernels::{activation, norm};
 
@@ -24,7 +24,7 @@ fn targets<'a>(question: &Question<'a>) -> Targets<'a> {
 }
 
 impl Cpu {
-    fn ask<E: Element>(&self, hidden: &[f32], head: View<'_, E>, question: &Question<'_>) -> (Vec<f32>, Vec<f32>) {
+    fn ask<E: Element>(&self, hidden: &[f32], head: View<'_, E>, question: &Question<'_>) -> (Vec<f32>, Vec<LogSum>) {
         let targets = targets(question);
         let (mut output, lse) = head::logprobs(hidden, head, targets, self.0);
         if question.entropy {
@@ -36,6 +36,7 @@ impl Cpu {
 
 impl Ops for Cpu {
     type Buffer = Vec<f32>;
+    type LogSums = Vec<LogSum>;
     type Kept = Kept;
     type Vector = Vec<f32>;
     type Projection = PackedProjection;
@@ -359,7 +360,7 @@ impl Ops for Cpu {
         Ok(())
     }
 
-    fn answer(&self, hidden: &Vec<f32>, head: &Tensor, question: Question<'_>) -> Result<Answers<Vec<f32>>> {
+    fn answer(&self, hidden: &Vec<f32>, head: &Tensor, question: Question<'_>) -> Result<Answers<Vec<LogSum>>> {
         let (output, lse) = match head.dtype() {
             DType::BF16 => with_views::<bf16, _>(&[head], |w| Ok(self.ask(hidden, w[0], &question)))?,
             _ => with_views::<f32, _>(&[head], |w| Ok(self.ask(hidden, w[0], &question)))?,
@@ -372,7 +373,7 @@ impl Ops for Cpu {
         hidden: &Vec<f32>,
         head: &Tensor,
         question: Question<'_>,
-        answers: &Answers<Vec<f32>>,
+        answers: &Answers<Vec<LogSum>>,
         grad: &Tensor,
         d_hidden: &mut Vec<f32>,
         sum: &Tensor,

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::{Device, Error, Result, Tensor};
+use rehearsal_kernels::math::LogSum;
 
 use super::kept::{Kept, Recalled};
 use super::machine::Cpu;
@@ -26,7 +27,7 @@ pub struct Trail {
 struct CompletionRecord {
     trail: Trail,
     logprobs: Vec<f32>,
-    lse: Vec<f32>,
+    lse: Vec<LogSum>,
 }
 
 /// A recorded prompt: its rows, and its completions by their tokens.
@@ -106,7 +107,7 @@ impl Recorder {
     }
 
     /// Indexes a finished completion by its prompt and tokens.
-    pub fn end_completion(&mut self, prompt: &[u32], tokens: &[u32], trail: Trail, logprobs: &[f32], lse: &[f32]) {
+    pub fn end_completion(&mut self, prompt: &[u32], tokens: &[u32], trail: Trail, logprobs: &[f32], lse: &[LogSum]) {
         let record = self.index.prompts.entry(prompt.to_vec()).or_default();
         if trail.rows.len() + 1 == prompt.len() + tokens.len() {
             record.rows = trail.rows[..prompt.len()].to_vec();
@@ -223,5 +224,5 @@ struct BatchRecord {
     /// Inputs of the head, `[batch.rows()][hidden]`.
     stream: Vec<f32>,
     logprobs: Vec<f32>,
-    lse: Vec<f32>,
+    lse: Vec<LogSum>,
 }

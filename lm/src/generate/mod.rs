@@ -16,7 +16,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use rehearsal_kernels::head::logprob;
-use rehearsal_kernels::math::log_sum_exp;
+use rehearsal_kernels::math::{LogSum, log_sum_exp};
 use rehearsal_kernels::random::Stream;
 use rehearsal_kernels::team::{for_each_chunk, with_team};
 
@@ -113,7 +113,7 @@ struct Active {
     tokens: Vec<u32>,
     logprobs: Vec<f32>,
     /// Log-sum-exp of the logits that each token was sampled from.
-    lse: Vec<f32>,
+    lse: Vec<LogSum>,
     /// Its rows in the recording.
     trail: Trail,
     scratch: Scratch,

@@ -181,7 +181,7 @@ fn nucleus_bound(p: &[f32], wanted: f64) -> f32 {
 
 fn normalise(p: &mut [f32], scale: f32) {
     let lse = log_sum_exp(p, scale);
-    exp_all(p, scale, lse);
+    exp_all(p, scale, lse.high);
 }
 
 fn rescale(p: &mut [f32]) {

@@ -26,6 +26,7 @@ fn check_empty(kept: &Buffer) -> Result<()> {
 
 impl Ops for Gpu {
     type Buffer = Buffer;
+    type LogSums = Buffer;
     type Kept = Buffer;
     type Vector = Numbers;
     type Projection = Weights;

@@ -12,13 +12,13 @@ pub struct Head<O: Ops> {
     /// The rows of the residual stream that are read, before and after the norm.
     x: O::Buffer,
     hidden: O::Buffer,
-    output: HeadOutput<O::Buffer>,
+    output: HeadOutput<O::LogSums>,
     temperature: f32,
 }
 
 /// Output of a language-model head, or of a score head.
-enum HeadOutput<B> {
-    Logprobs(Answers<B>),
+enum HeadOutput<L> {
+    Logprobs(Answers<L>),
     Scores(Tensor),
 }
 
@@ -43,7 +43,7 @@ impl<O: Ops> Head<O> {
         batch: &Batch,
         x: O::Buffer,
         temperature: f64,
-        known: Option<Answers<O::Buffer>>,
+        known: Option<Answers<O::LogSums>>,
     ) -> Result<Self> {
         let (arch, layers) = (decoder.architecture(), decoder.layers());
         let (mut hidden, norm) = (ops.narrow(), norm(ops, &layers.norm)?);

@@ -53,11 +53,11 @@ pub struct Question<'a> {
 }
 
 /// Output of the language-model head for a [`Question`], with what its backward pass needs.
-pub struct Answers<B> {
+pub struct Answers<L> {
     /// Log-probabilities of the targets, followed by the entropies, if computed.
     pub output: Tensor,
     /// Log-sum-exp of each row's logits.
-    pub lse: B,
+    pub lse: L,
 }
 
 /// Gradients of a projection, which are added to in place: f32, in the parameters' own shapes.
@@ -73,6 +73,8 @@ pub struct Sum<'a> {
 /// the inputs and outputs of matrix products).
 pub trait Ops: Clone {
     type Buffer;
+    /// Log-sum-exps of the head's logits, one for each row.
+    type LogSums;
     /// An activation kept for the backward pass.
     type Kept;
     /// Parameters of a norm.
@@ -231,7 +233,7 @@ pub trait Ops: Clone {
         out: &mut Self::Buffer,
     ) -> Result<()>;
     /// Language-model head: log-probabilities, and entropies if asked for.
-    fn answer(&self, hidden: &Self::Buffer, head: &Tensor, question: Question<'_>) -> Result<Answers<Self::Buffer>>;
+    fn answer(&self, hidden: &Self::Buffer, head: &Tensor, question: Question<'_>) -> Result<Answers<Self::LogSums>>;
     /// Backward of [`Ops::answer`]: fills `d_hidden` and adds the gradient of the head's weight to `sum`.
     #[allow(clippy::too_many_arguments)]
     fn answer_back(
@@ -239,7 +241,7 @@ pub trait Ops: Clone {
         hidden: &Self::Buffer,
         head: &Tensor,
         question: Question<'_>,
-        answers: &Answers<Self::Buffer>,
+        answers: &Answers<Self::LogSums>,
         grad: &Tensor,
         d_hidden: &mut Self::Buffer,
         sum: &Tensor,

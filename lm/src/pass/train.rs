@@ -100,7 +100,7 @@ impl<'a, O: Ops> Trace<'a, O> {
         temperature: f64,
         activations: impl FnOnce(&Rows<O>) -> Vec<Activations<O>>,
         stream: O::Buffer,
-        answers: Option<Answers<O::Buffer>>,
+        answers: Option<Answers<O::LogSums>>,
     ) -> Result<Self> {
         let pass = Pass::without_embeddings(ops, decoder, batch)?;
         let blocks = activations(&pass.rows).into_iter().map(|kept| SavedBlock::Activations(Box::new(kept))).collect();
