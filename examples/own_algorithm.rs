@@ -86,7 +86,8 @@ impl Algorithm for Running {
                 let by_score = |a: &usize, b: &usize| score(a).total_cmp(&score(b));
                 let places = 0..group.completions.len();
                 let pair = places.clone().max_by(by_score).zip(places.min_by(by_score));
-                let pair = pair.map(|(chosen, rejected)| Pair { chosen, rejected, margin: score(&chosen) - score(&rejected) });
+                let pair =
+                    pair.map(|(chosen, rejected)| Pair { chosen, rejected, margin: score(&chosen) - score(&rejected) });
                 if let Some(best) = pair.filter(|best| score(&best.chosen) >= self.settings.score_min) {
                     let prompt = &prompts[group.prompt as usize].tokens;
                     let completion = &group.completions[best.chosen].completion.tokens;
@@ -127,7 +128,9 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let mut events = job.events();
     while let Ok(event) = events.recv().await {
         match event {
-            Event::Step(step) => println!("step {:2}  reward {:.3}", step.step, step.stat("reward").unwrap_or_default()),
+            Event::Step(step) => {
+                println!("step {:2}  reward {:.3}", step.step, step.stat("reward").unwrap_or_default())
+            }
             Event::Finished(_) | Event::Failed { .. } => break,
             _ => {}
         }

@@ -35,6 +35,8 @@ pub enum Event {
     DiskFull { message: String },
     /// A judge has been asked all that it may be: the job stops with a checkpoint.
     BudgetSpent { message: String },
+    /// This build of the program computes slowly, for the reason that `message` gives. Told once in a process.
+    SlowBuild { message: String },
     /// Something was repaired or set aside.
     Repaired { message: String },
     /// The job waits before its next step until it is unpaused.

@@ -29,6 +29,7 @@ pub mod evaluate;
 mod events;
 pub mod exporter;
 mod futures;
+mod heap;
 mod http;
 mod job;
 pub mod judge;
@@ -48,17 +49,18 @@ pub use algorithms::Algorithms;
 pub use config::{ConfigError, Keys, Range, Settings};
 pub use data::{DataSettings, Dropped, DroppedRows, OnBad, OnLong, PromptsSettings};
 pub use driver::{
-    Algorithm, AlgorithmSettings, JobState, LoadedAlgorithm, Loader, RolloutInputs, RolloutSettings, Rollouts, Run, Starter,
-    Stats, Step, Updates, rollout_stats,
+    Algorithm, AlgorithmSettings, JobState, LoadedAlgorithm, Loader, RolloutInputs, RolloutSettings, Rollouts, Run,
+    Starter, Stats, Step, Updates, rollout_stats,
 };
 pub use error::{Error, Result};
 pub use events::{Event, NewCompletion, Outcome, ScoredText};
 pub use futures::BoxFuture;
+pub use heap::use_one_arena;
 pub use job::{CONFIG_FILE, Chain, Config, Job, JobBuilder, JobHandle};
 pub use memory::MemoryBudget;
 pub use metrics::Metric;
 pub use rehearsal_actors as actors;
-pub use rehearsal_actors::{Judged, Reward, RewardError, RewardFn, Sample};
+pub use rehearsal_actors::{Devices, Judged, Reward, RewardError, RewardFn, Sample};
 pub use rehearsal_learn as learn;
 pub use rehearsal_lm as lm;
 pub use rehearsal_store as store;

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::Device;
+use parking_lot::FairMutex;
 
 use crate::{Error, Result};
 
@@ -42,7 +43,8 @@ impl fmt::Display for Placement {
     }
 }
 
-/// The devices of a job. Roles on the same device share it and compute one at a time.
+/// The devices of a job, or of several. Roles on the same device share it and compute one at a time, in the order in
+/// which they ask for it. Clones share the devices: jobs that are given clones compute in turns, on the same CPU threads.
 #[derive(Clone)]
 pub struct Devices {
     open: Arc<Mutex<BTreeMap<Placement, SharedDevice>>>,
@@ -54,13 +56,13 @@ pub struct Devices {
 pub(crate) struct SharedDevice {
     pub device: Device,
     pub placement: Placement,
-    /// Held by the role that computes.
-    lock: Arc<Mutex<()>>,
+    /// Held by the role that computes. Fair, so that no job waits for more than one request of each other role.
+    lock: Arc<FairMutex<()>>,
     pool: Arc<rayon::ThreadPool>,
 }
 
 impl Devices {
-    /// Creates the job's CPU thread pool of `threads` threads, or of one for each core if that is 0. Results do not depend
+    /// Creates a CPU thread pool of `threads` threads, or of one for each core if that is 0. Results do not depend
     /// on the number. Devices are opened when a role first needs them.
     pub fn new(threads: usize) -> Result<Self> {
         let pool =
@@ -81,7 +83,7 @@ impl Devices {
                 cuda(n).map_err(|e| Error::Placement { given: placement.to_string(), reason: e.to_string() })?
             }
         };
-        let shared = SharedDevice { device, placement, lock: Arc::default(), pool: self.pool.clone() };
+        let shared = SharedDevice { device, placement, lock: Arc::new(FairMutex::new(())), pool: self.pool.clone() };
         open.insert(placement, shared.clone());
         Ok(shared)
     }
@@ -95,7 +97,7 @@ impl Devices {
 impl SharedDevice {
     /// Runs `f` on the job's thread pool while no other role computes on the device.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
-        let _guard: MutexGuard<'_, ()> = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let _guard = self.lock.lock();
         self.pool.install(f)
     }
 }

@@ -30,3 +30,27 @@ pub mod team;
 
 pub use isa::Isa;
 pub use shared::Shared;
+
+/// Why computing is slow in this build; `None` in one whose kernels are optimised.
+pub fn slow_build() -> Option<String> {
+    slow_at(env!("REHEARSAL_OPT_LEVEL"))
+}
+
+fn slow_at(level: &str) -> Option<String> {
+    matches!(level, "0" | "1").then(|| {
+        format!(
+            "the kernels are built with opt-level = {level}, which makes steps tens of times slower; build with \
+             `--release`, or add `[profile.dev.package.\"*\"]` with `opt-level = 3` to the program's Cargo.toml"
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_build_without_optimisation_says_what_to_do() {
+        assert_eq!(super::slow_build(), None, "this workspace optimises its kernels in every profile");
+        assert!(super::slow_at("0").unwrap().contains("[profile.dev.package.\"*\"]"));
+        assert_eq!(super::slow_at("3"), None);
+    }
+}

@@ -23,5 +23,5 @@ pub use load::{Checkpoint, Files};
 pub use lora::{Lora, LoraConfig};
 pub use model::{Architecture, Batch, Decoder, Gradients, HeadKind, Parameters, Sequence};
 pub use rehearsal_kernels::gemm::Precision;
-pub use rehearsal_kernels::random;
+pub use rehearsal_kernels::{random, slow_build};
 pub use text::{ChatTemplate, Message, Text};

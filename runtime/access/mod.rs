@@ -242,11 +242,7 @@ impl JobReader {
     }
 
     /// One page of [`preferences`](Self::preferences): at most 256 records, after the one of that step and index.
-    pub async fn preferences_after(
-        &self,
-        query: Query,
-        after: Option<(u64, u32)>,
-    ) -> Result<Vec<Preference>> {
+    pub async fn preferences_after(&self, query: Query, after: Option<(u64, u32)>) -> Result<Vec<Preference>> {
         expect!(self, Request::Preferences { query, after }, Reply::Preferences(page) => page)
     }
 

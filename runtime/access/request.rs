@@ -23,11 +23,19 @@ const NEW_TOKENS_MAX: usize = 1 << 20;
 pub(crate) enum Request {
     Status,
     Generate(Generate),
-    Export { directory: PathBuf, dtype: WeightType },
+    Export {
+        directory: PathBuf,
+        dtype: WeightType,
+    },
     Checkpoints,
     /// The records after the one of that step and index, at most [`PAGE`].
-    Preferences { query: Query, after: Option<(u64, u32)> },
-    Rollouts { step: u64 },
+    Preferences {
+        query: Query,
+        after: Option<(u64, u32)>,
+    },
+    Rollouts {
+        step: u64,
+    },
     Verify,
 }
 

@@ -87,6 +87,7 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
         }
         Event::DiskFull { message } => line(format!("waiting: {message}")),
         Event::BudgetSpent { message } => line(format!("stopping: {message}")),
+        Event::SlowBuild { message } => line(format!("slow: {message}")),
         Event::Repaired { message } => line(format!("repaired: {message}")),
         Event::Paused { step } => line(format!("paused before step {}", step + 1)),
         Event::Scored { .. } | Event::Preferences { .. } => {}

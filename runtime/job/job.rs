@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use metrics::Recorder;
 use rehearsal_actors::{Devices, Director, DirectorEvent, Reward};
@@ -10,17 +11,20 @@ use rehearsal_store::{Repair, Store};
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span};
 
 use super::config::Config;
 use super::fingerprint::Fingerprint;
 use super::handle::JobHandle;
 use super::saved::{self, CONFIG_FILE};
 use crate::access::{self, Live};
+use crate::algorithms::Algorithms;
 use crate::blocking::blocking;
 use crate::driver::{Algorithm, Loaded, LoadedAlgorithm, Loader, Roles, Run, Setup, drive, start};
 use crate::error::{At, Error, Result};
 use crate::events::{Event, Outcome};
 use crate::exporter::{self, Readiness};
+use crate::heap;
 use crate::metrics::Meters;
 use crate::metrics::table::{counters, process};
 use crate::status::JobStatus;
@@ -34,9 +38,31 @@ pub struct JobBuilder {
     source: Option<String>,
     reward: Option<Arc<dyn Reward>>,
     recorder: Option<Arc<dyn Recorder + Send + Sync>>,
+    name: Option<String>,
+    devices: Option<Devices>,
+    events: broadcast::Sender<Event>,
 }
 
 impl JobBuilder {
+    /// What happens, as it happens, from before the job starts.
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+
+    /// A name that tells the job from others of the process: the value of a label `job` on every metric, and of `name` on
+    /// the span of its log. Without one there is no label, and the span has the directory alone.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Devices that the job shares with others, in place of its own. Jobs that share them compute in turns, on the CPU
+    /// threads of [`Devices::new`]; `placement.threads` is not used. Results do not depend on it.
+    pub fn devices(mut self, devices: Devices) -> Self {
+        self.devices = Some(devices);
+        self
+    }
+
     /// The reward, in place of the configuration's rules.
     pub fn reward(mut self, reward: impl Reward) -> Self {
         self.reward = Some(Arc::new(reward));
@@ -93,7 +119,7 @@ impl JobBuilder {
     /// [`Error::Config`] with all problems of the configuration, and [`Error::NoReward`] if the algorithm needs a reward and
     /// there is none.
     pub fn build(self) -> Result<Job> {
-        let JobBuilder { config, source, reward, recorder } = self;
+        let JobBuilder { config, source, reward, recorder, name, devices, events } = self;
         config.check()?;
         let configured = config.rewards.iter().any(|source| source.is_configured());
         if config.algorithm.needs_reward() && !configured && reward.is_none() {
@@ -101,7 +127,7 @@ impl JobBuilder {
         }
         let here = || std::env::current_dir().unwrap_or_default().display().to_string();
         let source = source.unwrap_or_else(|| saved::with_header(&config.to_toml(), &here(), None));
-        Ok(Job { config, source, reward, recorder, events: broadcast::channel(EVENTS_KEPT).0 })
+        Ok(Job { config, source, reward, recorder, name, devices, events })
     }
 }
 
@@ -112,6 +138,8 @@ pub struct Job {
     /// The host's reward, which takes the place of rules.
     reward: Option<Arc<dyn Reward>>,
     recorder: Option<Arc<dyn Recorder + Send + Sync>>,
+    name: Option<String>,
+    devices: Option<Devices>,
     events: broadcast::Sender<Event>,
 }
 
@@ -138,6 +166,7 @@ struct Running {
     algorithm: Box<dyn Algorithm>,
     watcher: JoinHandle<()>,
     _exporter: Option<exporter::Server>,
+    span: Span,
     #[cfg(unix)]
     socket: Option<access::Server>,
 }
@@ -145,7 +174,19 @@ struct Running {
 impl Job {
     /// Begins to put a job together.
     pub fn builder(config: Config) -> JobBuilder {
-        JobBuilder { config, source: None, reward: None, recorder: None }
+        let events = broadcast::channel(EVENTS_KEPT).0;
+        JobBuilder { config, source: None, reward: None, recorder: None, name: None, devices: None, events }
+    }
+
+    /// Begins to put the job of a directory together, as it was configured: to be resumed. What the host brought (a
+    /// reward, a recorder) it has to bring again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NothingToResume`] if the directory holds no job, and problems of its configuration. A job of the program's
+    /// own algorithm is found by [`Algorithms::saved`].
+    pub fn saved(directory: impl AsRef<Path>) -> Result<JobBuilder> {
+        Ok(Self::builder(Algorithms::default().saved(directory)?))
     }
 
     /// Where everything the job makes is kept.
@@ -224,12 +265,31 @@ impl Job {
         .await
     }
 
+    /// The span of the job's log.
+    fn span(&self) -> Span {
+        let directory = self.directory().display();
+        match &self.name {
+            Some(name) => tracing::info_span!("job", name, %directory),
+            None => tracing::info_span!("job", %directory),
+        }
+    }
+
     /// Starts the roles.
     async fn bring_up(self, opened: Opened, cancel: CancellationToken) -> Result<(Running, Live)> {
-        let Job { config, reward, recorder, events, .. } = self;
+        let span = self.span();
+        self.start_roles(opened, cancel).instrument(span).await
+    }
+
+    async fn start_roles(self, opened: Opened, cancel: CancellationToken) -> Result<(Running, Live)> {
+        let span = self.span();
+        let Job { config, reward, recorder, name, devices, events, .. } = self;
         let Opened { algorithm, loaded, store, repairs } = opened;
         let mut common = config.common.clone();
         common.job.steps = loaded.steps.unwrap_or(common.job.steps);
+        if let Some(message) = slow_build() {
+            tracing::warn!("{message}");
+            let _ = events.send(Event::SlowBuild { message });
+        }
         for repair in repairs {
             let _ = events.send(Event::Repaired { message: repair.0 });
         }
@@ -239,9 +299,9 @@ impl Job {
         };
         let declared = config.algorithms().metrics();
         let meters = Arc::new(match (&recorder, &prometheus) {
-            (Some(recorder), _) => Meters::new(Some(&**recorder), &declared),
-            (None, Some((recorder, _))) => Meters::new(Some(recorder), &declared),
-            (None, None) => Meters::new(None, &declared),
+            (Some(recorder), _) => Meters::new(Some(&**recorder), &declared, name.as_deref()),
+            (None, Some((recorder, _))) => Meters::new(Some(recorder), &declared, name.as_deref()),
+            (None, None) => Meters::new(None, &declared, name.as_deref()),
         });
         let readiness = Readiness::default();
         let exporter = match &prometheus {
@@ -258,7 +318,7 @@ impl Job {
                 let _ = events.send(Event::DiskFull { message: error.to_string() });
             })
         };
-        let devices = Devices::new(common.placement.threads)?;
+        let devices = devices.map_or_else(|| Devices::new(common.placement.threads), Ok)?;
         let archivist = director.archivist(store, full_disk).await?;
         let (commands, given) = mpsc::unbounded_channel();
         let (publish, status) = watch::channel(JobStatus::default());
@@ -292,6 +352,7 @@ impl Job {
             algorithm,
             watcher,
             _exporter: exporter,
+            span,
             #[cfg(unix)]
             socket,
         };
@@ -301,7 +362,15 @@ impl Job {
 
 impl Running {
     /// Takes the job to its end.
-    async fn drive(mut self) -> Result<Outcome> {
+    async fn drive(self) -> Result<Outcome> {
+        let span = self.span.clone();
+        let result = self.drive_in_span().instrument(span).await;
+        // The job's models are gone by now.
+        blocking(heap::trim).await;
+        result
+    }
+
+    async fn drive_in_span(mut self) -> Result<Outcome> {
         let result = drive(&mut self.run, &mut *self.algorithm).await;
         // Before the store is released: who finds no socket waits for the store.
         #[cfg(unix)]
@@ -314,6 +383,12 @@ impl Running {
         });
         result
     }
+}
+
+/// Why this build is slow, at the first call of the process.
+fn slow_build() -> Option<String> {
+    static TOLD: AtomicBool = AtomicBool::new(false);
+    rehearsal_lm::slow_build().filter(|_| !TOLD.swap(true, Ordering::Relaxed))
 }
 
 /// Loads the algorithm and everything else that is read. A host's reward takes the place of rules.

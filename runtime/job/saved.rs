@@ -59,6 +59,19 @@ fn read_copy(directory: &Path, copy: &Path, algorithms: &Algorithms) -> Result<(
     Ok((Saved { stages, source: source.collect::<Vec<_>>().join("\n"), base }, problems))
 }
 
+impl Algorithms {
+    /// The configuration of the job in a directory.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NothingToResume`] if there is none, problems of the configuration, and that the directory holds several
+    /// stages, of which each has a directory of its own.
+    pub fn saved(&self, directory: impl AsRef<Path>) -> Result<Config> {
+        let directory = directory.as_ref();
+        one(read(directory, self)?.ok_or_else(|| Error::NothingToResume(directory.into()))?, directory)
+    }
+}
+
 /// The configuration of the job in a directory, as far as this program can read it: the job may have an algorithm of
 /// another program, and files that are gone.
 ///
@@ -70,7 +83,11 @@ pub fn saved_config(directory: &Path) -> Result<Config> {
     if !copy.exists() {
         return Err(Error::NothingToResume(directory.into()));
     }
-    let (saved, _) = read_copy(directory, &copy, &Algorithms::default())?;
+    one(read_copy(directory, &copy, &Algorithms::default())?.0, directory)
+}
+
+/// The only stage of a directory.
+fn one(saved: Saved, directory: &Path) -> Result<Config> {
     match saved.stages.as_slice() {
         [config] => Ok(config.clone()),
         stages => {

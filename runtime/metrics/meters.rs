@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use metrics::{Counter, Gauge, Histogram, NoopRecorder, Recorder, Unit};
+use metrics::{Counter, Gauge, Histogram, Label, NoopRecorder, Recorder, Unit};
 
 use super::table::{STATISTICS, counters, process, rollouts, updates};
 use super::{Kind, Metric};
@@ -31,15 +31,20 @@ enum Handle {
 pub(crate) struct Meters(BTreeMap<&'static str, BTreeMap<&'static str, Handle>>);
 
 impl Meters {
-    /// Describes and registers metrics on a recorder; without one, what is recorded is dropped.
-    pub fn new(recorder: Option<&(dyn Recorder + Send + Sync)>, declared: &[&'static Metric]) -> Self {
+    /// Describes and registers metrics on a recorder; without one, what is recorded is dropped. `job` is the value of the
+    /// label `job` of every series; without one there is no such label.
+    pub fn new(
+        recorder: Option<&(dyn Recorder + Send + Sync)>,
+        declared: &[&'static Metric],
+        job: Option<&str>,
+    ) -> Self {
         match recorder {
-            Some(recorder) => metrics::with_local_recorder(recorder, || Self::register(declared)),
-            None => metrics::with_local_recorder(&NoopRecorder, || Self::register(declared)),
+            Some(recorder) => metrics::with_local_recorder(recorder, || Self::register(declared, job)),
+            None => metrics::with_local_recorder(&NoopRecorder, || Self::register(declared, job)),
         }
     }
 
-    fn register(declared: &[&'static Metric]) -> Self {
+    fn register(declared: &[&'static Metric], job: Option<&str>) -> Self {
         let mut handles: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
         for metric in declared {
             let name = metric.exported_name();
@@ -50,11 +55,13 @@ impl Meters {
                 Kind::Histogram => metrics::describe_histogram!(name.clone(), unit, metric.help),
             }
             for value in metric.label.map_or(&[""] as &[&str], |label| label.values) {
-                let labels = metric.label.map_or(Vec::new(), |label| vec![(label.key, *value)]);
+                let of_job = job.map(|job| Label::new("job", job.to_string()));
+                let own = metric.label.map(|label| Label::from_static_parts(label.key, value));
+                let labels: Vec<Label> = of_job.into_iter().chain(own).collect();
                 let handle = match metric.kind {
-                    Kind::Counter => Handle::Counter(metrics::counter!(name.clone(), &labels)),
-                    Kind::Gauge => Handle::Gauge(metrics::gauge!(name.clone(), &labels)),
-                    Kind::Histogram => Handle::Histogram(metrics::histogram!(name.clone(), &labels)),
+                    Kind::Counter => Handle::Counter(metrics::counter!(name.clone(), labels)),
+                    Kind::Gauge => Handle::Gauge(metrics::gauge!(name.clone(), labels)),
+                    Kind::Histogram => Handle::Histogram(metrics::histogram!(name.clone(), labels)),
                 };
                 if let Handle::Counter(counter) = &handle {
                     counter.absolute(0); // so that a rate is defined from the start
@@ -189,7 +196,7 @@ mod tests {
     use crate::metrics::shared;
 
     fn meters(recorder: Option<&(dyn Recorder + Send + Sync)>) -> Meters {
-        Meters::new(recorder, &shared().collect::<Vec<_>>())
+        Meters::new(recorder, &shared().collect::<Vec<_>>(), None)
     }
 
     fn summary(stats: &[(&'static str, f64)]) -> StepSummary {

@@ -25,4 +25,5 @@ mod prometheus;
 mod roles;
 mod round_trip;
 mod served_judge;
+mod service;
 mod support;

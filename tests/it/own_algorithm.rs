@@ -16,7 +16,7 @@ use rehearsal::{
     Keys, LoadedAlgorithm, Loader, Outcome, Result, Run, Seconds, Settings, Starter, Stats, Step, Updates,
 };
 
-use crate::support::{Remains, program, rehearsal, runtime, stderr, stdout};
+use crate::support::{Remains, rehearsal, runtime, stderr, stdout};
 
 /// What goes wrong at a step, once.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -165,9 +165,7 @@ fn a_policy_that_dies_goes_on_from_its_checkpoint_or_from_the_start() {
 
 /// The example, working in a directory.
 fn example(directory: &Path) -> Command {
-    let beside = Path::new(program().get_program()).parent().unwrap().join("examples/own_algorithm");
-    assert!(beside.exists(), "{} is missing; build it by `cargo build --examples`", beside.display());
-    let mut command = Command::new(beside);
+    let mut command = crate::support::example("own_algorithm");
     command.arg(directory);
     command
 }

@@ -115,6 +115,13 @@ pub fn program() -> Command {
     Command::new(env!("CARGO_BIN_EXE_rehearsal"))
 }
 
+/// An example of this package, which `cargo test` has built.
+pub fn example(name: &str) -> Command {
+    let path: PathBuf = Path::new(program().get_program()).parent().unwrap().join("examples").join(name);
+    assert!(path.exists(), "{} is missing; build it by `cargo build --examples`", path.display());
+    Command::new(path)
+}
+
 pub fn rehearsal(args: &[&str]) -> Output {
     program().args(args).output().unwrap()
 }
