@@ -1,8 +1,6 @@
 //! Prometheus exporter: a recorder of the job's own, and an HTTP server for its metrics. Nothing global is installed.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -14,9 +12,11 @@ use axum::routing::get;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use tokio::task::JoinHandle;
 
-use crate::error::Result;
-use crate::http::{self, Limits};
+use crate::error::{Error, Result};
+use crate::http::{Bounded, Limits};
+use crate::listen::{self, Bound};
 use crate::metrics::SECONDS_BUCKETS;
+pub use crate::readiness::Readiness;
 
 /// A scrape is one short request and one answer; each connection carries one.
 const LIMITS: Limits =
@@ -32,22 +32,6 @@ pub fn recorder() -> PrometheusRecorder {
     let builder = PrometheusBuilder::new().set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS_BUCKETS);
     // The only failure is an empty list of buckets.
     builder.unwrap_or_else(|_| PrometheusBuilder::new()).build_recorder()
-}
-
-/// Whether a job is ready: its state is restored and it runs steps. Clones share the state; a new one is not ready.
-#[derive(Debug, Clone, Default)]
-pub struct Readiness(Arc<AtomicBool>);
-
-impl Readiness {
-    /// Says that the job is ready, or no longer is.
-    pub fn set(&self, ready: bool) {
-        self.0.store(ready, Ordering::Relaxed);
-    }
-
-    /// Whether the job is ready.
-    pub fn is_ready(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
 }
 
 /// The running server; dropping it stops it.
@@ -78,17 +62,18 @@ impl Drop for Server {
 ///
 /// `Error::Listen` if the address cannot be bound.
 pub async fn serve(handle: PrometheusHandle, address: SocketAddr, readiness: Readiness) -> Result<Server> {
-    serve_within(LIMITS, handle, address, readiness).await
+    serve_on(listen::bind("metrics", "metrics.listen", address)?, handle, readiness)
 }
 
-async fn serve_within(
-    limits: Limits,
-    handle: PrometheusHandle,
-    address: SocketAddr,
-    readiness: Readiness,
-) -> Result<Server> {
-    let listener = http::bind("metrics", "metrics.listen", address, limits).await?;
-    let address = listener.address;
+/// As [`serve`], on an address that is bound.
+pub(crate) fn serve_on(bound: Bound, handle: PrometheusHandle, readiness: Readiness) -> Result<Server> {
+    serve_within(LIMITS, bound, handle, readiness)
+}
+
+fn serve_within(limits: Limits, bound: Bound, handle: PrometheusHandle, readiness: Readiness) -> Result<Server> {
+    let address = bound.address;
+    let refused = |e: std::io::Error| Error::Listen { what: "metrics", address, reason: e.to_string() };
+    let listener = Bounded::new(bound, limits).map_err(refused)?;
     let upkeep = handle.clone();
     let router = Router::new()
         .route("/metrics", get(render))
@@ -215,8 +200,8 @@ mod tests {
     #[tokio::test]
     async fn slow_clients_are_cut_off_and_others_wait_for_their_place() {
         let limits = Limits { connections_max: 2, connection: Duration::from_secs(1), ..LIMITS };
-        let (handle, address) = (recorder().handle(), "127.0.0.1:0".parse().unwrap());
-        let server = serve_within(limits, handle, address, Readiness::default()).await.unwrap();
+        let bound = listen::bind("metrics", "metrics.listen", "127.0.0.1:0".parse().unwrap()).unwrap();
+        let server = serve_within(limits, bound, recorder().handle(), Readiness::default()).unwrap();
         let open = |_| {
             let mut stream = TcpStream::connect(server.address).unwrap();
             stream.write_all(b"GET /metrics HTTP/1.1\r\n").unwrap(); // and never the rest

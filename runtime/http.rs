@@ -1,4 +1,4 @@
-//! Bounded HTTP listeners: binding with errors that say what to do, and limits on connections.
+//! Bounded HTTP listeners: limits on connections.
 
 use std::io;
 use std::net::SocketAddr;
@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
 
-use crate::error::{Error, Result};
+use crate::listen::Bound;
 
 /// Limits of a listener and of each connection to it.
 #[derive(Debug, Clone, Copy)]
@@ -25,35 +25,21 @@ pub(crate) struct Limits {
     pub received_bytes_max: usize,
 }
 
-/// Binds an address. `what` is the service and `key` the setting that chose the address; an error names both.
-pub(crate) async fn bind(what: &'static str, key: &str, address: SocketAddr, limits: Limits) -> Result<Bounded> {
-    let refused = |e| Error::Listen { what, address, reason: explain(&e, key) };
-    let listener = TcpListener::bind(address).await.map_err(refused)?;
-    let address = listener.local_addr().map_err(refused)?;
-    Ok(Bounded { listener, address, limits, permits: Arc::new(Semaphore::new(limits.connections_max)) })
-}
-
-fn explain(error: &io::Error, key: &str) -> String {
-    match error.kind() {
-        io::ErrorKind::AddrInUse => {
-            format!("another process listens there; stop it, or set `{key}` to a free port (`127.0.0.1:0` takes any)")
-        }
-        io::ErrorKind::AddrNotAvailable => {
-            format!("this machine has no such address; set `{key}` to 127.0.0.1 or 0.0.0.0 and a port")
-        }
-        io::ErrorKind::PermissionDenied => {
-            format!("the system does not permit it; set `{key}` to a port of 1024 or more")
-        }
-        _ => error.to_string(),
-    }
-}
-
 /// A listener for `axum::serve` whose connections are limited in number, time and bytes received.
 pub(crate) struct Bounded {
     listener: TcpListener,
     pub address: SocketAddr,
     limits: Limits,
     permits: Arc<Semaphore>,
+}
+
+impl Bounded {
+    /// Limits the connections to a bound address.
+    pub fn new(bound: Bound, limits: Limits) -> io::Result<Self> {
+        let address = bound.address;
+        let permits = Arc::new(Semaphore::new(limits.connections_max));
+        Ok(Self { listener: bound.listener()?, address, limits, permits })
+    }
 }
 
 impl axum::serve::Listener for Bounded {

@@ -19,6 +19,7 @@
 pub mod access;
 pub mod algorithms;
 mod blocking;
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod config;
 pub mod data;
@@ -27,16 +28,23 @@ pub mod embedded;
 mod error;
 pub mod evaluate;
 mod events;
+#[cfg(feature = "prometheus")]
 pub mod exporter;
+mod features;
 mod futures;
 mod heap;
+#[cfg(feature = "prometheus")]
 mod http;
 mod job;
 pub mod judge;
+#[cfg(feature = "label")]
 pub mod label;
+#[cfg(any(feature = "label", feature = "prometheus"))]
+mod listen;
 mod memory;
 pub mod metrics;
 mod models;
+mod readiness;
 pub mod rewards;
 pub mod settings;
 mod status;
@@ -59,6 +67,7 @@ pub use heap::use_one_arena;
 pub use job::{CONFIG_FILE, Chain, Config, Job, JobBuilder, JobHandle};
 pub use memory::MemoryBudget;
 pub use metrics::Metric;
+pub use readiness::Readiness;
 pub use rehearsal_actors as actors;
 pub use rehearsal_actors::{Devices, Judged, Reward, RewardError, RewardFn, Sample};
 pub use rehearsal_learn as learn;

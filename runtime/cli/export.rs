@@ -9,7 +9,7 @@ use rehearsal_store::{Prompt, Query, Store};
 use super::saved;
 use crate::access::{JobReader, WeightType};
 use crate::data::ledger::{self, Shape};
-use crate::data::write;
+use crate::data;
 use crate::error::{Error, Result};
 
 #[derive(Args)]
@@ -113,7 +113,7 @@ async fn write_ledger(job: &JobReader, out: &Path, rows: Rows, query: Query) -> 
             "the ledger has no {name} of that kind; {others} other records match the filter"
         )));
     }
-    write::write(&written, out, &mut std::io::stdout().lock())?;
+    data::write(&written, out, &mut std::io::stdout().lock())?;
     eprintln!("wrote {} {name}; left out {others} records that are ties or of another kind", written.len());
     Ok(())
 }

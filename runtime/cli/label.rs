@@ -10,7 +10,7 @@ use rehearsal_store::Store;
 use serde_json::json;
 
 use super::run::cancel_on_signal;
-use crate::data::write;
+use crate::data;
 use crate::error::{At, Error, Result};
 use crate::label::{Access, Item, LabelQueue, LabelService, LedgerLabels, items, serve};
 
@@ -104,7 +104,7 @@ fn copied_items(directory: &std::path::Path, file: Option<&std::path::Path>) -> 
                     texts => json!({"prompt": prompt, "completions": texts}),
                 }
             };
-            write::write(&new.iter().map(row).collect::<Vec<_>>(), &copy, &mut std::io::sink())?;
+            data::write(&new.iter().map(row).collect::<Vec<_>>(), &copy, &mut std::io::sink())?;
             Ok(new)
         }
     }

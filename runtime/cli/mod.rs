@@ -4,6 +4,7 @@ mod evaluate;
 mod exit;
 mod export;
 mod generate;
+#[cfg(feature = "label")]
 mod label;
 mod progress;
 mod run;
@@ -125,6 +126,7 @@ A job trains on the ledger by `data.train = [\"labels\"]`.")]
         judge: String,
     },
     /// Serve a page on which people rank completions or write their own
+    #[cfg(feature = "label")]
     Label(label::Label),
     /// Check every checksum of a job's store
     #[command(after_help = "Example:
@@ -162,6 +164,7 @@ pub fn main() -> ExitCode {
         Command::Evaluate(what) => evaluate::evaluate(what),
         Command::Export(export) => export::export(export),
         Command::Import { directory, files, judge } => export::import(&directory, &files, &judge),
+        #[cfg(feature = "label")]
         Command::Label(settings) => label::label(settings),
         Command::Verify { directory } => status::verify(&directory),
         Command::MakeEmbedded { out, steps } => make_embedded(&out, steps),

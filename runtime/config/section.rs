@@ -65,6 +65,13 @@ impl<'a> Section<'a> {
         self.keys.problems.push(Problem { line, message: format!("`{}.{key}` {message}", self.name) });
     }
 
+    /// Reports a key whose value this build cannot use. `feature` completes a sentence such as "`judge.url` needs".
+    pub fn requires(&mut self, key: &str, enabled: bool, feature: impl Display) {
+        if !enabled {
+            self.problem(key, format!("needs {feature}"));
+        }
+    }
+
     fn wrong(&mut self, key: &str, given: impl Display, wanted: impl Display) {
         self.problem(key, format!("= {} must be {wanted}", given.to_string().trim()));
     }

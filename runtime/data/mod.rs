@@ -5,20 +5,24 @@ pub(crate) mod columns;
 mod demonstrations;
 mod dropped;
 mod evaluation;
-pub(crate) mod ledger;
+pub mod ledger;
 mod offline;
+#[cfg_attr(not(feature = "parquet"), path = "without_parquet.rs")]
+mod parquet;
 pub(crate) mod preferences;
 mod prompts;
 pub(crate) mod rows;
 mod settings;
 mod shuffle;
 mod tokenize;
-pub(crate) mod write;
+mod write;
 
 pub use dropped::{Dropped, DroppedRows};
-pub(crate) use evaluation::{LabelledPairs, labelled_pairs, prompts_of};
+pub use evaluation::prompts_of;
+pub(crate) use evaluation::{LabelledPairs, labelled_pairs};
 pub use offline::{Content, RowReader, Rows};
 pub use preferences::PairRow;
 pub use prompts::{PromptRow, Prompts};
 pub use settings::{DataSettings, OnBad, OnLong, PromptsSettings};
 pub use shuffle::order;
+pub use write::write;

@@ -4,11 +4,11 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
-use parquet::file::reader::SerializedFileReader;
 use serde_json::Value;
 
 use super::ledger::{self, Shape};
-use crate::error::{At, Error, Result};
+use super::parquet;
+use crate::error::{At, Result};
 
 /// One row.
 pub struct Row {
@@ -25,7 +25,7 @@ pub fn open(file: &Path, shape: Shape) -> Result<Box<dyn Iterator<Item = Result<
     if ledger::is_ledger(file) {
         return Ok(Box::new(ledger::read(file, shape)?.into_iter().map(Ok)));
     }
-    if file.extension().is_some_and(|e| e == "parquet") { parquet(file) } else { json_lines(file) }
+    if file.extension().is_some_and(|e| e == "parquet") { parquet_rows(file) } else { json_lines(file) }
 }
 
 fn json_lines(file: &Path) -> Result<Box<dyn Iterator<Item = Result<Row>>>> {
@@ -44,16 +44,9 @@ fn json_lines(file: &Path) -> Result<Box<dyn Iterator<Item = Result<Row>>>> {
     })))
 }
 
-fn parquet(file: &Path) -> Result<Box<dyn Iterator<Item = Result<Row>>>> {
-    let path = file.to_path_buf();
-    let wrong = |path: &Path, e: parquet::errors::ParquetError| Error::Prompts {
-        file: path.into(),
-        message: format!("is no readable Parquet file: {e}"),
-    };
-    let reader = SerializedFileReader::new(File::open(file).at(file)?).map_err(|e| wrong(&path, e))?;
-    let rows = reader.into_iter().enumerate();
-    Ok(Box::new(rows.map(move |(index, row)| {
-        let columns = row.map_err(|e| wrong(&path, e))?.to_json_value();
-        Ok(Row { columns, place: format!("row {}", index + 1), index: index as u64 })
+fn parquet_rows(file: &Path) -> Result<Box<dyn Iterator<Item = Result<Row>>>> {
+    let rows = parquet::read(file)?.enumerate();
+    Ok(Box::new(rows.map(|(index, columns)| {
+        Ok(Row { columns: columns?, place: format!("row {}", index + 1), index: index as u64 })
     })))
 }

@@ -19,7 +19,7 @@ use super::stats::Step;
 use crate::data::Dropped;
 use crate::error::{Error, Result};
 use crate::events::Event;
-use crate::exporter::Readiness;
+use crate::readiness::Readiness;
 use crate::memory::{self, MemoryBudget};
 use crate::metrics::Meters;
 use crate::metrics::table::process;

@@ -17,7 +17,7 @@ use super::starter::Starter;
 use super::state::JobState;
 use crate::error::Result;
 use crate::events::Event;
-use crate::exporter::Readiness;
+use crate::readiness::Readiness;
 use crate::metrics::Meters;
 use crate::rewards::RewardContext;
 use crate::settings::Common;

@@ -5,7 +5,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use metrics::Recorder;
 use rehearsal_actors::{Devices, Director, DirectorEvent, Reward};
 use rehearsal_store::{Repair, Store};
 use tokio::sync::{broadcast, mpsc, watch};
@@ -16,6 +15,7 @@ use tracing::{Instrument, Span};
 use super::config::Config;
 use super::fingerprint::Fingerprint;
 use super::handle::JobHandle;
+use super::metrics::{HostRecorder, JobMetrics, MetricsAddress};
 use super::saved::{self, CONFIG_FILE};
 use crate::access::{self, Live};
 use crate::algorithms::Algorithms;
@@ -23,10 +23,10 @@ use crate::blocking::blocking;
 use crate::driver::{Algorithm, Loaded, LoadedAlgorithm, Loader, Roles, Run, Setup, drive, start};
 use crate::error::{At, Error, Result};
 use crate::events::{Event, Outcome};
-use crate::exporter::{self, Readiness};
 use crate::heap;
 use crate::metrics::Meters;
 use crate::metrics::table::{counters, process};
+use crate::readiness::Readiness;
 use crate::status::JobStatus;
 
 /// Events kept for a subscriber that falls behind; it then misses the oldest.
@@ -37,7 +37,7 @@ pub struct JobBuilder {
     config: Config,
     source: Option<String>,
     reward: Option<Arc<dyn Reward>>,
-    recorder: Option<Arc<dyn Recorder + Send + Sync>>,
+    recorder: Option<HostRecorder>,
     name: Option<String>,
     devices: Option<Devices>,
     events: broadcast::Sender<Event>,
@@ -70,7 +70,7 @@ impl JobBuilder {
     }
 
     /// Where metrics go; nothing is installed globally. Without it they go to `metrics.listen`, or nowhere.
-    pub fn recorder(mut self, recorder: Arc<dyn Recorder + Send + Sync>) -> Self {
+    pub fn recorder(mut self, recorder: HostRecorder) -> Self {
         self.recorder = Some(recorder);
         self
     }
@@ -137,7 +137,7 @@ pub struct Job {
     source: String,
     /// The host's reward, which takes the place of rules.
     reward: Option<Arc<dyn Reward>>,
-    recorder: Option<Arc<dyn Recorder + Send + Sync>>,
+    recorder: Option<HostRecorder>,
     name: Option<String>,
     devices: Option<Devices>,
     events: broadcast::Sender<Event>,
@@ -165,7 +165,7 @@ struct Running {
     run: Run,
     algorithm: Box<dyn Algorithm>,
     watcher: JoinHandle<()>,
-    _exporter: Option<exporter::Server>,
+    _metrics: JobMetrics,
     span: Span,
     #[cfg(unix)]
     socket: Option<access::Server>,
@@ -206,8 +206,7 @@ impl Job {
     ///
     /// [`Error::Exists`] if the directory holds a job, and whatever ends the job.
     pub async fn run(self, cancel: CancellationToken) -> Result<Outcome> {
-        let opened = self.open(Begin::New).await?;
-        let (running, _) = self.bring_up(opened, cancel).await?;
+        let (running, _) = self.bring_up(Begin::New, cancel).await?;
         running.drive().await
     }
 
@@ -218,8 +217,7 @@ impl Job {
     /// [`Error::NothingToResume`] if the directory holds no job, [`Error::Changed`] if the configuration differs in what
     /// changes results, and whatever ends the job.
     pub async fn resume(self, cancel: CancellationToken) -> Result<Outcome> {
-        let opened = self.open(Begin::Again).await?;
-        let (running, _) = self.bring_up(opened, cancel).await?;
+        let (running, _) = self.bring_up(Begin::Again, cancel).await?;
         running.drive().await
     }
 
@@ -227,8 +225,7 @@ impl Job {
     pub(super) async fn start(self, begin: Begin) -> Result<JobHandle> {
         let (directory, events, cancel) =
             (Arc::new(self.directory().to_path_buf()), self.events.clone(), CancellationToken::new());
-        let opened = self.open(begin).await?;
-        let (running, live) = self.bring_up(opened, cancel.clone()).await?;
+        let (running, live) = self.bring_up(begin, cancel.clone()).await?;
         let pause = running.run.roles.director.pause_switch();
         let (sender, ended) = watch::channel(None);
         tokio::spawn(async move { sender.send_replace(Some(running.drive().await.map_err(Arc::new))) });
@@ -275,12 +272,23 @@ impl Job {
     }
 
     /// Starts the roles.
-    async fn bring_up(self, opened: Opened, cancel: CancellationToken) -> Result<(Running, Live)> {
+    async fn bring_up(self, begin: Begin, cancel: CancellationToken) -> Result<(Running, Live)> {
         let span = self.span();
-        self.start_roles(opened, cancel).instrument(span).await
+        async move {
+            let address = MetricsAddress::bind(self.config.common.metrics.listen, self.recorder.as_ref())?;
+            let opened = self.open(begin).await?;
+            self.start_roles(opened, address, cancel).await
+        }
+        .instrument(span)
+        .await
     }
 
-    async fn start_roles(self, opened: Opened, cancel: CancellationToken) -> Result<(Running, Live)> {
+    async fn start_roles(
+        self,
+        opened: Opened,
+        address: MetricsAddress,
+        cancel: CancellationToken,
+    ) -> Result<(Running, Live)> {
         let span = self.span();
         let Job { config, reward, recorder, name, devices, events, .. } = self;
         let Opened { algorithm, loaded, store, repairs } = opened;
@@ -293,21 +301,10 @@ impl Job {
         for repair in repairs {
             let _ = events.send(Event::Repaired { message: repair.0 });
         }
-        let prometheus = match (&recorder, common.metrics.listen) {
-            (None, Some(address)) => Some((exporter::recorder(), address)),
-            _ => None,
-        };
-        let declared = config.algorithms().metrics();
-        let meters = Arc::new(match (&recorder, &prometheus) {
-            (Some(recorder), _) => Meters::new(Some(&**recorder), &declared, name.as_deref()),
-            (None, Some((recorder, _))) => Meters::new(Some(recorder), &declared, name.as_deref()),
-            (None, None) => Meters::new(None, &declared, name.as_deref()),
-        });
         let readiness = Readiness::default();
-        let exporter = match &prometheus {
-            Some((recorder, address)) => Some(exporter::serve(recorder.handle(), *address, readiness.clone()).await?),
-            None => None,
-        };
+        let declared = config.algorithms().metrics();
+        let metrics = address.serve(recorder.as_ref(), &declared, name.as_deref(), &readiness)?;
+        let meters = metrics.meters.clone();
         let (director_events, restarts) = mpsc::unbounded_channel();
         let director = Director::start(common.limits.restarts_max, common.limits.request, director_events).await?;
         let watcher = tokio::spawn(watch_restarts(restarts, events.clone(), meters.clone()));
@@ -351,7 +348,7 @@ impl Job {
             run,
             algorithm,
             watcher,
-            _exporter: exporter,
+            _metrics: metrics,
             span,
             #[cfg(unix)]
             socket,

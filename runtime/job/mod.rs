@@ -6,6 +6,7 @@ mod fingerprint;
 mod handle;
 #[allow(clippy::module_inception)]
 mod job;
+mod metrics;
 mod saved;
 
 pub use chain::Chain;

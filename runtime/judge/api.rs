@@ -15,7 +15,8 @@ use secrecy::SecretString;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::http::{AttemptError, Endpoint, RequestError, RetryingClient};
+use super::endpoint::{ApiSettings, Endpoint};
+use super::http::{AttemptError, RequestError, RetryingClient};
 use super::question::{Judge, Question, Reply};
 use super::verdict::{QuestionKind, parse_verdict};
 
@@ -24,27 +25,6 @@ pub struct ApiJudge {
     id: String,
     settings: ApiSettings,
     client: RetryingClient,
-}
-
-/// Request settings of an [`ApiJudge`].
-#[derive(Debug, Clone, PartialEq)]
-pub struct ApiSettings {
-    /// Model name in the request.
-    pub model: String,
-    /// Longest reply, in tokens.
-    pub tokens_max: usize,
-    pub prices: Prices,
-    /// Request a JSON object by schema (structured outputs) instead of text.
-    pub structured: bool,
-}
-
-/// Price per million tokens, in any currency.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Prices {
-    /// Of the question.
-    pub input: f64,
-    /// Of the reply.
-    pub output: f64,
 }
 
 impl ApiJudge {

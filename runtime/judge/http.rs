@@ -10,30 +10,13 @@ use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
-/// A server and the limits of requests to it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Endpoint {
-    pub url: String,
-    /// Environment variable that holds a bearer token. The token is never logged or stored.
-    pub token_env: Option<String>,
-    /// Longest time of one attempt.
-    pub timeout: Duration,
-    /// Attempts after the first, on transient errors.
-    pub retries: u32,
-    /// Retry transient errors without limit.
-    pub wait: bool,
-    /// Most requests in flight.
-    pub concurrency: usize,
-}
+use super::endpoint::{Endpoint, NO_TIMEOUT};
 
 /// Longest pause between two attempts.
 const BACKOFF_MAX: Duration = Duration::from_secs(60);
 
 /// Pause before the first retry; it doubles with each.
 const BACKOFF: Duration = Duration::from_millis(250);
-
-/// Timeout of a reward that waits without limit: a hundred years.
-pub const NO_TIMEOUT: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 /// Why a request failed after all its attempts.
 #[derive(Debug, Clone, PartialEq)]

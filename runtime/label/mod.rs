@@ -15,5 +15,6 @@ pub mod store;
 pub use people::PeopleReward;
 pub use queue::{Item, Label, LabelQueue, LabelValue};
 pub use server::{Access, LabelServer, serve};
+pub(crate) use server::{WHAT, serve_on};
 pub use service::LabelService;
 pub use store::{LabelStore, LedgerLabels};

@@ -14,14 +14,17 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
 use super::queue::{ItemId, LabelValue};
 use super::service::LabelService;
 use crate::blocking::blocking;
 use crate::error::{Error, Result};
+use crate::listen::{self, Bound};
 use crate::time::now_ms;
+
+/// The service, in errors.
+pub(crate) const WHAT: &str = "the label page";
 
 const PAGE: &str = include_str!("page/index.html");
 const SCRIPT: &str = include_str!("page/page.js");
@@ -102,10 +105,24 @@ struct AppState {
 }
 
 /// Serves the label page of `service` on `address`. With `live`, the page waits for more items when the queue is empty.
+///
+/// # Errors
+///
+/// `Error::Listen` if the address cannot be bound.
 pub async fn serve(service: Arc<LabelService>, address: SocketAddr, access: Access, live: bool) -> Result<LabelServer> {
-    let error = |e: std::io::Error| Error::Listen { what: "the label page", address, reason: e.to_string() };
-    let listener = TcpListener::bind(address).await.map_err(error)?;
-    let address = listener.local_addr().map_err(error)?;
+    serve_on(listen::bind(WHAT, "--listen", address)?, service, access, live)
+}
+
+/// As [`serve`], on an address that is bound.
+pub(crate) fn serve_on(
+    bound: Bound,
+    service: Arc<LabelService>,
+    access: Access,
+    live: bool,
+) -> Result<LabelServer> {
+    let address = bound.address;
+    let listener =
+        bound.listener().map_err(|e| Error::Listen { what: WHAT, address, reason: e.to_string() })?;
     let state = AppState { service, access: Arc::new(access), live };
     let api = Router::new()
         .route("/api/next", get(next))

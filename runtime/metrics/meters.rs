@@ -189,7 +189,7 @@ fn record(handle: &Handle, value: f64) {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "prometheus"))]
 mod tests {
     use super::*;
     use crate::exporter;

@@ -9,6 +9,7 @@ use rehearsal_actors::{Devices, Judged, Placement, Reward, RewardError, Sample};
 use super::source::{LoadedReward, RewardContext, RewardInputs, RewardSource, StartedReward};
 use crate::config::{Keys, Range, Settings};
 use crate::error::{Error, Result};
+use crate::features::ENCODERS;
 use crate::futures::BoxFuture;
 use crate::transformers::BertEncoder;
 
@@ -35,6 +36,9 @@ impl Settings for EncoderSource {
              two labels, by the log odds of the second). Any other, such as MiniLM, scores the cosine similarity of the \
              completion and the prompt's reference answer.",
         );
+        if self.model.is_some() {
+            s.requires("model", ENCODERS.enabled, ENCODERS);
+        }
         s.number("weight", &mut self.weight, Range::any(), "Weight of its score beside other sources.");
     }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::config::{Range, Section};
+use crate::features::HTTP;
 use crate::judge::Endpoint;
 
 /// Keys of a section that say how a server is reached.
@@ -42,6 +43,9 @@ impl EndpointSettings {
         );
         let help = "Requests in flight at a time.";
         s.speed().integer("concurrency", &mut self.concurrency, Range::within(1.0, 256.0), help);
+        if self.url.is_some() {
+            s.requires("url", HTTP.enabled, HTTP);
+        }
         if let Some(url) = self.url.as_deref().filter(|u| !(u.starts_with("http://") || u.starts_with("https://"))) {
             s.problem("url", format!("= \"{url}\" must begin with http:// or https://"));
         }

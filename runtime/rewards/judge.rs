@@ -10,6 +10,7 @@ use super::source::{LoadedReward, RewardContext, RewardInputs, RewardSource, Sta
 use crate::blocking::blocking;
 use crate::config::{Keys, ModelSource, Range, Settings};
 use crate::error::{At, Error, Result};
+use crate::features::ENCODERS;
 use crate::futures::BoxFuture;
 use crate::judge::{
     ApiJudge, ApiSettings, Budget, Judge, JudgeModel, JudgeReward, LocalJudge, Mode, NAMES, Orders, Prices, ReplyCache,
@@ -159,7 +160,10 @@ impl RewardSource for JudgeSource {
             Some(ModelSource::Path(path)) if CausalModel::supports(path) => {
                 Some(JudgeModel::Transformers(Arc::new(CausalModel::open(path).map_err(Error::Usage)?)))
             }
-            Some(source) => Some(JudgeModel::Native(inputs.models.load(source)?)),
+            Some(source) => Some(JudgeModel::Native(inputs.models.load(source).map_err(|e| match ENCODERS.enabled {
+                true => e,
+                false => Error::Usage(format!("{e}; a judge of another architecture needs {ENCODERS}")),
+            })?)),
             None => None,
         };
         if let Some(model) = &model {

@@ -1,17 +1,13 @@
 //! People who rank completions in a browser, as a source of rewards: `[people]`.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 
-use super::memory::StoreMemory;
-use super::source::{LoadedReward, RewardContext, RewardInputs, RewardSource, StartedReward};
+use super::source::{LoadedReward, RewardInputs, RewardSource};
 use crate::config::{Keys, Range, Settings};
 use crate::error::{Error, Result};
-use crate::events::Event;
-use crate::futures::BoxFuture;
-use crate::judge::ReplyCache;
-use crate::label::people::CachedLabels;
-use crate::label::{self, Access, LabelQueue, LabelService, PeopleReward};
+use crate::features::LABEL;
+#[cfg(feature = "label")]
+use crate::label;
 
 /// `[people]`
 #[derive(Debug, Clone, PartialEq)]
@@ -42,6 +38,9 @@ impl Settings for PeopleSource {
             "Serve a page there on which people rank the policy's completions; the job waits for them. An address beyond this \
              machine needs a token, which is made and shown where `token_env` names none.",
         );
+        if self.listen.is_some() {
+            s.requires("listen", LABEL.enabled, LABEL);
+        }
         let help = "Environment variable with a token of 16 characters or more; it is never stored or logged.";
         s.speed().text("token_env", &mut self.token_env, "a variable's name", help);
         let help = "People whose ranking every prompt waits for; their scores are averaged.";
@@ -59,31 +58,55 @@ impl RewardSource for PeopleSource {
         self.listen.is_some()
     }
 
+    #[cfg(feature = "label")]
     fn load(&self, _: &mut RewardInputs<'_>) -> Result<Box<dyn LoadedReward>> {
-        let listen = self.listen.ok_or_else(|| Error::Rules("`people.listen` is missing".into()))?;
-        Ok(Box::new(Loaded { listen, settings: self.clone() }))
+        let listen = self.listen.ok_or_else(|| Error::Internal("people without an address".into()))?;
+        let access = label::Access::from_env(listen, self.token_env.as_deref())?;
+        // Bound before the job writes anything.
+        let bound = crate::listen::bind(label::WHAT, "people.listen", listen)?;
+        Ok(Box::new(page::Loaded { bound, access, settings: self.clone() }))
+    }
+
+    #[cfg(not(feature = "label"))]
+    fn load(&self, _: &mut RewardInputs<'_>) -> Result<Box<dyn LoadedReward>> {
+        Err(Error::Usage(format!("`people.listen` needs {LABEL}")))
     }
 }
 
-struct Loaded {
-    listen: SocketAddr,
-    settings: PeopleSource,
-}
+#[cfg(feature = "label")]
+mod page {
+    use std::sync::Arc;
 
-impl LoadedReward for Loaded {
-    fn start<'a>(self: Box<Self>, context: &'a RewardContext) -> BoxFuture<'a, Result<StartedReward>> {
-        Box::pin(async move {
-            let memory: Arc<dyn ReplyCache> = Arc::new(StoreMemory::new(context.archivist.clone()));
-            let desk = Arc::new(LabelService::new(
-                LabelQueue::new(self.settings.labels),
-                Box::new(CachedLabels(memory.clone())),
-            ));
-            let access = Access::from_env(self.listen, self.settings.token_env.as_deref())?;
-            let served = label::serve(desk.clone(), self.listen, access.clone(), true).await?;
-            let url = access.url(served.address);
-            let _ = context.events.send(Event::PeopleWanted { url }); // not logged: it may hold the token
-            let people = PeopleReward::new(desk, memory, context.stop.clone());
-            Ok(StartedReward { guard: Some(Box::new(served)), ..StartedReward::new(self.settings.weight, people) })
-        })
+    use super::PeopleSource;
+    use crate::error::Result;
+    use crate::events::Event;
+    use crate::futures::BoxFuture;
+    use crate::judge::ReplyCache;
+    use crate::label::people::CachedLabels;
+    use crate::label::{self, Access, LabelQueue, LabelService, PeopleReward};
+    use crate::listen::Bound;
+    use crate::rewards::memory::StoreMemory;
+    use crate::rewards::source::{LoadedReward, RewardContext, StartedReward};
+
+    pub struct Loaded {
+        pub bound: Bound,
+        pub access: Access,
+        pub settings: PeopleSource,
+    }
+
+    impl LoadedReward for Loaded {
+        fn start<'a>(self: Box<Self>, context: &'a RewardContext) -> BoxFuture<'a, Result<StartedReward>> {
+            Box::pin(async move {
+                let Loaded { bound, access, settings } = *self;
+                let memory: Arc<dyn ReplyCache> = Arc::new(StoreMemory::new(context.archivist.clone()));
+                let queue = LabelQueue::new(settings.labels);
+                let service = Arc::new(LabelService::new(queue, Box::new(CachedLabels(memory.clone()))));
+                let served = label::serve_on(bound, service.clone(), access.clone(), true)?;
+                let url = access.url(served.address);
+                let _ = context.events.send(Event::PeopleWanted { url }); // not logged: it may hold the token
+                let people = PeopleReward::new(service, memory, context.stop.clone());
+                Ok(StartedReward { guard: Some(Box::new(served)), ..StartedReward::new(settings.weight, people) })
+            })
+        }
     }
 }

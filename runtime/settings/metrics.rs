@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use crate::config::{Keys, Settings};
+use crate::features::PROMETHEUS;
 
 /// `[metrics]`
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -13,12 +14,16 @@ pub struct MetricsSettings {
 
 impl Settings for MetricsSettings {
     fn visit(&mut self, keys: &mut Keys) {
-        keys.section("metrics").speed().parsed(
+        let mut s = keys.section("metrics");
+        s.speed().parsed(
             "listen",
             &mut self.listen,
             "an address with a port",
             "an address with a port, such as 127.0.0.1:9464",
             "Serve Prometheus metrics there, such as `127.0.0.1:9464`. Without it nothing listens.",
         );
+        if self.listen.is_some() {
+            s.requires("listen", PROMETHEUS.enabled, PROMETHEUS);
+        }
     }
 }
