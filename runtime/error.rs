@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-/// Why a job could not start or go on.
+/// Why a job could not start or go on. [`Error::kind`] sorts the variants.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     #[error(transparent)]
     Config(#[from] crate::config::ConfigError),
@@ -13,8 +14,9 @@ pub enum Error {
         "the configuration names no rules and the program brings no reward; set `reward.rules` or give the builder a reward"
     )]
     NoReward,
-    #[error("reward rules: {0}")]
-    Rules(String),
+    /// `name` is the source as the configuration names it.
+    #[error("`{name}`: {reason}")]
+    RewardSource { name: &'static str, reason: String },
     #[error("{0} holds a job already; go on with it by `resume`, or name another `job.directory`")]
     Exists(PathBuf),
     #[error("{0} holds no job; start one by `run`")]
@@ -23,28 +25,34 @@ pub enum Error {
         "the job in {directory} was started with other settings, and a resumed job must do what it would have done:\n{differences}"
     )]
     Changed { directory: PathBuf, differences: String },
-    #[error("the job has ended")]
+    #[error("the job has ended; `JobReader::open` reads its directory")]
     Ended,
     #[error("this job trains a reward model, which generates no text")]
     NoPolicy,
     #[error("{0} is not empty and holds no model; name another directory")]
     NotAModelDirectory(PathBuf),
-    #[error("the process that runs the job in {directory} does not answer: {reason}")]
-    Unreachable { directory: PathBuf, reason: String },
     #[error("{0}")]
-    Refused(String),
+    Usage(String),
+    /// The process that runs a job was asked and gave no answer.
+    #[error(
+        "the process that runs the job in {directory} does not answer: {reason}; if it hangs, stop it and resume the job"
+    )]
+    Unreachable { directory: PathBuf, reason: String },
+    /// The process that runs a job refused a request.
+    #[error("{message}")]
+    Refused { kind: ErrorKind, message: String },
     #[error("{error}; the batch is in {path}")]
     Offending { path: PathBuf, error: Box<Error> },
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },
     #[error("{what} cannot be served on {address}: {reason}")]
     Listen { what: &'static str, address: std::net::SocketAddr, reason: String },
+    #[error("the system starts no threads for the program: {0}; free resources and try again")]
+    Threads(std::io::Error),
     #[error(transparent)]
     Metric(#[from] crate::metrics::Undeclared),
-    #[error("{0}")]
-    Usage(String),
-    #[error("the job's saved state cannot be read: {0}")]
-    State(String),
+    #[error("the job's saved state cannot be read: {reason}; resume it with the version of the program that wrote it")]
+    SavedState { reason: String },
     #[error("{0}; this is a defect of the program")]
     Internal(String),
     #[error(transparent)]
@@ -55,7 +63,51 @@ pub enum Error {
     Store(#[from] rehearsal_store::Error),
 }
 
+/// What kind of thing went wrong, and so who can mend it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// Settings, files or requests are wrong: correct them. Nothing was lost.
+    Input,
+    /// A role failed: a reward, a model, a numerical failure. The last checkpoint stays; mend the cause and resume.
+    Role,
+    /// The store, or the disk beneath it: see the message; `rehearsal verify` says what is damaged.
+    Store,
+    /// A device cannot be used, or failed.
+    Device,
+    /// The job was asked to stop, or has ended.
+    Cancelled,
+    /// The system refused something: an address, threads, a file. Try again once it has been freed.
+    System,
+    /// A defect of the program.
+    Internal,
+}
+
 impl Error {
+    /// What kind of thing went wrong.
+    pub fn kind(&self) -> ErrorKind {
+        use ErrorKind::*;
+        match self {
+            Self::Config(_) | Self::Prompts { .. } | Self::NoReward | Self::RewardSource { .. } | Self::Exists(_) => {
+                Input
+            }
+            Self::NothingToResume(_) | Self::Changed { .. } | Self::NoPolicy | Self::Usage(_) => Input,
+            Self::NotAModelDirectory(_) => Input,
+            Self::Ended => Cancelled,
+            Self::Unreachable { .. } => Role,
+            Self::Refused { kind, .. } => *kind,
+            Self::Offending { error, .. } => error.kind(),
+            Self::Io { source, .. } => of_io(source),
+            Self::Listen { .. } | Self::Threads(_) => System,
+            Self::Metric(_) | Self::Internal(_) => Internal,
+            Self::SavedState { .. } => Store,
+            Self::Role(e) => of_role(e),
+            Self::Model(e) => of_model(e),
+            Self::Store(e) => of_store(e),
+        }
+    }
+
     /// Whether the job was asked to stop.
     pub(crate) fn is_cancelled(&self) -> bool {
         use rehearsal_actors::{Error as Role, RewardError};
@@ -70,6 +122,49 @@ impl Error {
     /// Whether a role died, so that the job goes on from its last checkpoint.
     pub(crate) fn is_death(&self) -> bool {
         matches!(self, Error::Role(e) if e.is_death())
+    }
+}
+
+fn of_role(e: &rehearsal_actors::Error) -> ErrorKind {
+    use rehearsal_actors::{Error as Role, RewardError};
+    match e {
+        Role::Cancelled | Role::Reward(RewardError::Stopped { .. }) => ErrorKind::Cancelled,
+        Role::Placement { .. } | Role::Tensor(_) => ErrorKind::Device,
+        Role::Store(e) => of_store(e),
+        Role::Model(e) => of_model(e),
+        _ => ErrorKind::Role,
+    }
+}
+
+fn of_model(e: &rehearsal_lm::Error) -> ErrorKind {
+    use rehearsal_lm::Error as Model;
+    match e {
+        Model::Cancelled => ErrorKind::Cancelled,
+        Model::Tensor(_) => ErrorKind::Device,
+        Model::Write { source, .. } => of_io(source),
+        _ => ErrorKind::Input,
+    }
+}
+
+fn of_store(e: &rehearsal_store::Error) -> ErrorKind {
+    match e {
+        rehearsal_store::Error::Io { source, .. } => match of_io(source) {
+            ErrorKind::Input => ErrorKind::Input,
+            _ => ErrorKind::Store,
+        },
+        _ => ErrorKind::Store,
+    }
+}
+
+/// A path that cannot be used as it was named is wrong input.
+fn of_io(e: &std::io::Error) -> ErrorKind {
+    use std::io::ErrorKind as Io;
+    match e.kind() {
+        Io::NotFound | Io::PermissionDenied | Io::InvalidData | Io::InvalidInput | Io::AlreadyExists => {
+            ErrorKind::Input
+        }
+        Io::NotADirectory | Io::IsADirectory | Io::ReadOnlyFilesystem | Io::InvalidFilename => ErrorKind::Input,
+        _ => ErrorKind::System,
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use rehearsal_store::Preference;
 
 use crate::data::Dropped;
+use crate::error::ErrorKind;
 use crate::summary::{Evaluation, StepSummary};
 
 /// Something happened.
@@ -44,7 +45,7 @@ pub enum Event {
     /// The job has ended.
     Finished(Outcome),
     /// The job has failed; its last checkpoint stays.
-    Failed { message: String },
+    Failed { kind: ErrorKind, message: String },
 }
 
 impl Event {

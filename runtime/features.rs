@@ -26,7 +26,10 @@ pub const PROMETHEUS: Feature = Feature { name: "prometheus", enabled: cfg!(feat
 impl fmt::Display for Feature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = self.name;
-        write!(f, "the feature `{name}`, which this build of rehearsal does not have; build it with `--features {name}`")
+        write!(
+            f,
+            "the feature `{name}`, which this build of rehearsal does not have; build it with `--features {name}`"
+        )
     }
 }
 

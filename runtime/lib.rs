@@ -60,7 +60,7 @@ pub use driver::{
     Algorithm, AlgorithmSettings, JobState, LoadedAlgorithm, Loader, RolloutInputs, RolloutSettings, Rollouts, Run,
     Starter, Stats, Step, Updates, rollout_stats,
 };
-pub use error::{Error, Result};
+pub use error::{Error, ErrorKind, Result};
 pub use events::{Event, NewCompletion, Outcome, ScoredText};
 pub use futures::BoxFuture;
 pub use heap::use_one_arena;

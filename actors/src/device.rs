@@ -80,12 +80,23 @@ impl Devices {
         let device = match placement {
             Placement::Cpu => Device::Cpu,
             Placement::Cuda(n) => {
-                cuda(n).map_err(|e| Error::Placement { given: placement.to_string(), reason: e.to_string() })?
+                // The first line: what follows is a backtrace.
+                let reason = |e: candle_core::Error| e.to_string().lines().next().unwrap_or_default().to_string();
+                cuda(n).map_err(|e| Error::Placement { given: placement.to_string(), reason: reason(e) })?
             }
         };
         let shared = SharedDevice { device, placement, lock: Arc::new(FairMutex::new(())), pool: self.pool.clone() };
         open.insert(placement, shared.clone());
         Ok(shared)
+    }
+
+    /// Opens the device of a placement, if no role has yet.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Placement`] if this machine or build has no such device.
+    pub fn open(&self, placement: Placement) -> Result<()> {
+        self.get(placement).map(drop)
     }
 
     /// Runs `f` on the job's thread pool while it holds the device, which roles use in turn.

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 /// Why a request to a role failed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     #[error("the {role} did not reply within {after:?}; if the request needs longer, raise the deadline")]
     Timeout { role: &'static str, after: Duration },

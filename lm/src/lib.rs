@@ -19,7 +19,7 @@ pub mod text;
 pub use cpu::Recording;
 pub use error::{Error, Result};
 pub use forward::Forward;
-pub use load::{Checkpoint, Files};
+pub use load::{Checkpoint, Files, tensors_of};
 pub use lora::{Lora, LoraConfig};
 pub use model::{Architecture, Batch, Decoder, Gradients, HeadKind, Parameters, Sequence};
 pub use rehearsal_kernels::gemm::Precision;

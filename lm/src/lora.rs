@@ -8,14 +8,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor, Var, safetensors};
+use candle_core::{DType, Device, Tensor, Var};
 use rehearsal_kernels::gemm::{Packed, Precision, gemm};
 use rehearsal_kernels::random::{Region, Stream};
 use serde_json::{Value, json};
 
 use crate::cpu::with_views;
 use crate::error::{Error, Result};
-use crate::load::Checkpoint;
+use crate::load::{Checkpoint, tensors_of};
 use crate::model::{Decoder, HeadKind, Parameters, SCORE_HEAD};
 
 /// Prefix of module names in PEFT's files.
@@ -129,7 +129,8 @@ impl Lora {
             v.as_array().map(|all| all.iter().filter_map(Value::as_str).map(String::from).collect()).unwrap_or_default()
         };
         let path = directory.join("adapter_model.safetensors");
-        let found = safetensors::load(&path, device).map_err(|e| malformed(&path, e.to_string()))?;
+        let bytes = fs::read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
+        let found = tensors_of(&bytes, &path, device)?;
         let mut targets = names(&json["target_modules"]);
         if targets.is_empty() {
             // `target_modules` is a pattern or `all-linear`: take the modules from the names of the tensors.

@@ -20,7 +20,7 @@ use tokio_util::codec::{Framed, LinesCodec};
 use super::live::Live;
 use super::request::{Reply, Request};
 use crate::blocking::blocking;
-use crate::error::{At, Error, Result};
+use crate::error::{At, Error, ErrorKind, Result};
 
 /// Name of the socket in a job's directory.
 const SOCKET_FILE: &str = "job.sock";
@@ -40,12 +40,13 @@ const ADDRESS_MAX: usize = 100;
 struct Refusal {
     /// Whether the job has ended, so that its store answers.
     ended: bool,
+    kind: ErrorKind,
     message: String,
 }
 
 impl From<Error> for Refusal {
     fn from(e: Error) -> Self {
-        Self { ended: matches!(e, Error::Ended), message: e.to_string() }
+        Self { ended: matches!(e, Error::Ended), kind: e.kind(), message: e.to_string() }
     }
 }
 
@@ -130,7 +131,7 @@ async fn converse(live: &Live, stream: UnixStream) {
         let is_request = request.is_ok();
         let reply = match request {
             Ok(request) => live.answer(request).await.map_err(Refusal::from),
-            Err(message) => Err(Refusal { ended: false, message }),
+            Err(message) => Err(Refusal { ended: false, kind: ErrorKind::Input, message }),
         };
         let Ok(text) = serde_json::to_string(&reply) else { return };
         if !matches!(timeout(IDLE, lines.send(text)).await, Ok(Ok(()))) || !is_request {
@@ -166,5 +167,6 @@ pub(crate) async fn ask(stream: UnixStream, directory: &Path, request: &Request)
     let line = lines.next().await.ok_or_else(|| lost("it closed the connection".into()))?;
     let line = line.map_err(|e| lost(e.to_string()))?;
     let reply: std::result::Result<Reply, Refusal> = serde_json::from_str(&line).map_err(|e| lost(e.to_string()))?;
-    reply.map_err(|refusal| if refusal.ended { Error::Ended } else { Error::Refused(refusal.message) })
+    reply
+        .map_err(|Refusal { ended, kind, message }| if ended { Error::Ended } else { Error::Refused { kind, message } })
 }

@@ -72,7 +72,7 @@ pub fn model(store: &Store) -> Result<(Checkpoint, Trained)> {
         checkpoint = checkpoint.with_score_head(config.common.job.seed)?;
     }
     let Some(latest) = latest else { return Ok((checkpoint, Trained::default())) };
-    let missing = || Error::State(format!("the checkpoint has no {role}"));
+    let missing = || Error::SavedState { reason: format!("the checkpoint has no {role}") };
     let model = latest.models.get(role).ok_or_else(missing)?;
     model.apply_to(&mut checkpoint, config.common.trained(Placement::Cpu).lora.as_ref())?;
     Ok((checkpoint, Trained { step: latest.step, version: model.version }))

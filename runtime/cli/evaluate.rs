@@ -12,6 +12,7 @@ use rehearsal_lm::{Message, Precision};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
+use super::print::say;
 use super::saved;
 use crate::error::{At, Error, Result};
 use crate::evaluate::{self, CompareOptions};
@@ -116,7 +117,7 @@ impl Output {
 
     /// Prints the numbers of a report, and writes it as JSON if that is requested.
     fn show(&self, report: &impl Serialize) -> Result<ExitCode> {
-        let value = serde_json::to_value(report).map_err(|e| Error::State(e.to_string()))?;
+        let value = serde_json::to_value(report).map_err(|e| Error::Internal(e.to_string()))?;
         let text = format!("{value:#}\n");
         match &self.json {
             Some(path) if path == Path::new("-") => {
@@ -130,10 +131,10 @@ impl Output {
             match value {
                 serde_json::Value::Object(map) if map.is_empty() => {}
                 serde_json::Value::Object(map) => {
-                    println!("{name}");
-                    map.iter().for_each(|(name, value)| println!("  {name:28} {}", short(value)));
+                    say!("{name}");
+                    map.iter().for_each(|(name, value)| say!("  {name:28} {}", short(value)));
                 }
-                value => println!("{name:30} {}", short(value)),
+                value => say!("{name:30} {}", short(value)),
             }
         }
         Ok(ExitCode::SUCCESS)
@@ -171,7 +172,7 @@ pub struct JudgeOptions {
 impl JudgeOptions {
     /// Opens the judge that the options name.
     fn open(&self, precision: Precision, devices: &Devices) -> Result<(Box<dyn Judge>, Template)> {
-        let template = |form| Template::new(&self.template, None, form).map_err(Error::Rules);
+        let template = |form| Template::new(&self.template, None, form).map_err(Error::Usage);
         if let Some(name) = &self.judge_model {
             let path = Path::new(name);
             let model = if CausalModel::supports(path) {
@@ -179,7 +180,7 @@ impl JudgeOptions {
             } else {
                 JudgeModel::Native(Arc::new(saved::model(name)?))
             };
-            let judge = LocalJudge::new(model, Placement::Cpu, precision, devices).map_err(Error::Rules)?;
+            let judge = LocalJudge::new(model, Placement::Cpu, precision, devices).map_err(Error::Usage)?;
             return Ok((Box::new(judge), template(ReplyFormat::Token)?));
         }
         let Some(url) = &self.judge_url else {

@@ -1,6 +1,6 @@
 //! Exit codes of the command.
 
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 
 /// The job failed.
 pub const FAILED: u8 = 1;
@@ -13,9 +13,10 @@ pub const STOPPED: u8 = 130;
 
 /// Exit code of an error.
 pub fn code(error: &Error) -> u8 {
-    match error {
-        Error::Config(_) | Error::Prompts { .. } | Error::NoReward | Error::Rules(_) | Error::Exists(_) => WRONG_INPUT,
-        Error::Usage(_) | Error::NothingToResume(_) | Error::Changed { .. } | Error::Model(_) => WRONG_INPUT,
+    match (error.kind(), error) {
+        (ErrorKind::Input, _) => WRONG_INPUT,
+        // A device that this machine or build does not have was named in the configuration.
+        (_, Error::Role(rehearsal_actors::Error::Placement { .. })) => WRONG_INPUT,
         _ => FAILED,
     }
 }

@@ -6,10 +6,11 @@ use std::process::ExitCode;
 use clap::{Args, ValueEnum};
 use rehearsal_store::{Prompt, Query, Store};
 
+use super::print::note;
 use super::saved;
 use crate::access::{JobReader, WeightType};
-use crate::data::ledger::{self, Shape};
 use crate::data;
+use crate::data::ledger::{self, Shape};
 use crate::error::{Error, Result};
 
 #[derive(Args)]
@@ -88,7 +89,7 @@ pub fn export(export: Export) -> Result<ExitCode> {
         let job = JobReader::open(&directory).await?;
         if let Some(out) = model {
             job.export(&out, dtype).await?;
-            eprintln!("wrote the model to {}", out.display());
+            note!("wrote the model to {}", out.display());
         }
         match ledger {
             Some(out) => write_ledger(&job, &out, rows, filter.query()).await,
@@ -114,7 +115,7 @@ async fn write_ledger(job: &JobReader, out: &Path, rows: Rows, query: Query) -> 
         )));
     }
     data::write(&written, out, &mut std::io::stdout().lock())?;
-    eprintln!("wrote {} {name}; left out {others} records that are ties or of another kind", written.len());
+    note!("wrote {} {name}; left out {others} records that are ties or of another kind", written.len());
     Ok(())
 }
 
@@ -123,9 +124,9 @@ pub fn import(directory: &Path, files: &[PathBuf], judge: &str) -> Result<ExitCo
     let (mut store, _) = Store::open(directory)?;
     for file in files {
         let (rows, dropped) = ledger::import(&mut store, file, judge)?;
-        eprintln!("{}: added {rows} rows to the ledger of {}", file.display(), directory.display());
+        note!("{}: added {rows} rows to the ledger of {}", file.display(), directory.display());
         for (reason, rows) in &dropped.0 {
-            eprintln!("  left out {} rows, each of which {reason}; {} first", rows.rows, rows.first);
+            note!("  left out {} rows, each of which {reason}; {} first", rows.rows, rows.first);
         }
     }
     Ok(ExitCode::SUCCESS)

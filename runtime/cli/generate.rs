@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use super::print::say;
 use super::saved;
 use crate::access::{Generate, JobReader, complete};
 use crate::error::Result;
@@ -15,6 +16,6 @@ pub fn generate(model: &str, request: Generate) -> Result<ExitCode> {
     } else {
         complete(&saved::model(model)?, &request, 0)?
     };
-    println!("{}", generated.text);
+    say!("{}", generated.text);
     Ok(ExitCode::SUCCESS)
 }

@@ -9,6 +9,7 @@ use clap::Args;
 use rehearsal_store::Store;
 use serde_json::json;
 
+use super::print::say;
 use super::run::cancel_on_signal;
 use crate::data;
 use crate::error::{At, Error, Result};
@@ -54,26 +55,23 @@ pub fn label(settings: Label) -> Result<ExitCode> {
     let rows = items.into_iter().zip(known).collect();
     service.add(rows).map_err(|reason| Error::Prompts { file: directory.join(ITEMS), message: reason })?;
     let access = Access::from_env(listen, token_env.as_deref())?;
-    let runtime = tokio::runtime::Runtime::new().map_err(|e| Error::State(e.to_string()))?;
+    let runtime = tokio::runtime::Runtime::new().map_err(Error::Threads)?;
     runtime.block_on(async {
         let server = serve(service.clone(), listen, access.clone(), false).await?;
-        println!(
-            "labelling at {}; every label is saved at once, and Ctrl-C ends the server",
-            access.url(server.address)
-        );
+        say!("labelling at {}; every label is saved at once, and Ctrl-C ends the server", access.url(server.address));
         cancel_on_signal().cancelled().await;
         Ok::<_, Error>(())
     })?;
     let progress = service.progress();
-    println!("\n{} of {} items done, {} skipped", progress.done, progress.items, progress.skipped);
+    say!("\n{} of {} items done, {} skipped", progress.done, progress.items, progress.skipped);
     for (labeller, labels) in &progress.labellers {
-        println!("  {labels:6} by {labeller}");
+        say!("  {labels:6} by {labeller}");
     }
     for (a, b, pairs, kappa) in &progress.agreement.cohen {
-        println!("  Cohen's kappa of {a} and {b}: {kappa:.3} on {pairs} pairs");
+        say!("  Cohen's kappa of {a} and {b}: {kappa:.3} on {pairs} pairs");
     }
     if let Some(kappa) = progress.agreement.fleiss.filter(|_| progress.labellers.len() > 2) {
-        println!("  Fleiss' kappa of all: {kappa:.3}");
+        say!("  Fleiss' kappa of all: {kappa:.3}");
     }
     Ok(ExitCode::SUCCESS)
 }

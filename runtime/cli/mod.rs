@@ -6,6 +6,7 @@ mod export;
 mod generate;
 #[cfg(feature = "label")]
 mod label;
+mod print;
 mod progress;
 mod run;
 mod saved;
@@ -16,6 +17,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use print::{note, say};
 use rehearsal_lm::Message;
 
 use crate::access::Generate;
@@ -170,7 +172,7 @@ pub fn main() -> ExitCode {
         Command::MakeEmbedded { out, steps } => make_embedded(&out, steps),
     };
     result.unwrap_or_else(|e| {
-        eprintln!("error: {e}");
+        note!("error: {e}");
         ExitCode::from(exit::code(&e))
     })
 }
@@ -185,11 +187,11 @@ fn set_up_logging(verbose: bool) {
 fn make_embedded(out: &std::path::Path, steps: u64) -> Result<ExitCode> {
     let made = crate::embedded::make::make(out, steps, &mut |step, loss| {
         if step % 50 == 0 || step + 1 == steps {
-            println!("step {step:5}  loss {loss:.4}");
+            say!("step {step:5}  loss {loss:.4}");
         }
     });
     match made {
         Ok(()) => Ok(ExitCode::SUCCESS),
-        Err(e) => Err(Error::State(e.to_string())),
+        Err(e) => Err(Error::Internal(e.to_string())),
     }
 }

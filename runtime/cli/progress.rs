@@ -8,6 +8,7 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinHandle;
 
+use super::print::say;
 use crate::events::Event;
 use crate::summary::StepSummary;
 
@@ -43,8 +44,8 @@ impl ProgressDisplay {
 
 fn show(bar: Option<&ProgressBar>, event: &Event) {
     let line = |text: String| match bar {
-        Some(bar) => bar.suspend(|| println!("{text}")),
-        None => println!("{text}"),
+        Some(bar) => bar.suspend(|| say!("{text}")),
+        None => say!("{text}"),
     };
     match event {
         Event::Started { step, steps, parameters, rows, dropped } => {
@@ -72,7 +73,7 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
                     bar.set_position(s.step);
                     bar.set_message(text);
                 }
-                None => println!("step {:5}  {text}", s.step),
+                None => say!("step {:5}  {text}", s.step),
             }
         }
         Event::Evaluated(e) => {

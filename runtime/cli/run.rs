@@ -6,10 +6,11 @@ use std::process::ExitCode;
 use tokio_util::sync::CancellationToken;
 
 use super::exit::{FAILED, STOPPED};
+use super::print::{note, say};
 use super::progress::ProgressDisplay;
 use crate::error::{Error, Result};
 use crate::events::Outcome;
-use crate::job::Chain;
+use crate::job::{Chain, Config};
 
 /// Starts the job of a configuration file.
 pub fn run(file: &Path) -> Result<ExitCode> {
@@ -26,15 +27,18 @@ pub fn resume(directory: &Path, file: Option<&Path>) -> Result<ExitCode> {
 }
 
 fn work(chain: Chain, resume: bool) -> Result<ExitCode> {
-    let runtime = tokio::runtime::Runtime::new().map_err(|e| Error::State(e.to_string()))?;
+    let runtime = tokio::runtime::Runtime::new().map_err(Error::Threads)?;
     let cancel = cancel_on_signal();
     let several = chain.stages().len() > 1;
+    for warning in chain.stages().iter().flat_map(Config::warnings) {
+        note!("warning: {warning}");
+    }
     let outcome = runtime.block_on(async {
         let mut shown: Vec<ProgressDisplay> = Vec::new();
         let outcome = chain
             .run(resume, cancel, &mut |job| {
                 if several {
-                    println!("\nstage {}", job.directory().display());
+                    say!("\nstage {}", job.directory().display());
                 }
                 shown.push(ProgressDisplay::start(job.events()));
             })
@@ -75,22 +79,19 @@ fn report(outcome: &Outcome) {
     let here = std::env::current_dir().unwrap_or_default();
     let directory = outcome.directory.strip_prefix(&here).unwrap_or(&outcome.directory).display();
     if outcome.stopped {
-        println!(
-            "stopped after step {} of {}; continue with: rehearsal resume {directory}",
-            outcome.step, outcome.steps
-        );
+        say!("stopped after step {} of {}; continue with: rehearsal resume {directory}", outcome.step, outcome.steps);
         return;
     }
     if let [first, .., last] = outcome.evaluations.as_slice() {
-        println!("\n{:18} {:>9} {:>9}", "held out", "before", "after");
+        say!("\n{:18} {:>9} {:>9}", "held out", "before", "after");
         for (name, before) in &first.stats {
-            println!("  {name:16} {before:9.3} {:9.3}", last.stat(name).unwrap_or(f64::NAN));
+            say!("  {name:16} {before:9.3} {:9.3}", last.stat(name).unwrap_or(f64::NAN));
         }
         for (before, after) in first.samples.iter().zip(&last.samples) {
-            println!("\n  {}", before.prompt.replace('\n', " "));
-            println!("    before ({:6.3}): {}", before.score, before.completion.replace('\n', " "));
-            println!("    after  ({:6.3}): {}", after.score, after.completion.replace('\n', " "));
+            say!("\n  {}", before.prompt.replace('\n', " "));
+            say!("    before ({:6.3}): {}", before.score, before.completion.replace('\n', " "));
+            say!("    after  ({:6.3}): {}", after.score, after.completion.replace('\n', " "));
         }
     }
-    println!("\n{} steps done; the model is in {directory}/model", outcome.step);
+    say!("\n{} steps done; the model is in {directory}/model", outcome.step);
 }

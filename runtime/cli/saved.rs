@@ -11,7 +11,7 @@ use crate::models::load_model;
 
 /// Runs a future to its end.
 pub fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
-    let runtime = tokio::runtime::Runtime::new().map_err(|e| Error::State(e.to_string()))?;
+    let runtime = tokio::runtime::Runtime::new().map_err(Error::Threads)?;
     runtime.block_on(future)
 }
 

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use super::exit::DAMAGED;
+use super::print::say;
 use super::saved;
 use crate::access::{JobReader, Verified};
 use crate::error::Result;
@@ -16,16 +17,16 @@ pub fn status(directory: &Path) -> Result<ExitCode> {
         let job = JobReader::open(directory).await?;
         show(&job.status().await?);
         if job.is_running() {
-            println!("running as process {}", job.status().await?.process);
+            say!("running as process {}", job.status().await?.process);
         } else {
-            println!("not running");
+            say!("not running");
         }
         for repair in job.repairs() {
-            println!("  repaired: {}", repair.0);
+            say!("  repaired: {}", repair.0);
         }
         // A process that is starting answers nothing yet.
         for c in job.checkpoints().await.unwrap_or_default() {
-            println!("  checkpoint of step {:6}: {} tensors, {:.1} MB", c.step, c.tensors, c.bytes as f64 / 1e6);
+            say!("  checkpoint of step {:6}: {} tensors, {:.1} MB", c.step, c.tensors, c.bytes as f64 / 1e6);
         }
         Ok(ExitCode::SUCCESS)
     })
@@ -33,10 +34,11 @@ pub fn status(directory: &Path) -> Result<ExitCode> {
 
 fn show(status: &JobStatus) {
     if status.steps == 0 {
-        return println!("no step is finished yet");
+        say!("no step is finished yet");
+        return;
     }
     let checkpoint = status.checkpoint.map_or("none".into(), |step| step.to_string());
-    println!("{}: step {} of {}, newest checkpoint {checkpoint}", status.algorithm, status.step, status.steps);
+    say!("{}: step {} of {}, newest checkpoint {checkpoint}", status.algorithm, status.step, status.steps);
     let last = &status.last;
     let keys = [
         "loss",
@@ -49,12 +51,12 @@ fn show(status: &JobStatus) {
         "mismatch_kl",
     ];
     for key in keys.iter().filter(|key| !last[**key].is_null()) {
-        println!("  {key:19} {}", last[*key]);
+        say!("  {key:19} {}", last[*key]);
     }
     for (reason, dropped) in &status.dropped.0 {
-        println!("  {} rows left out: each {reason} (first: {})", dropped.rows, dropped.first);
+        say!("  {} rows left out: each {reason} (first: {})", dropped.rows, dropped.first);
     }
-    println!("  {:19} {}", "seconds per step", last["seconds"]["total"]);
+    say!("  {:19} {}", "seconds per step", last["seconds"]["total"]);
     memory(&status.memory);
 }
 
@@ -62,7 +64,7 @@ fn show(status: &JobStatus) {
 fn memory(memory: &MemoryUse) {
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
     if let Some(measured) = memory.measured_peak {
-        println!("  {:19} {:.0} MB at most", "memory", megabytes(measured));
+        say!("  {:19} {:.0} MB at most", "memory", megabytes(measured));
     }
     if let Some(MemoryBudget { weights, reference, moments, gradients, activations, generation, peak }) =
         memory.predicted
@@ -76,7 +78,7 @@ fn memory(memory: &MemoryUse) {
             ("generation", generation),
         ];
         let parts = parts.map(|(name, bytes)| format!("{name} {:.0}", megabytes(bytes)));
-        println!("  {:19} {:.0} MB: {}", "memory, predicted", megabytes(peak), parts.join(", "));
+        say!("  {:19} {:.0} MB: {}", "memory, predicted", megabytes(peak), parts.join(", "));
     }
 }
 
@@ -85,13 +87,13 @@ pub fn verify(directory: &Path) -> Result<ExitCode> {
     saved::block_on(async {
         let job = JobReader::open(directory).await?;
         for repair in job.repairs() {
-            println!("repaired: {}", repair.0);
+            say!("repaired: {}", repair.0);
         }
         let Verified { intact, damaged } = job.verify().await?;
         for problem in &damaged {
-            println!("damaged: {problem}");
+            say!("damaged: {problem}");
         }
-        println!("{intact} records and checkpoints are intact, {} damaged", damaged.len());
+        say!("{intact} records and checkpoints are intact, {} damaged", damaged.len());
         Ok(if damaged.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(DAMAGED) })
     })
 }

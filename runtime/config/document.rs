@@ -56,8 +56,17 @@ impl Document {
         item.map_or(0, |span| line_of(&self.source, span.start))
     }
 
-    /// A problem for every section and key that is not `known`, with the nearest name that is.
-    pub fn unknown(&self, known: &[(&'static str, &'static str)]) -> Vec<Problem> {
+    /// The sections' names and lines.
+    pub fn sections(&self) -> Vec<(String, usize)> {
+        let line = |section: &str, item: &Item| {
+            item.span().map_or_else(|| self.line_in(&self.root, section), |s| self.line_of_item(Some(s)))
+        };
+        self.root.iter().map(|(section, item)| (section.to_string(), line(section, item))).collect()
+    }
+
+    /// A problem for every section and key that is not `known`, with what `hint` knows of the key, or the nearest name that
+    /// is known.
+    pub fn unknown(&self, known: &[(&'static str, &'static str)], hint: &dyn Fn(&str) -> String) -> Vec<Problem> {
         let mut found = Vec::new();
         for (section, item) in self.root.iter() {
             let keys: Vec<&str> = known.iter().filter(|(s, _)| *s == section).map(|(_, key)| *key).collect();
@@ -74,7 +83,10 @@ impl Document {
                 continue;
             };
             for (key, _) in table.iter().filter(|(key, _)| !keys.contains(key)) {
-                let near = nearest(key, keys.iter().copied());
+                let near = match hint(key) {
+                    hint if hint.is_empty() => nearest(key, keys.iter().copied()),
+                    hint => hint,
+                };
                 let message = format!("unknown key `{section}.{key}`{near}");
                 found.push(Problem { line: self.line_in(table, key), message });
             }

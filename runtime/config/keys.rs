@@ -78,11 +78,23 @@ impl Keys {
         Section::new(self, name)
     }
 
-    /// Reports every section and key of the document that was not visited.
-    pub fn report_unknown(&mut self) {
+    /// Reports every section and key of the document that was not visited. `hint` continues the message on a key by what
+    /// it is called here, or is empty.
+    pub fn report_unknown(&mut self, hint: impl Fn(&str) -> String) {
         let known: Vec<_> = self.all.iter().map(|key| (key.section, key.name)).collect();
-        let unknown = self.document.unknown(&known);
+        let unknown = self.document.unknown(&known, &hint);
         self.problems.extend(unknown);
+    }
+
+    /// Sections of the document, with the lines they begin in.
+    pub fn sections(&self) -> Vec<(String, usize)> {
+        self.document.sections()
+    }
+
+    /// Sections of the document, with the lines they begin in, of which no key has been visited yet.
+    pub fn unvisited_sections(&self) -> Vec<(String, usize)> {
+        let visited = |section: &str| self.all.iter().any(|key| key.section == section);
+        self.document.sections().into_iter().filter(|(section, _)| !visited(section)).collect()
     }
 
     /// The keys that were visited, each once, section by section in the order in which sections were first visited.

@@ -7,6 +7,10 @@ use toml_edit::Item;
 use super::keys::Kind;
 use super::section::{Described, Section, list_of, quoted};
 
+/// Continues the message on a model that does not exist, and may be one of the Hub.
+const HUB: &str = "; if it is a model of the Hugging Face Hub, which nothing is downloaded from, fetch it first \
+                   (`hf download OWNER/NAME --local-dir DIR`) and name the directory";
+
 /// Where a model comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum ModelSource {
@@ -167,9 +171,19 @@ impl Section<'_> {
                 && !path.exists()
                 && !self.earlier().has(path)
             {
-                self.problem(key, format!("names {}, which does not exist", path.display()));
+                let hub = if self.is_hub_name(key) { HUB } else { "" };
+                self.problem(key, format!("names {}, which does not exist{hub}", path.display()));
             }
         }
+    }
+
+    /// Whether the document names a model as the Hugging Face Hub does: `owner/name`.
+    fn is_hub_name(&self, key: &str) -> bool {
+        let is_part = |part: &str| {
+            !part.is_empty() && !part.starts_with('.') && part.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c))
+        };
+        let given = self.keys.document.item(self.name, key).and_then(|item| item.as_str());
+        given.and_then(|name| name.split_once('/')).is_some_and(|(owner, name)| is_part(owner) && is_part(name))
     }
 
     /// Sets what the last visited key's value is noted as.

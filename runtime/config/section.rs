@@ -171,6 +171,18 @@ impl<'a> Section<'a> {
         choices: &[(&'static str, T)],
         help: &'static str,
     ) {
+        self.choice_or_hint(key, value, choices, help, &|_| String::new());
+    }
+
+    /// As [`Section::choice`]. `hint` continues the message on a value by what it is called here, or is empty.
+    pub fn choice_or_hint<T: Copy + PartialEq>(
+        &mut self,
+        key: &'static str,
+        value: &mut T,
+        choices: &[(&'static str, T)],
+        help: &'static str,
+        hint: &dyn Fn(&str) -> String,
+    ) {
         let names: Vec<&'static str> = choices.iter().map(|(name, _)| *name).collect();
         let quoted: Vec<String> = names.iter().map(|name| format!("\"{name}\"")).collect();
         let one_of = |near: String| format!("one of {}{near}", quoted.join(", "));
@@ -179,7 +191,11 @@ impl<'a> Section<'a> {
             value,
             |item| {
                 let found = choices.iter().find(|(name, _)| Some(*name) == item.as_str());
-                let near = || nearest(item.as_str().unwrap_or_default(), names.iter().copied());
+                let given = item.as_str().unwrap_or_default();
+                let near = || match hint(given) {
+                    hint if hint.is_empty() => nearest(given, names.iter().copied()),
+                    hint => hint,
+                };
                 found.map(|(_, value)| *value).ok_or_else(|| one_of(near()))
             },
             |x| if choices.iter().any(|(_, value)| value == x) { Ok(()) } else { Err(one_of(String::new())) },

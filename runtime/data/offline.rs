@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use rehearsal_actors::{MaskedSequence, Ranking};
+use rehearsal_actors::{MaskedSequence, Ranking, Tokens};
 use rehearsal_lm::{Architecture, Text};
 
 use super::demonstrations;
@@ -46,6 +46,13 @@ impl<T> Rows<T> {
 pub trait Content {
     /// Adds everything that is learned from.
     fn hash(&self, hasher: &mut blake3::Hasher);
+
+    /// Its largest token.
+    fn largest_token(&self) -> u32;
+}
+
+fn largest<'a>(all: impl Iterator<Item = &'a Tokens>) -> u32 {
+    all.flat_map(|tokens| tokens.prompt.iter().chain(tokens.completion.iter())).copied().max().unwrap_or(0)
 }
 
 fn hash_tokens(hasher: &mut blake3::Hasher, tokens: &[u32]) {
@@ -60,6 +67,10 @@ impl Content for MaskedSequence {
         hash_tokens(hasher, &self.tokens);
         hasher.update(&self.loss_mask.iter().map(|m| u8::from(*m)).collect::<Vec<_>>());
     }
+
+    fn largest_token(&self) -> u32 {
+        self.tokens.iter().copied().max().unwrap_or(0)
+    }
 }
 
 impl Content for PairRow {
@@ -69,6 +80,10 @@ impl Content for PairRow {
             hash_tokens(hasher, &tokens.completion);
         }
         hasher.update(&self.score_gap.unwrap_or(0.0).to_le_bytes());
+    }
+
+    fn largest_token(&self) -> u32 {
+        largest([&self.chosen, &self.rejected].into_iter())
     }
 }
 
@@ -81,6 +96,10 @@ impl Content for Ranking {
         }
         hasher.update(&self.margin.unwrap_or(0.0).to_le_bytes());
         hasher.update(&self.probability.unwrap_or(1.0).to_le_bytes());
+    }
+
+    fn largest_token(&self) -> u32 {
+        largest(self.completions.iter())
     }
 }
 

@@ -1,14 +1,14 @@
 //! Rows of a file (JSON Lines, or Parquet by the extension `.parquet`) or of a directory's ledger.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
 use serde_json::Value;
 
 use super::ledger::{self, Shape};
 use super::parquet;
-use crate::error::{At, Result};
+use crate::error::{At, Error, Result};
 
 /// One row.
 pub struct Row {
@@ -25,7 +25,34 @@ pub fn open(file: &Path, shape: Shape) -> Result<Box<dyn Iterator<Item = Result<
     if ledger::is_ledger(file) {
         return Ok(Box::new(ledger::read(file, shape)?.into_iter().map(Ok)));
     }
-    if file.extension().is_some_and(|e| e == "parquet") { parquet_rows(file) } else { json_lines(file) }
+    match file.extension().and_then(|e| e.to_str()) {
+        Some("parquet") => parquet_rows(file),
+        Some(table @ ("csv" | "tsv")) => Err(wrong(
+            file,
+            format!(
+                "is {}; rows are read from JSON Lines and Parquet. To convert it: `python3 -c \"import csv, json, sys; \
+                 [print(json.dumps(row)) for row in csv.DictReader(open(sys.argv[1]){})]\" FILE > FILE.jsonl`",
+                table.to_uppercase(),
+                if table == "tsv" { ", delimiter='\\t'" } else { "" }
+            ),
+        )),
+        _ if is_array(file)? => Err(wrong(
+            file,
+            "is one JSON array; rows are read one object a line. To convert it: `jq -c '.[]' FILE > FILE.jsonl`".into(),
+        )),
+        _ => json_lines(file),
+    }
+}
+
+fn wrong(file: &Path, message: String) -> Error {
+    Error::Prompts { file: file.into(), message }
+}
+
+/// Whether a file begins as a JSON array does.
+fn is_array(file: &Path) -> Result<bool> {
+    let mut start = [0; 1024];
+    let read = File::open(file).at(file)?.read(&mut start).at(file)?;
+    Ok(start[..read].trim_ascii_start().first() == Some(&b'['))
 }
 
 fn json_lines(file: &Path) -> Result<Box<dyn Iterator<Item = Result<Row>>>> {

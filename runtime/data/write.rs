@@ -13,7 +13,11 @@ use crate::error::{At, Result};
 pub fn write(rows: &[Value], file: &Path, standard: &mut dyn Write) -> Result<()> {
     let lines = |out: &mut dyn Write| rows.iter().try_for_each(|row| writeln!(out, "{row}")).and_then(|()| out.flush());
     if file == Path::new("-") {
-        return lines(standard).at(file);
+        // A reader that has seen enough, such as `head`, is no error.
+        return match lines(standard) {
+            Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+            other => other.at(file),
+        };
     }
     let mut name = file.as_os_str().to_owned();
     name.push(".tmp");

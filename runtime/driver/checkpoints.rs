@@ -84,7 +84,7 @@ impl Run {
             Some(mut restored) => {
                 self.state = JobState::decode(&restored.state)?;
                 for model in &self.roles.trained {
-                    let missing = || Error::State(format!("the checkpoint has no {}", model.name()));
+                    let missing = || Error::SavedState { reason: format!("the checkpoint has no {}", model.name()) };
                     model.restore(restored.models.remove(model.name()).ok_or_else(missing)?).await?;
                 }
                 self.saved = Some(self.state.step);

@@ -138,6 +138,8 @@ impl<'a> Loader<'a> {
     pub fn prompts(&mut self, settings: &PromptsSettings, max_new_tokens: usize) -> Result<Prompts> {
         let context = self.policy.architecture.context.saturating_sub(max_new_tokens);
         let prompts = Prompts::load(settings, &self.common.evaluation, &self.policy.text, context)?;
+        let all = prompts.train.iter().chain(&prompts.held_out);
+        self.check_vocabulary(all.flat_map(|row| row.tokens.iter().copied()).max())?;
         let loaded = &mut self.loaded;
         loaded.fingerprint.push(("the prompts".into(), prompts.fingerprint()));
         loaded.dropped.add_rows("cannot be used", prompts.bad_lines);
@@ -156,6 +158,7 @@ impl<'a> Loader<'a> {
     ) -> Result<Rows<T>> {
         let mut reader = reader(self.common, data, prompts, &self.policy);
         let rows = read(&mut reader)?;
+        self.check_vocabulary(rows.train.iter().chain(&rows.held_out).map(T::largest_token).max())?;
         self.loaded.dropped = reader.dropped;
         self.loaded.fingerprint.push(("the data".into(), rows.fingerprint()));
         self.loaded.rows = rows.train.len();
@@ -164,6 +167,15 @@ impl<'a> Loader<'a> {
             self.loaded.steps = Some(steps.max(1));
         }
         Ok(rows)
+    }
+
+    /// An error if the largest token of prompts or rows is none of the policy's.
+    fn check_vocabulary(&self, largest: Option<u32>) -> Result<()> {
+        let vocab = self.policy.architecture.vocab;
+        match largest.filter(|&token| token as usize >= vocab) {
+            Some(token) => Err(rehearsal_lm::Error::TokenOutOfVocabulary { token, vocab }.into()),
+            None => Ok(()),
+        }
     }
 
     /// Demonstrations of a file of its own, such as pretraining text.

@@ -42,18 +42,22 @@ impl JobState {
 
     /// Bytes for a checkpoint.
     pub fn encode(&self) -> Result<Vec<u8>> {
-        let body = postcard::to_stdvec(self).map_err(|e| Error::State(e.to_string()))?;
+        let body = postcard::to_stdvec(self).map_err(|e| Error::Internal(e.to_string()))?;
         Ok([&[VERSION], body.as_slice()].concat())
     }
 
     /// From a checkpoint.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
+        let damaged = |e: postcard::Error| Error::SavedState { reason: e.to_string() };
         match bytes.split_first() {
-            Some((&VERSION, body)) => postcard::from_bytes(body).map_err(|e| Error::State(e.to_string())),
+            Some((&VERSION, body)) => postcard::from_bytes(body).map_err(damaged),
             // Version 2 ended before the last field, which is then empty: a list of no items.
-            Some((2, body)) => postcard::from_bytes(&[body, &[0]].concat()).map_err(|e| Error::State(e.to_string())),
-            Some((version, _)) => Err(Error::State(format!("it has version {version}; this program reads {VERSION}"))),
-            None => Err(Error::State("it is empty".into())),
+            Some((2, body)) => postcard::from_bytes(&[body, &[0]].concat()).map_err(damaged),
+            Some((version, _)) => {
+                let reason = format!("it has version {version}; this program reads up to {VERSION}");
+                Err(Error::SavedState { reason })
+            }
+            None => Err(Error::SavedState { reason: "it is empty".into() }),
         }
     }
 }

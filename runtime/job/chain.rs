@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::config::Config;
 use super::job::Job;
-use super::saved::{self, CONFIG_FILE, Saved};
+use super::saved::{self, CONFIG_FILE, Kept, Saved};
 use crate::algorithms::Algorithms;
 use crate::blocking::blocking;
 use crate::config::folder_of;
@@ -39,9 +39,9 @@ impl Chain {
 
     /// Reads what was started in a directory.
     pub fn saved(directory: &Path) -> Result<Self> {
-        let Saved { stages, source, base } =
+        let Saved { stages, kept } =
             saved::read(directory, &Algorithms::default())?.ok_or_else(|| Error::NothingToResume(directory.into()))?;
-        Ok(Self { stages, source, base })
+        Ok(Self { stages, source: kept.source, base: kept.origin.base })
     }
 
     /// The configurations, in order.
@@ -59,8 +59,10 @@ impl Chain {
 
     /// Runs or resumes the stages that are not done. `watch` sees each job before it starts.
     pub async fn run(self, resume: bool, cancel: CancellationToken, watch: &mut dyn FnMut(&Job)) -> Result<Outcome> {
-        if let Some(folder) = self.folder().filter(|_| !resume) {
-            create(folder.into(), saved::with_header(&self.source, &self.base, None)).await?;
+        let folder: Option<PathBuf> = self.folder().map(Into::into);
+        let whole = Kept::new(&self.source, &self.base, None);
+        if let Some(folder) = folder.clone().filter(|_| !resume) {
+            create(folder, whole.clone()).await?;
         }
         let count = self.stages.len();
         let several = count > 1;
@@ -72,8 +74,14 @@ impl Chain {
             if i + 1 < count && directory.join(MODEL_FOLDER).is_dir() {
                 continue;
             }
-            let source = saved::with_header(&self.source, &self.base, several.then_some(i));
-            let job = |config: Config| Job::builder(config).source(source.clone()).build();
+            let kept = Kept::new(&self.source, &self.base, several.then_some(i));
+            let job = |config: Config| {
+                let job = Job::builder(config).kept(kept.clone());
+                match folder.clone() {
+                    Some(folder) => job.chain(folder, whole.clone()).build(),
+                    None => job.build(),
+                }
+            };
             let again = resume && (!several || directory.join("store").is_dir());
             let first = job(config.clone())?;
             watch(&first);
@@ -93,19 +101,18 @@ impl Chain {
                 break;
             }
         }
-        last.ok_or_else(|| Error::State("a chain without a stage".into()))
+        last.ok_or_else(|| Error::Internal("a chain without a stage".into()))
     }
 }
 
 /// Creates the folder of a chain with the copy of its configuration.
-async fn create(folder: PathBuf, source: String) -> Result<()> {
+async fn create(folder: PathBuf, kept: Kept) -> Result<()> {
     blocking(move || {
-        let copy = folder.join(CONFIG_FILE);
-        if copy.exists() {
+        if folder.join(CONFIG_FILE).exists() {
             return Err(Error::Exists(folder));
         }
         fs::create_dir_all(&folder).at(&folder)?;
-        fs::write(&copy, source).at(&copy)
+        kept.save(&folder)
     })
     .await
 }

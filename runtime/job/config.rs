@@ -8,7 +8,7 @@ use crate::algorithms::{ALGORITHMS, Algorithms, Entry};
 use crate::config::{self, ConfigError, Earlier, Keys, Problem, Settings, folder_of};
 use crate::driver::{AlgorithmSettings, MODEL_FOLDER};
 use crate::rewards::{RewardSource, sources};
-use crate::settings::Common;
+use crate::settings::{Common, words};
 
 /// The configuration of a job: read from TOML, or built in Rust. The reference of all keys is `docs/config.md`.
 ///
@@ -33,6 +33,8 @@ pub struct Config {
     pub algorithm: Box<dyn AlgorithmSettings>,
     /// Every source of rewards, configured or not, in the order in which their scores are added.
     pub rewards: Vec<Box<dyn RewardSource>>,
+    /// Sections of the document that the job does not read, with their lines.
+    unread: Vec<(String, usize)>,
 }
 
 impl Config {
@@ -45,7 +47,17 @@ impl Config {
 
     fn of(algorithms: &Algorithms, entry: Entry) -> Self {
         let (common, algorithms) = (Common::default(), algorithms.clone());
-        Self { common, algorithms, entry, algorithm: (entry.settings)(), rewards: sources() }
+        let unread = Vec::new();
+        Self { common, algorithms, entry, algorithm: (entry.settings)(), rewards: sources(), unread }
+    }
+
+    /// What is strange about the document and yet no error: sections that its algorithm does not read.
+    pub fn warnings(&self) -> Vec<String> {
+        let name = self.algorithm_name();
+        let warning = |(section, line): &(String, usize)| {
+            format!("line {line}: `[{section}]` has no effect: the algorithm `{name}` does not read it")
+        };
+        self.unread.iter().map(warning).collect()
     }
 
     /// The algorithms that it may name.
@@ -153,7 +165,8 @@ impl Config {
             self.algorithms.entries().iter().map(|e| (e.name, e.name)).collect();
         let mut name = self.entry.name;
         let help = "The algorithm; docs/methods.md describes each.";
-        keys.section("job").choice("algorithm", &mut name, &choices, help);
+        let hint = |given: &str| words::hint(words::ALGORITHMS, given);
+        keys.section("job").choice_or_hint("algorithm", &mut name, &choices, help, &hint);
         if let Some(entry) = self.algorithms.named(name).filter(|entry| entry.name != self.entry.name) {
             (self.entry, self.algorithm) = (entry, (entry.settings)());
         }
@@ -255,8 +268,16 @@ impl Algorithms {
             let mut keys = Keys::reading(stage.document, base, earlier.clone());
             let mut config = Config::of(self, self.entries()[0]);
             config.visit(&mut keys);
+            let mut unread = keys.unvisited_sections();
             config.visit_others(&mut keys);
-            keys.report_unknown();
+            keys.report_unknown(|key| words::hint(words::KEYS, key));
+            if !config.algorithm.needs_reward() {
+                let mut of_rewards = Keys::default();
+                sources().iter_mut().for_each(|source| source.visit(&mut of_rewards));
+                let names: Vec<_> = of_rewards.by_section().into_iter().map(|(section, _)| section).collect();
+                unread.extend(keys.sections().into_iter().filter(|(section, _)| names.contains(&section.as_str())));
+            }
+            config.unread = unread;
             problems.extend(keys.problems);
             if let Some(name) = stage.name {
                 config.common.job.directory.push(&name);
@@ -264,6 +285,12 @@ impl Algorithms {
                 earlier.add(&name, model, config.algorithm.trains_reward_model());
             }
             configs.push(config);
+        }
+        // A section that stages share is for those that read it.
+        if let [first, others @ ..] = configs.as_mut_slice() {
+            let all = |section: &(String, usize)| others.iter().all(|other| other.unread.contains(section));
+            first.unread.retain(all);
+            others.iter_mut().for_each(|other| other.unread.clear());
         }
         Ok((configs, problems))
     }

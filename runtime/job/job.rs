@@ -1,7 +1,6 @@
 //! A job from the outside: build it, watch it, run or resume it, stop it.
 
-use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -16,12 +15,12 @@ use super::config::Config;
 use super::fingerprint::Fingerprint;
 use super::handle::JobHandle;
 use super::metrics::{HostRecorder, JobMetrics, MetricsAddress};
-use super::saved::{self, CONFIG_FILE};
+use super::saved::Kept;
 use crate::access::{self, Live};
 use crate::algorithms::Algorithms;
 use crate::blocking::blocking;
 use crate::driver::{Algorithm, Loaded, LoadedAlgorithm, Loader, Roles, Run, Setup, drive, start};
-use crate::error::{At, Error, Result};
+use crate::error::{Error, Result};
 use crate::events::{Event, Outcome};
 use crate::heap;
 use crate::metrics::Meters;
@@ -35,11 +34,13 @@ const EVENTS_KEPT: usize = 4096;
 /// Puts a job together.
 pub struct JobBuilder {
     config: Config,
-    source: Option<String>,
+    kept: Option<Kept>,
     reward: Option<Arc<dyn Reward>>,
     recorder: Option<HostRecorder>,
     name: Option<String>,
     devices: Option<Devices>,
+    /// The folder of the chain that the job is a stage of, and the chain's document.
+    chain: Option<(PathBuf, Kept)>,
     events: broadcast::Sender<Event>,
 }
 
@@ -75,10 +76,22 @@ impl JobBuilder {
         self
     }
 
-    /// The text of the configuration, kept with the job so that `rehearsal resume DIR` finds it. Without it, the
-    /// configuration is written out.
-    pub fn source(mut self, toml: impl Into<String>) -> Self {
-        self.source = Some(toml.into());
+    /// The chain that the job is a stage of: its folder, and its document, which is kept there once the stage has accepted
+    /// its settings.
+    pub(super) fn chain(mut self, folder: PathBuf, document: Kept) -> Self {
+        self.chain = Some((folder, document));
+        self
+    }
+
+    /// The text of the configuration, kept with the job so that `rehearsal resume DIR` finds it; its paths are relative to
+    /// the current directory. Without it, the configuration is written out.
+    pub fn source(self, toml: impl Into<String>) -> Self {
+        self.kept(Kept::new(toml, here(), None))
+    }
+
+    /// As [`JobBuilder::source`], with where the text came from.
+    pub(super) fn kept(mut self, kept: Kept) -> Self {
+        self.kept = Some(kept);
         self
     }
 
@@ -119,27 +132,27 @@ impl JobBuilder {
     /// [`Error::Config`] with all problems of the configuration, and [`Error::NoReward`] if the algorithm needs a reward and
     /// there is none.
     pub fn build(self) -> Result<Job> {
-        let JobBuilder { config, source, reward, recorder, name, devices, events } = self;
+        let JobBuilder { config, kept, reward, recorder, name, devices, chain, events } = self;
         config.check()?;
         let configured = config.rewards.iter().any(|source| source.is_configured());
         if config.algorithm.needs_reward() && !configured && reward.is_none() {
             return Err(Error::NoReward);
         }
-        let here = || std::env::current_dir().unwrap_or_default().display().to_string();
-        let source = source.unwrap_or_else(|| saved::with_header(&config.to_toml(), &here(), None));
-        Ok(Job { config, source, reward, recorder, name, devices, events })
+        let kept = kept.unwrap_or_else(|| Kept::new(config.to_toml(), here(), None));
+        Ok(Job { config, kept, reward, recorder, name, devices, chain, events })
     }
 }
 
 /// A job that can be run or resumed.
 pub struct Job {
     config: Config,
-    source: String,
+    kept: Kept,
     /// The host's reward, which takes the place of rules.
     reward: Option<Arc<dyn Reward>>,
     recorder: Option<HostRecorder>,
     name: Option<String>,
     devices: Option<Devices>,
+    chain: Option<(PathBuf, Kept)>,
     events: broadcast::Sender<Event>,
 }
 
@@ -175,7 +188,8 @@ impl Job {
     /// Begins to put a job together.
     pub fn builder(config: Config) -> JobBuilder {
         let events = broadcast::channel(EVENTS_KEPT).0;
-        JobBuilder { config, source: None, reward: None, recorder: None, name: None, devices: None, events }
+        let (kept, reward, recorder) = (None, None, None);
+        JobBuilder { config, kept, reward, recorder, name: None, devices: None, chain: None, events }
     }
 
     /// Begins to put the job of a directory together, as it was configured: to be resumed. What the host brought (a
@@ -186,7 +200,8 @@ impl Job {
     /// [`Error::NothingToResume`] if the directory holds no job, and problems of its configuration. A job of the program's
     /// own algorithm is found by [`Algorithms::saved`].
     pub fn saved(directory: impl AsRef<Path>) -> Result<JobBuilder> {
-        Ok(Self::builder(Algorithms::default().saved(directory)?))
+        let directory = directory.as_ref();
+        Ok(Self::builder(Algorithms::default().saved(directory)?).kept(Kept::of(directory)?))
     }
 
     /// Where everything the job makes is kept.
@@ -235,7 +250,8 @@ impl Job {
     /// Reads models and data, then opens the store. A new job's directory is not written before the input is known to be
     /// good.
     async fn open(&self, begin: Begin) -> Result<Opened> {
-        let (config, reward, source) = (self.config.clone(), self.reward.is_some(), self.source.clone());
+        let (config, reward) = (self.config.clone(), self.reward.is_some());
+        let (kept, chain) = (self.kept.clone(), self.chain.clone());
         blocking(move || {
             let directory = config.common.job.directory.clone();
             let has_store = directory.join("store").is_dir();
@@ -248,11 +264,16 @@ impl Job {
             let fingerprint = Fingerprint::new(&config, loaded.fingerprint.clone());
             match begin {
                 Begin::New if begun => return Err(Error::Exists(directory)),
-                Begin::Either if begun => fingerprint.check(&mut store, &directory)?,
-                Begin::Again => fingerprint.check(&mut store, &directory)?,
-                Begin::New | Begin::Either => {
-                    let path = directory.join(CONFIG_FILE);
-                    fs::write(&path, source).at(&path)?;
+                _ if begun || begin == Begin::Again => {
+                    fingerprint.check(&mut store, &directory)?;
+                    // A change that is allowed, such as more steps, holds for the next resume too.
+                    kept.save_again(&directory)?;
+                    if let Some((folder, whole)) = chain {
+                        whole.save_again(&folder)?;
+                    }
+                }
+                _ => {
+                    kept.save(&directory)?;
                     // Last: a job that was killed before this may simply be run again.
                     fingerprint.save(&mut store)?;
                 }
@@ -275,9 +296,19 @@ impl Job {
     async fn bring_up(self, begin: Begin, cancel: CancellationToken) -> Result<(Running, Live)> {
         let span = self.span();
         async move {
+            // What can fail does so before anything is written.
             let address = MetricsAddress::bind(self.config.common.metrics.listen, self.recorder.as_ref())?;
+            let (placement, devices) = (self.config.common.placement, self.devices.clone());
+            let devices = blocking(move || -> Result<Devices> {
+                let devices = devices.map_or_else(|| Devices::new(placement.threads), Ok)?;
+                for placement in [placement.policy(), placement.reference(), placement.reward(), placement.critic()] {
+                    devices.open(placement)?;
+                }
+                Ok(devices)
+            })
+            .await?;
             let opened = self.open(begin).await?;
-            self.start_roles(opened, address, cancel).await
+            self.start_roles(opened, address, devices, cancel).await
         }
         .instrument(span)
         .await
@@ -287,10 +318,11 @@ impl Job {
         self,
         opened: Opened,
         address: MetricsAddress,
+        devices: Devices,
         cancel: CancellationToken,
     ) -> Result<(Running, Live)> {
         let span = self.span();
-        let Job { config, reward, recorder, name, devices, events, .. } = self;
+        let Job { config, reward, recorder, name, events, .. } = self;
         let Opened { algorithm, loaded, store, repairs } = opened;
         let mut common = config.common.clone();
         common.job.steps = loaded.steps.unwrap_or(common.job.steps);
@@ -315,7 +347,6 @@ impl Job {
                 let _ = events.send(Event::DiskFull { message: error.to_string() });
             })
         };
-        let devices = devices.map_or_else(|| Devices::new(common.placement.threads), Ok)?;
         let archivist = director.archivist(store, full_disk).await?;
         let (commands, given) = mpsc::unbounded_channel();
         let (publish, status) = watch::channel(JobStatus::default());
@@ -376,10 +407,15 @@ impl Running {
         self.watcher.abort();
         self.run.tell(match &result {
             Ok(outcome) => Event::Finished(outcome.clone()),
-            Err(e) => Event::Failed { message: e.to_string() },
+            Err(e) => Event::Failed { kind: e.kind(), message: e.to_string() },
         });
         result
     }
+}
+
+/// The current directory.
+fn here() -> String {
+    std::env::current_dir().unwrap_or_default().display().to_string()
 }
 
 /// Why this build is slow, at the first call of the process.

@@ -7,6 +7,7 @@ mod handle;
 #[allow(clippy::module_inception)]
 mod job;
 mod metrics;
+mod origin;
 mod saved;
 
 pub use chain::Chain;

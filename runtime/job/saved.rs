@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use super::config::Config;
+use super::origin::{Origin, replace};
 use crate::algorithms::Algorithms;
 use crate::config::{ConfigError, Problem};
 use crate::error::{At, Error, Result};
@@ -11,24 +12,48 @@ use crate::error::{At, Error, Result};
 /// The configuration's copy in the job's directory.
 pub const CONFIG_FILE: &str = "job.toml";
 
-/// Key of the header's line with the folder that paths are relative to.
-const BASE: &str = "# base = ";
-/// Key of the header's line with the number of the stage.
-const STAGE: &str = "# stage = ";
+/// A document as it is kept, and where it came from.
+#[derive(Debug, Clone)]
+pub struct Kept {
+    pub source: String,
+    pub origin: Origin,
+}
+
+impl Kept {
+    /// A document whose paths are relative to `base`. `stage` is the stage that works in the directory, of several.
+    pub fn new(source: impl Into<String>, base: impl Into<String>, stage: Option<usize>) -> Self {
+        Self { source: source.into(), origin: Origin::new(base, stage) }
+    }
+
+    /// What a directory keeps.
+    pub fn of(directory: &Path) -> Result<Self> {
+        let copy = directory.join(CONFIG_FILE);
+        let text = match fs::read_to_string(&copy) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(Error::NothingToResume(directory.into())),
+            text => text.at(&copy)?,
+        };
+        let (origin, source) = Origin::of(directory, &text)?;
+        Ok(Self { source, origin })
+    }
+
+    /// Keeps it in a directory, in the place of an earlier one, which is there until the new one is whole.
+    pub fn save(&self, directory: &Path) -> Result<()> {
+        self.origin.save(directory)?;
+        replace(&directory.join(CONFIG_FILE), &self.source)
+    }
+
+    /// Keeps it in the directory of a job that has begun: with the arithmetic that the job was begun with.
+    pub fn save_again(&self, directory: &Path) -> Result<()> {
+        let results = Self::of(directory)?.origin.results;
+        let origin = Origin { results, ..self.origin.clone() };
+        Self { origin, source: self.source.clone() }.save(directory)
+    }
+}
 
 /// A configuration that was kept.
 pub struct Saved {
     pub stages: Vec<Config>,
-    /// The document without its header.
-    pub source: String,
-    /// Folder that its paths are relative to.
-    pub base: String,
-}
-
-/// A document with the header that [`read`] understands. `stage` is the stage that works in the directory, of several.
-pub fn with_header(source: &str, base: &str, stage: Option<usize>) -> String {
-    let stage = stage.map_or(String::new(), |stage| format!("{STAGE}{stage}\n"));
-    format!("{BASE}{base}\n{stage}{source}")
+    pub kept: Kept,
 }
 
 /// Reads the copy in a directory; `None` if there is none. Of a directory that belongs to one stage, that stage alone; the
@@ -43,20 +68,17 @@ pub fn read(directory: &Path, algorithms: &Algorithms) -> Result<Option<Saved>> 
 }
 
 fn read_copy(directory: &Path, copy: &Path, algorithms: &Algorithms) -> Result<(Saved, Vec<Problem>)> {
-    let text = fs::read_to_string(copy).at(copy)?;
-    let find = |key: &str| text.lines().take(2).find_map(|line| line.strip_prefix(key));
-    let base = find(BASE).unwrap_or(".").to_string();
-    let stage: Option<usize> = find(STAGE).and_then(|n| n.parse().ok());
-    let (mut stages, problems) = algorithms.read(&text, Path::new(&base)).map_err(|e| e.in_file(copy))?;
-    match stage {
+    let kept = Kept::of(directory)?;
+    let base = Path::new(&kept.origin.base);
+    let (mut stages, problems) = algorithms.read(&kept.source, base).map_err(|e| e.in_file(copy))?;
+    match kept.origin.stage {
         Some(stage) if stage < stages.len() => stages = vec![stages.swap_remove(stage)],
         _ => {}
     }
     if let [only] = stages.as_mut_slice() {
         only.common.job.directory = directory.into();
     }
-    let source = text.lines().skip_while(|line| line.starts_with(BASE) || line.starts_with(STAGE));
-    Ok((Saved { stages, source: source.collect::<Vec<_>>().join("\n"), base }, problems))
+    Ok((Saved { stages, kept }, problems))
 }
 
 impl Algorithms {

@@ -114,15 +114,9 @@ pub async fn serve(service: Arc<LabelService>, address: SocketAddr, access: Acce
 }
 
 /// As [`serve`], on an address that is bound.
-pub(crate) fn serve_on(
-    bound: Bound,
-    service: Arc<LabelService>,
-    access: Access,
-    live: bool,
-) -> Result<LabelServer> {
+pub(crate) fn serve_on(bound: Bound, service: Arc<LabelService>, access: Access, live: bool) -> Result<LabelServer> {
     let address = bound.address;
-    let listener =
-        bound.listener().map_err(|e| Error::Listen { what: WHAT, address, reason: e.to_string() })?;
+    let listener = bound.listener().map_err(|e| Error::Listen { what: WHAT, address, reason: e.to_string() })?;
     let state = AppState { service, access: Arc::new(access), live };
     let api = Router::new()
         .route("/api/next", get(next))

@@ -53,7 +53,10 @@ impl RewardSource for EncoderSource {
     }
 
     fn load(&self, inputs: &mut RewardInputs<'_>) -> Result<Box<dyn LoadedReward>> {
-        let model = self.model.as_ref().ok_or_else(|| Error::Rules("`encoder.model` is missing".into()))?;
+        let model = self
+            .model
+            .as_ref()
+            .ok_or_else(|| Error::RewardSource { name: "encoder", reason: "`encoder.model` is missing".into() })?;
         let encoder = Arc::new(BertEncoder::open(model).map_err(Error::Usage)?);
         inputs.fingerprint.push(("encoder, its weights".into(), encoder.name().into()));
         Ok(Box::new(Loaded { encoder, weight: self.weight }))

@@ -142,7 +142,7 @@ impl JudgeSource {
             (None, true) => ReplyFormat::Json,
             (None, false) => ReplyFormat::Text,
         };
-        Template::new(&self.template, own, form).map_err(Error::Rules)
+        Template::new(&self.template, own, form).map_err(wrong)
     }
 }
 
@@ -160,10 +160,12 @@ impl RewardSource for JudgeSource {
             Some(ModelSource::Path(path)) if CausalModel::supports(path) => {
                 Some(JudgeModel::Transformers(Arc::new(CausalModel::open(path).map_err(Error::Usage)?)))
             }
-            Some(source) => Some(JudgeModel::Native(inputs.models.load(source).map_err(|e| match ENCODERS.enabled {
-                true => e,
-                false => Error::Usage(format!("{e}; a judge of another architecture needs {ENCODERS}")),
-            })?)),
+            Some(source) => {
+                Some(JudgeModel::Native(inputs.models.load(source).map_err(|e| match ENCODERS.enabled {
+                    true => e,
+                    false => Error::Usage(format!("{e}; a judge of another architecture needs {ENCODERS}")),
+                })?))
+            }
             None => None,
         };
         if let Some(model) = &model {
@@ -176,6 +178,11 @@ impl RewardSource for JudgeSource {
         }
         Ok(Box::new(Loaded { template: self.template()?, model, settings: self.clone() }))
     }
+}
+
+/// An error of the judge as a source of rewards.
+fn wrong(reason: String) -> Error {
+    Error::RewardSource { name: "judge", reason }
 }
 
 struct Loaded {
@@ -192,12 +199,12 @@ impl LoadedReward for Loaded {
                 (Some(model), _) => {
                     let (placement, dtype, devices) = (context.placement, context.dtype, context.devices.clone());
                     let judge = blocking(move || LocalJudge::new(model, placement, dtype, &devices)).await;
-                    Box::new(judge.map_err(Error::Rules)?)
+                    Box::new(judge.map_err(wrong)?)
                 }
                 (None, Some(endpoint)) => {
-                    Box::new(ApiJudge::new(settings.api(), endpoint, context.stop.clone()).map_err(Error::Rules)?)
+                    Box::new(ApiJudge::new(settings.api(), endpoint, context.stop.clone()).map_err(wrong)?)
                 }
-                (None, None) => return Err(Error::Rules("`judge.model` or `judge.url` is missing".into())),
+                (None, None) => return Err(wrong("`judge.model` or `judge.url` is missing".into())),
             };
             let memory: Arc<dyn ReplyCache> = Arc::new(StoreMemory::new(context.archivist.clone()));
             let reward = JudgeReward::new(judge, template, settings.mode, Some(memory), settings.budget);

@@ -80,7 +80,7 @@ impl RewardSource for RuleSource {
     }
 
     fn load(&self, _: &mut RewardInputs<'_>) -> Result<Box<dyn LoadedReward>> {
-        Ok(Box::new(Rules::new(self).map_err(Error::Rules)?))
+        Ok(Box::new(Rules::new(self).map_err(|reason| Error::RewardSource { name: "reward.rules", reason })?))
     }
 }
 

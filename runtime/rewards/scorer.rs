@@ -45,7 +45,10 @@ impl RewardSource for ScorerSource {
     }
 
     fn load(&self, _: &mut RewardInputs<'_>) -> Result<Box<dyn LoadedReward>> {
-        let endpoint = self.endpoint.endpoint().ok_or_else(|| Error::Rules("`scorer.url` is missing".into()))?;
+        let endpoint = self
+            .endpoint
+            .endpoint()
+            .ok_or_else(|| Error::RewardSource { name: "scorer", reason: "`scorer.url` is missing".into() })?;
         Ok(Box::new(Loaded { endpoint, batch: self.batch, weight: self.weight }))
     }
 }
@@ -59,7 +62,8 @@ struct Loaded {
 impl LoadedReward for Loaded {
     fn start<'a>(self: Box<Self>, context: &'a RewardContext) -> BoxFuture<'a, Result<StartedReward>> {
         Box::pin(async move {
-            let scorer = HttpScorer::new(self.endpoint, self.batch, context.stop.clone()).map_err(Error::Rules)?;
+            let scorer = HttpScorer::new(self.endpoint, self.batch, context.stop.clone())
+                .map_err(|reason| Error::RewardSource { name: "scorer", reason })?;
             Ok(StartedReward::new(self.weight, scorer))
         })
     }

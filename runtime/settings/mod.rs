@@ -8,6 +8,7 @@ mod metrics;
 mod model;
 mod optimizer;
 mod placement;
+pub(crate) mod words;
 
 pub use evaluation::EvaluationSettings;
 pub use job::{CheckpointSettings, JobSettings};

@@ -68,7 +68,7 @@ impl Weights {
             let wrong = |e: &dyn std::fmt::Display| format!("{}: {e}", path.display());
             let bytes = std::fs::read(path).map_err(|e| wrong(&e))?;
             hasher.update(&bytes);
-            tensors.extend(candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(|e| wrong(&e))?);
+            tensors.extend(rehearsal_lm::tensors_of(&bytes, path, &Device::Cpu).map_err(|e| e.to_string())?);
         }
         Ok(Self {
             tensors: VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu),

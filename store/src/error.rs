@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 /// An error of this crate.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     #[error("{directory} is in use by process {owner}; only one process may work on a job at a time")]
     InUse { directory: PathBuf, owner: String },

@@ -3,7 +3,7 @@
 
 use rehearsal::rewards::RuleSource;
 use rehearsal::store::Query;
-use rehearsal::{Config, Error, Event, Generate, Job, JobReader, RewardFn, Sample, WeightType};
+use rehearsal::{Config, Error, ErrorKind, Event, Generate, Job, JobReader, RewardFn, Sample, WeightType};
 use tokio::sync::broadcast::Receiver;
 
 use crate::support::{PATIENCE, Remains, config, run, runtime};
@@ -106,10 +106,10 @@ fn a_job_that_fails_says_so_to_all_who_watch_and_wait() {
         let error = job.wait().await.unwrap_err().to_string();
         assert!(error.contains("no idea"), "{error}");
         let told = next(&mut events, |event| match event {
-            Event::Failed { message } => Some(message),
+            Event::Failed { message, kind } => Some((kind, message)),
             _ => None,
         });
-        assert_eq!(told.await, error);
+        assert_eq!(told.await, (ErrorKind::Role, error));
         assert!(job.is_ended());
     });
 }

@@ -4,11 +4,12 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, safetensors};
+use candle_core::{DType, Device};
 use serde_json::Value;
 
 use super::check::check;
 use super::checkpoint::{Checkpoint, Files};
+use super::tensors::tensors_of;
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Parameters};
 use crate::text::Text;
@@ -81,8 +82,7 @@ fn weight_files(directory: &Path) -> Result<Vec<PathBuf>> {
 
 fn tensors(bytes: &[u8], path: &Path) -> Result<Parameters> {
     let malformed = |e: candle_core::Error| Error::Malformed { path: path.into(), reason: e.to_string() };
-    safetensors::load_buffer(bytes, &Device::Cpu)
-        .map_err(malformed)?
+    tensors_of(bytes, path, &Device::Cpu)?
         .into_iter()
         .map(|(name, t)| Ok((name, t.to_dtype(DType::F32).map_err(malformed)?)))
         .collect()

@@ -7,6 +7,8 @@ mod gguf_tokenizer;
 mod hf;
 mod open;
 mod save;
+mod tensors;
 
 pub use checkpoint::{Checkpoint, Files};
 pub use gguf::GgufText;
+pub use tensors::tensors_of;
