@@ -22,6 +22,8 @@ pub enum Event {
     Rollout { step: u64, done: usize, of: usize, completions: Arc<[NewCompletion]> },
     /// The completions of a step have their scores, which are logged.
     Scored { step: u64, completions: Arc<[ScoredText]> },
+    /// A completion got no score and is left out of its group. `index` is its place in the step.
+    SampleSkipped { step: u64, index: usize, row: u64, reason: String },
     /// What a step compared, as it is in the ledger: completions, scores and the pair that is learned from.
     Preferences { step: u64, preferences: Arc<[Preference]> },
     /// A step is done.

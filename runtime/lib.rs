@@ -73,6 +73,7 @@ pub use rehearsal_actors::{Devices, Judged, Reward, RewardError, RewardFn, Sampl
 pub use rehearsal_learn as learn;
 pub use rehearsal_lm as lm;
 pub use rehearsal_store as store;
+pub use rewards::{BlockingScorerFn, OnFailure, Scorer, ScorerFn, ScorerPolicy};
 pub use settings::Common;
 pub use status::{JobStatus, MemoryUse};
 pub use summary::{Answer, Counters, Evaluation, Seconds, StepSummary};

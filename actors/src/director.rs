@@ -26,6 +26,10 @@ const MAILBOX_CAPACITY: usize = 64;
 /// How long the end of a job waits for a role to finish its current request.
 const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// The same for the reward, which owns nothing that must be released before the job can be resumed. A call of a host's
+/// closure cannot be interrupted.
+const REWARD_STOP_TIMEOUT: Duration = Duration::from_millis(500);
+
 /// Status of a role.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RoleStatus {
@@ -135,8 +139,9 @@ impl Director {
     pub async fn reward(&self, reward: Arc<dyn Reward>) -> Result<RewardHandle> {
         let link = Link::new("reward", MAILBOX_CAPACITY, reward.timeout().unwrap_or(self.deadline));
         let (name, is_relative, placements) = (reward.name().into(), reward.is_relative(), reward.placements().into());
+        let (batch, may_be_abandoned) = (reward.batch(), reward.may_be_abandoned());
         self.spawn(&link, RewardHandle::build(reward), "reward").await?;
-        Ok(RewardHandle { link, name, is_relative, placements })
+        Ok(RewardHandle { link, name, is_relative, placements, batch, may_be_abandoned })
     }
 
     /// Starts the buffer for prompts of `group_size` completions each. It holds at most `rollouts_max` completions, and drops
@@ -313,9 +318,10 @@ impl Actor for DirectorActor {
                 let _ = reply.send(result); // the caller may have been dropped
             }
             DirectorMsg::Stop { reply } => {
-                for role in std::mem::take(&mut state.roles).into_values() {
-                    // An error means that it has stopped already.
-                    let _ = role.cell.stop_and_wait(None, Some(STOP_TIMEOUT)).await;
+                for (name, role) in std::mem::take(&mut state.roles) {
+                    let patience = if name == "reward" { REWARD_STOP_TIMEOUT } else { STOP_TIMEOUT };
+                    // An error means that it has stopped already, or is left to end by itself.
+                    let _ = role.cell.stop_and_wait(None, Some(patience)).await;
                 }
                 let _ = reply.send(());
             }

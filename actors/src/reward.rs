@@ -41,12 +41,19 @@ pub struct Judged {
     /// The requests to judges that led to the score, and their replies. Those of a comparison are kept with the first of
     /// the compared completions.
     pub exchanges: Vec<Exchange>,
+    /// Whether there is no score: the completion is left out, for the reason given.
+    pub skipped: bool,
 }
 
 impl Judged {
+    /// No score, and why.
+    pub fn skipped(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), skipped: true, ..Self::default() }
+    }
+
     /// A score with a reason.
     pub fn new(score: f64, reason: impl Into<String>) -> Self {
-        Self { score, reason: reason.into(), exchanges: Vec::new() }
+        Self { score, reason: reason.into(), ..Self::default() }
     }
 }
 
@@ -86,6 +93,17 @@ pub trait Reward: Send + Sync + 'static {
     /// How long a call of [`Reward::score`] may take; `None` for the job's limit.
     fn timeout(&self) -> Option<Duration> {
         None
+    }
+
+    /// Most samples of one call; `None` for any number. The outcomes of a call are logged together when it returns.
+    fn batch(&self) -> Option<usize> {
+        None
+    }
+
+    /// Whether a call may be abandoned when the job is asked to stop: the job ends without waiting for it, and its scores
+    /// are lost. One that is not abandoned should watch for the stop itself.
+    fn may_be_abandoned(&self) -> bool {
+        false
     }
 
     /// The devices that the reward computes on and shares with other roles. A reward that shares none with the policy (a
@@ -128,6 +146,10 @@ where
 {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn may_be_abandoned(&self) -> bool {
+        true
     }
 
     fn score(&self, samples: &[Sample]) -> std::result::Result<Vec<Judged>, RewardError> {
@@ -174,6 +196,8 @@ pub struct RewardHandle {
     pub(crate) name: Arc<str>,
     pub(crate) is_relative: bool,
     pub(crate) placements: Arc<[Placement]>,
+    pub(crate) batch: Option<usize>,
+    pub(crate) may_be_abandoned: bool,
 }
 
 impl RewardHandle {
@@ -194,6 +218,16 @@ impl RewardHandle {
     /// [`Reward::placements`].
     pub fn placements(&self) -> &[Placement] {
         &self.placements
+    }
+
+    /// [`Reward::batch`].
+    pub fn batch(&self) -> Option<usize> {
+        self.batch
+    }
+
+    /// [`Reward::may_be_abandoned`].
+    pub fn may_be_abandoned(&self) -> bool {
+        self.may_be_abandoned
     }
 
     /// Scores completions: one finite score for each sample, in order.

@@ -3,11 +3,16 @@
 /// Leave-one-out advantages (RLOO; Kool et al. 2019, Ahmadian et al. 2024): `A_i = r_i - mean_{j≠i} r_j`, within
 /// consecutive groups of `group` rewards. The advantage of a group of one is 0.
 pub fn rloo(rewards: &[f64], group: usize) -> Vec<f64> {
+    rloo_of(rewards.chunks(group.max(1)))
+}
+
+/// [`rloo`] of groups of any sizes.
+pub fn rloo_of<'a>(groups: impl Iterator<Item = &'a [f64]>) -> Vec<f64> {
     let of = |rewards: &[f64]| {
         let (sum, n) = (rewards.iter().sum::<f64>(), rewards.len() as f64);
         rewards.iter().map(|r| if n > 1.0 { r - (sum - r) / (n - 1.0) } else { 0.0 }).collect::<Vec<_>>()
     };
-    rewards.chunks(group.max(1)).flat_map(of).collect()
+    groups.flat_map(of).collect()
 }
 
 /// Divisor of GRPO's centred rewards.
@@ -25,6 +30,11 @@ pub enum GroupScale {
 /// Group-relative advantages (GRPO, Shao et al. 2024): `(r - mean of the group) / (std + eps)`, within consecutive
 /// groups of `group` rewards.
 pub fn grpo(rewards: &[f64], group: usize, scale: GroupScale, eps: f64) -> Vec<f64> {
+    grpo_of(rewards, rewards.chunks(group.max(1)), scale, eps)
+}
+
+/// [`grpo`] of groups of any sizes; `rewards` holds all of them.
+pub fn grpo_of<'a>(rewards: &[f64], groups: impl Iterator<Item = &'a [f64]>, scale: GroupScale, eps: f64) -> Vec<f64> {
     let batch = deviation(rewards);
     let of = |rewards: &[f64]| {
         let mean = rewards.iter().sum::<f64>() / rewards.len() as f64;
@@ -35,7 +45,7 @@ pub fn grpo(rewards: &[f64], group: usize, scale: GroupScale, eps: f64) -> Vec<f
         };
         rewards.iter().map(|r| (r - mean) / divisor).collect::<Vec<_>>()
     };
-    rewards.chunks(group.max(1)).flat_map(of).collect()
+    groups.flat_map(of).collect()
 }
 
 /// Unbiased standard deviation; 0 for fewer than two values.
@@ -54,5 +64,13 @@ mod tests {
         assert_eq!(grpo(&[2.0; 4], 2, GroupScale::Group, 1e-4), [0.0; 4]);
         assert_eq!(rloo(&[2.0, 2.0, 5.0], 2), [0.0, 0.0, 0.0]);
         assert_eq!(rloo(&[1.0, 3.0], 2), [-2.0, 2.0]);
+    }
+
+    #[test]
+    fn groups_may_differ_in_size() {
+        let rewards = [1.0, 3.0, 5.0];
+        let groups = || [&rewards[..2], &rewards[2..]].into_iter();
+        assert_eq!(rloo_of(groups()), [-2.0, 2.0, 0.0]);
+        assert_eq!(grpo_of(&rewards, groups(), GroupScale::None, 1e-4), [-1.0, 1.0, 0.0]);
     }
 }

@@ -91,6 +91,7 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
         Event::SlowBuild { message } => line(format!("slow: {message}")),
         Event::Repaired { message } => line(format!("repaired: {message}")),
         Event::Paused { step } => line(format!("paused before step {}", step + 1)),
+        Event::SampleSkipped { row, reason, .. } => line(format!("a completion of row {row} is left out: {reason}")),
         Event::Scored { .. } | Event::Preferences { .. } => {}
         // The command reports both when it ends.
         Event::Finished(_) | Event::Failed { .. } => {}

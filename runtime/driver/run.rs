@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::events::Event;
 use crate::memory::{self, MemoryBudget};
 use crate::metrics::Meters;
-use crate::metrics::table::process;
+use crate::metrics::table::{process, rollouts};
 use crate::readiness::Readiness;
 use crate::settings::Common;
 use crate::status::{JobStatus, MemoryUse};
@@ -50,6 +50,8 @@ pub struct Run {
     pub(super) status: watch::Sender<JobStatus>,
     /// Whether the weights have been updated since the state was last whole: a checkpoint must not be made of them.
     pub(super) mid_step: bool,
+    /// Completions of the step that are left out because they have no score.
+    pub(super) skipped: usize,
     /// Restarts of roles before the state was last restored; a role that is restarted later has to be restored.
     pub(super) restarts_restored: u32,
     /// Step of the newest durable checkpoint.
@@ -149,6 +151,11 @@ impl Run {
         let Step { mut summary, drawn, completions } = step;
         self.state.count(&summary, drawn, completions);
         summary.step = self.state.step;
+        let skipped = std::mem::take(&mut self.skipped);
+        self.meters.set(rollouts::SKIPPED, skipped as f64);
+        if skipped > 0 {
+            summary.stats.insert("skipped", skipped as f64);
+        }
         self.publish();
         self.meters.step(&summary)?;
         self.last = serde_json::to_value(&summary).map_err(|e| Error::Internal(e.to_string()))?;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use rehearsal_actors::{Devices, Reward};
+use rehearsal_actors::Devices;
 use serde_json::Value;
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -19,7 +19,7 @@ use crate::error::Result;
 use crate::events::Event;
 use crate::metrics::Meters;
 use crate::readiness::Readiness;
-use crate::rewards::RewardContext;
+use crate::rewards::{HostScores, RewardContext};
 use crate::settings::Common;
 use crate::status::JobStatus;
 
@@ -31,7 +31,7 @@ pub struct Setup {
     pub roles: Roles,
     pub loaded: Loaded,
     /// The host's reward, which takes the place of rules.
-    pub host: Option<Arc<dyn Reward>>,
+    pub host: Option<HostScores>,
     pub devices: Devices,
     pub meters: Arc<Meters>,
     pub readiness: Readiness,
@@ -85,6 +85,7 @@ pub async fn start(setup: Setup, algorithm: Box<dyn LoadedAlgorithm>) -> Result<
         commands,
         status,
         mid_step: false,
+        skipped: 0,
         restarts_restored: 0,
         saved: None,
         writing: None,

@@ -9,7 +9,7 @@ use rehearsal_lm::Checkpoint;
 use super::roles::{Roles, TrainedModel};
 use crate::error::Result;
 use crate::memory::MemoryBudget;
-use crate::rewards::{LoadedReward, RewardContext, StartedReward, WeightedReward};
+use crate::rewards::{HostScores, LoadedReward, RewardContext, StartedReward, WeightedReward};
 use crate::settings::Common;
 
 /// Starts roles and notes them for the driver, which checkpoints, restores and watches them.
@@ -18,7 +18,7 @@ pub struct Starter<'a> {
     pub(super) roles: &'a mut Roles,
     pub(super) devices: Devices,
     /// The host's reward, if it brings one.
-    pub(super) host: Option<Arc<dyn Reward>>,
+    pub(super) host: Option<HostScores>,
     pub(super) rewards: Vec<Box<dyn LoadedReward>>,
     pub(super) context: RewardContext,
     pub(super) guards: &'a mut Vec<Box<dyn Any + Send + Sync>>,
@@ -68,7 +68,9 @@ impl Starter<'_> {
 
     /// The reward: the host's in place of rules, and every configured source.
     pub async fn reward(&mut self) -> Result<RewardHandle> {
-        let mut parts: Vec<(f64, Arc<dyn Reward>)> = self.host.take().into_iter().map(|r| (1.0, r)).collect();
+        let stop = &self.context.stop;
+        let host = self.host.take().map(|scores| (1.0, scores.reward(stop.clone())));
+        let mut parts: Vec<(f64, Arc<dyn Reward>)> = host.into_iter().collect();
         for source in std::mem::take(&mut self.rewards) {
             let StartedReward { weight, reward, guard } = source.start(&self.context).await?;
             parts.push((weight, reward));

@@ -26,6 +26,7 @@ use crate::heap;
 use crate::metrics::Meters;
 use crate::metrics::table::{counters, process};
 use crate::readiness::Readiness;
+use crate::rewards::{HostScores, Scorer, ScorerPolicy};
 use crate::status::JobStatus;
 
 /// Events kept for a subscriber that falls behind; it then misses the oldest.
@@ -35,7 +36,7 @@ const EVENTS_KEPT: usize = 4096;
 pub struct JobBuilder {
     config: Config,
     kept: Option<Kept>,
-    reward: Option<Arc<dyn Reward>>,
+    reward: Option<HostScores>,
     recorder: Option<HostRecorder>,
     name: Option<String>,
     devices: Option<Devices>,
@@ -64,9 +65,26 @@ impl JobBuilder {
         self
     }
 
-    /// The reward, in place of the configuration's rules.
+    /// The reward, in place of the configuration's rules, called with many samples at a time. An error ends the job, and a
+    /// panic restarts the reward; [`JobBuilder::scorer`] has other ways.
     pub fn reward(mut self, reward: impl Reward) -> Self {
-        self.reward = Some(Arc::new(reward));
+        self.reward = Some(HostScores::Reward(Arc::new(reward)));
+        self
+    }
+
+    /// The program's own scorer, in place of the configuration's rules, with a policy for samples that take long or fail.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// use rehearsal::{Config, Job, OnFailure, Sample, ScorerFn, ScorerPolicy};
+    ///
+    /// let scorer = ScorerFn::new("brief", |s: Sample| async move { Ok::<_, String>(-(s.tokens as f64)) });
+    /// let policy = ScorerPolicy { on_failure: OnFailure::Skip, ..ScorerPolicy::default() };
+    /// let job = Job::builder(Config::new("runs/brief")).scorer(scorer, policy);
+    /// ```
+    pub fn scorer(mut self, scorer: impl Scorer, policy: ScorerPolicy) -> Self {
+        self.reward = Some(HostScores::Scorer(Arc::new(scorer), policy));
         self
     }
 
@@ -148,7 +166,7 @@ pub struct Job {
     config: Config,
     kept: Kept,
     /// The host's reward, which takes the place of rules.
-    reward: Option<Arc<dyn Reward>>,
+    reward: Option<HostScores>,
     recorder: Option<HostRecorder>,
     name: Option<String>,
     devices: Option<Devices>,

@@ -199,6 +199,7 @@ impl JudgeReward {
             score: wins / others,
             reason: format!("{name}: {}", reasons.join("; ")),
             exchanges,
+            skipped: false,
         };
         Ok(wins.into_iter().zip(reasons).zip(exchanges).map(judged).collect())
     }
@@ -245,7 +246,7 @@ impl JudgeReward {
                 Some(JudgeVerdict::Grade(grade)) => (grade, raw),
                 _ => (5.5, format!("unreadable: {raw}")),
             };
-            Judged { score, reason, exchanges: vec![reply.exchange] }
+            Judged { score, reason, exchanges: vec![reply.exchange], skipped: false }
         };
         Ok(self.ask(&asked)?.into_iter().map(judged).collect())
     }

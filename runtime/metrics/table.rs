@@ -52,6 +52,8 @@ pub mod rollouts {
             log-probability minus the sampler's: rounding noise if they agree. It is 0 where the update reuses the \
             activations of generation (`limits.kept_tokens`), and measured with `limits.kept_tokens = 0`.");
         COMPLETION_TOKENS = Metric::gauge("completion_tokens", "tokens", "Mean length of the step's completions.");
+        SKIPPED = Metric::gauge("skipped", "completions",
+            "Completions of the step that are left out because the program's scorer gave them no score.");
         TRUNCATED = Metric::gauge("truncated", "ratio",
             "Share of the step's completions truncated at `rollout.max_new_tokens`.");
     }

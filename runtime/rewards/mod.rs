@@ -2,6 +2,7 @@
 
 mod encoder;
 mod endpoint;
+mod host;
 mod judge;
 mod memory;
 mod models;
@@ -14,6 +15,8 @@ mod weighted;
 
 pub use encoder::{EncoderReward, EncoderSource};
 pub use endpoint::EndpointSettings;
+pub(crate) use host::HostScores;
+pub use host::{BlockingScorerFn, HostReward, OnFailure, Scored, Scorer, ScorerFn, ScorerPolicy};
 pub use judge::JudgeSource;
 pub use models::RewardModelSource;
 pub use people::PeopleSource;

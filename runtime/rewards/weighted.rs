@@ -36,6 +36,14 @@ impl Reward for WeightedReward {
         self.parts.iter().filter_map(|(_, part)| part.timeout()).max()
     }
 
+    fn batch(&self) -> Option<usize> {
+        self.parts.iter().filter_map(|(_, part)| part.batch()).min()
+    }
+
+    fn may_be_abandoned(&self) -> bool {
+        self.parts.iter().all(|(_, part)| part.may_be_abandoned())
+    }
+
     fn score(&self, samples: &[Sample]) -> std::result::Result<Vec<Judged>, RewardError> {
         if let [(1.0, only)] = self.parts.as_slice() {
             return only.score(samples);
@@ -53,6 +61,7 @@ impl Reward for WeightedReward {
                 let reason = format!("{apart}{weight} x {:.4} by {} {}", judged.score, part.name(), judged.reason);
                 whole.reason.push_str(reason.trim_end());
                 whole.exchanges.extend(judged.exchanges);
+                whole.skipped |= judged.skipped;
             }
         }
         Ok(whole)

@@ -18,7 +18,7 @@ pub struct Kind {
 pub const JOB: Kind = Kind { name: "job state", version: 1 };
 pub const CHECKPOINT: Kind = Kind { name: "checkpoint manifest", version: 1 };
 pub const ROLLOUT: Kind = Kind { name: "rollout", version: 1 };
-pub const SCORE: Kind = Kind { name: "score", version: 2 };
+pub const SCORE: Kind = Kind { name: "score", version: 3 };
 pub const REPLY: Kind = Kind { name: "judge's reply", version: 2 };
 pub const LEDGER: Kind = Kind { name: "preference", version: 2 };
 

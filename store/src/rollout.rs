@@ -33,17 +33,25 @@ pub struct ScoreRecord {
     pub reason: String,
     /// The requests to judges that led to the score, and their replies.
     pub exchanges: Vec<Exchange>,
+    /// Whether the rollout has no score and is left out; `reason` says why.
+    pub skipped: bool,
 }
 
 impl record::Record for RolloutRecord {}
 
 impl record::Record for ScoreRecord {
     fn decode(version: u8, bytes: &[u8]) -> postcard::Result<Self> {
-        if version > 1 {
-            return postcard::from_bytes(bytes);
+        match version {
+            0 | 1 => {
+                let (step, index, score, reason) = postcard::from_bytes(bytes)?;
+                Ok(Self { step, index, score, reason, exchanges: Vec::new(), skipped: false })
+            }
+            2 => {
+                let (step, index, score, reason, exchanges) = postcard::from_bytes(bytes)?;
+                Ok(Self { step, index, score, reason, exchanges, skipped: false })
+            }
+            _ => postcard::from_bytes(bytes),
         }
-        let (step, index, score, reason) = postcard::from_bytes(bytes)?;
-        Ok(Self { step, index, score, reason, exchanges: Vec::new() })
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use rehearsal_actors::{Group, ScoredCompletion, Tokens};
-use rehearsal_learn::group::{grpo, rloo};
+use rehearsal_learn::group::{grpo_of, rloo_of};
 use rehearsal_learn::ppo::{ScorePlacement, TokenRewards, explained_variance, gae, instructgpt_objective, whiten};
 
 use super::Ppo;
@@ -35,7 +35,11 @@ pub struct PpoSample {
 }
 
 /// The completions of a step; those of a prompt are neighbours.
-pub struct PpoBatch(pub Vec<PpoSample>);
+pub struct PpoBatch(
+    pub Vec<PpoSample>,
+    /// Completions of each prompt.
+    Vec<usize>,
+);
 
 impl PpoBatch {
     /// The completions without what the roles have yet to compute.
@@ -61,7 +65,7 @@ impl PpoBatch {
             let scores = compared_scores(g, settings.loss.missing_eos_penalty);
             g.completions.iter().zip(scores).map(|(c, score)| one(g, c, score)).collect::<Vec<_>>()
         });
-        Self(all.collect())
+        Self(all.collect(), groups.iter().map(|g| g.completions.len()).collect())
     }
 
     /// The tokens of every completion.
@@ -98,17 +102,26 @@ impl PpoBatch {
         if ppo.whiten_rewards {
             whiten_rows(&mut all, false);
         }
-        let group = settings.online.rollout.completions_per_prompt;
         let total: Vec<f64> = all.iter().map(|r| r.iter().sum()).collect();
         // Without a critic a completion has one advantage, with the KL penalty inside its reward.
         let of_group = match ppo.advantages {
             Advantages::Gae => return self.gae(settings, &all),
-            Advantages::Rloo => rloo(&total, group),
-            Advantages::Grpo(scale) => grpo(&total, group, scale, 1e-4),
+            Advantages::Rloo => rloo_of(self.groups(&total)),
+            Advantages::Grpo(scale) => grpo_of(&total, self.groups(&total), scale, 1e-4),
         };
         for (s, advantage) in self.0.iter_mut().zip(of_group) {
             s.advantages = vec![advantage; s.old.len()];
         }
+    }
+
+    /// Values of all completions, group by group.
+    fn groups<'a>(&'a self, all: &'a [f64]) -> impl Iterator<Item = &'a [f64]> {
+        let mut rest = all;
+        self.1.iter().map(move |&size| {
+            let (group, others) = rest.split_at(size.min(rest.len()));
+            rest = others;
+            group
+        })
     }
 
     fn gae(&mut self, settings: &Ppo, rewards: &[Vec<f64>]) {
@@ -192,7 +205,7 @@ mod tests {
 
     #[test]
     fn a_missing_row_is_an_error() {
-        let mut batch = PpoBatch(Vec::new());
+        let mut batch = PpoBatch(Vec::new(), Vec::new());
         assert!(batch.set(Vec::new(), Vec::new()).is_ok());
         let error = batch.set(vec![vec![-1.0]], Vec::new()).unwrap_err().to_string();
         assert!(error.contains("0 completions have 1 rows"), "{error}");

@@ -85,27 +85,31 @@ impl Rollouts {
         let first_id = step * self.settings.completions_per_step() as u64;
         let mut replay = run.roles.archivist.replay(step).await?;
         let known = std::mem::take(&mut replay.scores).into_iter().map(|v| {
-            let ScoreRecord { index, score, reason, exchanges, .. } = v;
-            (index as usize, Judged { score, reason, exchanges })
+            let ScoreRecord { index, score, reason, exchanges, skipped, .. } = v;
+            (index as usize, Judged { score, reason, exchanges, skipped })
         });
         let mut overlap = self.overlap(run, known.collect());
         let logged = Some(Logged { step, policy_version, replay: &replay });
         let generated = self.generate(run, asked, first_id, logged, &mut overlap, seconds).await?;
 
         let start = Instant::now();
-        overlap.finish(asked, &generated).await?;
+        self.unless_stopped(run, overlap.finish(asked, &generated)).await?;
         let Overlap { mut judged, mut ref_logprobs, .. } = overlap;
         let unscored: Vec<&Generated> = generated.values().filter(|g| !judged.contains_key(&g.index)).collect();
-        if !unscored.is_empty() {
-            let samples = unscored.iter().map(|g| g.sample(asked.prompt(g.index))).collect();
-            let scores = self.reward.score(samples).await?;
-            let fresh: Vec<(usize, Judged)> = unscored.iter().map(|g| g.index).zip(scores).collect();
+        for part in unscored.chunks(self.reward.batch().unwrap_or(usize::MAX)) {
+            let samples = part.iter().map(|g| g.sample(asked.prompt(g.index))).collect();
+            let scores = self.unless_stopped(run, async { Ok(self.reward.score(samples).await?) }).await?;
+            let fresh: Vec<(usize, Judged)> = part.iter().map(|g| g.index).zip(scores).collect();
             run.roles.archivist.log_scores(score_records(step, &fresh)).await?;
             judged.extend(fresh);
         }
         seconds.reward += start.elapsed().as_secs_f64();
+        for (&index, Judged { reason, .. }) in judged.iter().filter(|(_, judged)| judged.skipped) {
+            let row = asked.prompt(index).row;
+            run.tell(Event::SampleSkipped { step, index, row, reason: reason.clone() });
+        }
         let scored = |g: &Generated| {
-            judged.get(&g.index).map(|Judged { score, reason, .. }| ScoredText {
+            judged.get(&g.index).filter(|j| !j.skipped).map(|Judged { score, reason, .. }| ScoredText {
                 index: g.index,
                 prompt: asked.prompt(g.index).text.clone(),
                 completion: g.text.clone(),
@@ -128,9 +132,21 @@ impl Rollouts {
                 ScoredCompletion { index: index % asked.k, policy_version, completion, text, judged, ref_logprobs };
             self.buffer.insert(prompt as u32, scored).await?;
         }
-        let (groups, stale) = self.buffer.take(policy_version).await?;
+        let (mut groups, stale) = self.buffer.take(policy_version).await?;
         run.state.counters.stale += stale as u64;
+        run.skipped = leave_out_skipped(&mut groups);
         Ok(groups)
+    }
+
+    /// Waits for scores; an error once the job is asked to stop, if the reward may be abandoned.
+    async fn unless_stopped<T>(&self, run: &Run, scores: impl Future<Output = Result<T>>) -> Result<T> {
+        if !self.reward.may_be_abandoned() {
+            return scores.await;
+        }
+        tokio::select! {
+            scores = scores => scores,
+            () = run.cancel.cancelled() => Err(rehearsal_actors::Error::Cancelled.into()),
+        }
     }
 
     /// Overlap with the roles that do not share the policy's device.
@@ -265,6 +281,15 @@ impl Rollouts {
         seconds.reference += start.elapsed().as_secs_f64();
         Ok(logprobs)
     }
+}
+
+/// Leaves completions without a score out of their groups, and groups that have none left; returns how many were left out.
+fn leave_out_skipped(groups: &mut Vec<Group>) -> usize {
+    let count = |groups: &[Group]| groups.iter().map(|group| group.completions.len()).sum::<usize>();
+    let before = count(groups);
+    groups.iter_mut().for_each(|group| group.completions.retain(|c| !c.judged.skipped));
+    groups.retain(|group| !group.completions.is_empty());
+    before - count(groups)
 }
 
 fn missing(index: usize, step: u64, what: &str) -> Error {

@@ -57,8 +57,8 @@ impl Asked<'_> {
 /// Scores of a step's completions as the log keeps them.
 pub fn score_records(step: u64, judged: &[(usize, Judged)]) -> Vec<ScoreRecord> {
     let record = |(index, judged): &(usize, Judged)| {
-        let Judged { score, reason, exchanges } = judged.clone();
-        ScoreRecord { step, index: *index as u32, score, reason, exchanges }
+        let Judged { score, reason, exchanges, skipped } = judged.clone();
+        ScoreRecord { step, index: *index as u32, score, reason, exchanges, skipped }
     };
     judged.iter().map(record).collect()
 }

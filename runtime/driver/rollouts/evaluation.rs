@@ -21,7 +21,10 @@ impl Rollouts {
         if prompts.is_empty() {
             return Ok(None);
         }
+        // An answer without a score says nothing of the policy.
         let answers = self.answers(run, prompts).await?;
+        let (answers, prompts): (Vec<_>, Vec<_>) =
+            answers.into_iter().zip(prompts).filter(|(answer, _)| !answer.judged.skipped).unzip();
         let answer = |(a, prompt): (&ScoredCompletion, &PromptRow)| Answer {
             prompt: prompt.text.clone(),
             completion: a.text.clone(),

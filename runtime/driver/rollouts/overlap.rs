@@ -16,22 +16,24 @@ type InFlight<T> = JoinHandle<rehearsal_actors::Result<Vec<T>>>;
 /// Requests about numbered completions, one batch at a time.
 struct Batches<T> {
     queue: Vec<usize>,
+    /// Most completions of a request.
+    most: usize,
     /// The completions of the request in flight, and its reply.
     in_flight: Option<(Vec<usize>, InFlight<T>)>,
 }
 
 impl<T: Send + 'static> Batches<T> {
-    fn new() -> Self {
-        Self { queue: Vec::new(), in_flight: None }
+    fn new(most: Option<usize>) -> Self {
+        Self { queue: Vec::new(), most: most.unwrap_or(usize::MAX), in_flight: None }
     }
 
-    /// Requests everything in the queue, unless a request is in flight.
+    /// Requests what is in the queue, unless a request is in flight.
     fn request<F>(&mut self, send: impl FnOnce(&[usize]) -> F)
     where
         F: Future<Output = rehearsal_actors::Result<Vec<T>>> + Send + 'static,
     {
         if self.in_flight.is_none() && !self.queue.is_empty() {
-            let batch = std::mem::take(&mut self.queue);
+            let batch: Vec<usize> = self.queue.drain(..self.most.min(self.queue.len())).collect();
             let reply = tokio::spawn(send(&batch));
             self.in_flight = Some((batch, reply));
         }
@@ -94,8 +96,11 @@ impl Overlap {
             step,
             archivist: Some(archivist),
             temperature,
-            scores: reward.map(|handle| (handle, Batches::new())),
-            reference: reference.map(|handle| (handle, Batches::new())),
+            scores: reward.map(|handle| {
+                let most = handle.batch();
+                (handle, Batches::new(most))
+            }),
+            reference: reference.map(|handle| (handle, Batches::new(None))),
             judged,
             ref_logprobs: BTreeMap::new(),
         }
