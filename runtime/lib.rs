@@ -1,20 +1,43 @@
 //! Rehearsal aligns language models inside a Rust program.
 //!
-//! A [`Job`] is a [`Config`], something that knows better than the model (a [`Reward`]), and a directory. It runs
-//! on the host's tokio runtime, tells what happens as typed [`Event`]s, records metrics where the host wants them,
-//! stops politely, and goes on after any crash as if nothing had happened.
+//! A [`Job`] is a [`Config`], a source of rewards or preferences, and a directory. It runs on the host's tokio runtime,
+//! tells what happens as typed [`Event`]s, records metrics where the host wants them, and can be paused, read, asked and
+//! stopped while it runs. Kill the process at any instant: the resumed job ends with the same weights, bit for bit.
 //!
 //! ```no_run
 //! # async fn f() -> Result<(), Box<dyn std::error::Error>> {
-//! use rehearsal::{Config, Job, RewardFn, Sample};
+//! use rehearsal::{Config, Job, Sample, ScorerFn, ScorerPolicy};
 //!
-//! let config = Config::from_toml("[job]\ndirectory = \"runs/brief\"\nsteps = 40", ".".as_ref())?;
-//! let brief = RewardFn::new("brief", |s: &Sample| Ok::<_, String>(-(s.tokens as f64)));
-//! let outcome = Job::builder(config).reward(brief).build()?.run(Default::default()).await?;
+//! let mut config = Config::new("runs/brief");
+//! config.common.job.steps = 40;
+//! let brief = ScorerFn::new("brief", |s: Sample| async move { Ok::<_, String>(-(s.tokens as f64)) });
+//! let job = Job::builder(config).scorer(brief, ScorerPolicy::default()).start_or_resume().await?;
+//! let outcome = job.wait().await?;
 //! println!("{} of {} steps", outcome.step, outcome.steps);
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # Map
+//!
+//! | to | use |
+//! | --- | --- |
+//! | configure a job | [`Config`]: read from TOML, or built in Rust; `docs/config.md` lists every key |
+//! | run it | [`Job::builder`], [`JobBuilder::start`], [`JobBuilder::start_or_resume`]; [`Chain`] for several stages |
+//! | hold it while it runs | [`JobHandle`] |
+//! | read it from anywhere, running or not | [`JobReader`] |
+//! | score completions | [`ScorerFn`], [`BlockingScorerFn`], [`Scorer`]; [`Reward`] and [`RewardFn`] for whole batches |
+//! | bring an algorithm | [`Algorithms`], [`AlgorithmSettings`], [`Algorithm`], [`Run`], [`Rollouts`] |
+//! | run several jobs | [`JobBuilder::name`], [`JobBuilder::devices`], [`use_one_arena`] |
+//! | sort errors | [`Error::kind`] |
+//!
+//! `docs/tutorials` leads through each; their code is tested.
+//!
+//! # What the host should set
+//!
+//! Dependencies are not optimised in the dev profile, and a step then takes tens of times longer ([`Event::SlowBuild`] says so).
+//! Add `[profile.dev.package."*"]` with `opt-level = 3` to the program's `Cargo.toml`. The tokio runtime needs the features
+//! `rt-multi-thread`, `time` and `net`.
 
 pub mod access;
 pub mod algorithms;
@@ -78,3 +101,12 @@ pub use settings::Common;
 pub use status::{JobStatus, MemoryUse};
 pub use summary::{Answer, Counters, Evaluation, Seconds, StepSummary};
 pub use tokio_util::sync::CancellationToken;
+
+/// The tutorials, as tests.
+#[cfg(all(doctest, feature = "prometheus"))]
+mod tutorials {
+    #[doc = include_str!("../docs/tutorials/first_reward.md")]
+    struct FirstReward;
+    #[doc = include_str!("../docs/tutorials/embedding.md")]
+    struct Embedding;
+}

@@ -29,3 +29,4 @@ mod scorers;
 mod served_judge;
 mod service;
 mod support;
+mod tutorials;
