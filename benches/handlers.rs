@@ -67,9 +67,8 @@ fn main() {
     show("no job", &measure(address));
     let shared = Devices::new(0).expect("devices");
     for (name, devices) in [("two jobs that share devices", Some(shared)), ("two jobs with threads each", None)] {
-        let jobs: Vec<JobHandle> = (0..2)
-            .map(|i| runtime.block_on(job(folder.path().join(format!("{name} {i}")), devices.clone())))
-            .collect();
+        let jobs: Vec<JobHandle> =
+            (0..2).map(|i| runtime.block_on(job(folder.path().join(format!("{name} {i}")), devices.clone()))).collect();
         show(name, &measure(address));
         for job in jobs {
             job.stop();

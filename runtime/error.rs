@@ -6,59 +6,124 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// The configuration is wrong: all its problems.
     #[error(transparent)]
     Config(#[from] crate::config::ConfigError),
+    /// A file of rows or prompts cannot be used.
     #[error("{file}: {message}")]
-    Prompts { file: PathBuf, message: String },
+    Prompts {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong, with the row or line.
+        message: String,
+    },
+    /// The algorithm needs a reward, and there is none.
     #[error(
         "the configuration names no rules and the program brings no reward; set `reward.rules` or give the builder a reward"
     )]
     NoReward,
-    /// `name` is the source as the configuration names it.
+    /// A source of rewards cannot be used.
     #[error("`{name}`: {reason}")]
-    RewardSource { name: &'static str, reason: String },
+    RewardSource {
+        /// The source, as the configuration names it.
+        name: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The directory holds a job already.
     #[error("{0} holds a job already; go on with it by `resume`, or name another `job.directory`")]
     Exists(PathBuf),
+    /// The directory holds no job.
     #[error("{0} holds no job; start one by `run`")]
     NothingToResume(PathBuf),
+    /// The interrupted job had other settings or inputs.
     #[error(
         "the job in {directory} was started with other settings, and a resumed job must do what it would have done:\n{differences}"
     )]
-    Changed { directory: PathBuf, differences: String },
+    Changed {
+        /// Directory of the job.
+        directory: PathBuf,
+        /// Every difference, with both values.
+        differences: String,
+    },
+    /// The job of a handle has ended.
     #[error("the job has ended; `JobReader::open` reads its directory")]
     Ended,
+    /// There is nothing to generate with.
     #[error("this job trains a reward model, which generates no text")]
     NoPolicy,
+    /// A directory to be replaced by a model holds something else.
     #[error("{0} is not empty and holds no model; name another directory")]
     NotAModelDirectory(PathBuf),
+    /// An argument, option or request is wrong.
     #[error("{0}")]
     Usage(String),
     /// The process that runs a job was asked and gave no answer.
     #[error(
         "the process that runs the job in {directory} does not answer: {reason}; if it hangs, stop it and resume the job"
     )]
-    Unreachable { directory: PathBuf, reason: String },
+    Unreachable {
+        /// Directory of the job.
+        directory: PathBuf,
+        /// What failed.
+        reason: String,
+    },
     /// The process that runs a job refused a request.
     #[error("{message}")]
-    Refused { kind: ErrorKind, message: String },
+    Refused {
+        /// The kind of its error.
+        kind: ErrorKind,
+        /// Its message.
+        message: String,
+    },
+    /// A step failed; its batch was written to a file.
     #[error("{error}; the batch is in {path}")]
-    Offending { path: PathBuf, error: Box<Error> },
+    Offending {
+        /// The file with the batch.
+        path: PathBuf,
+        /// What failed.
+        error: Box<Error>,
+    },
+    /// A file or directory cannot be read or written.
     #[error("{path}: {source}")]
-    Io { path: PathBuf, source: std::io::Error },
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the system reports.
+        source: std::io::Error,
+    },
+    /// An address cannot be listened on.
     #[error("{what} cannot be served on {address}: {reason}")]
-    Listen { what: &'static str, address: std::net::SocketAddr, reason: String },
+    Listen {
+        /// What is served there.
+        what: &'static str,
+        /// The address.
+        address: std::net::SocketAddr,
+        /// What failed, and what to do.
+        reason: String,
+    },
+    /// The system starts no more threads.
     #[error("the system starts no threads for the program: {0}; free resources and try again")]
     Threads(std::io::Error),
+    /// A step reported a statistic that is not declared.
     #[error(transparent)]
     Metric(#[from] crate::metrics::Undeclared),
+    /// What the job saved cannot be read.
     #[error("the job's saved state cannot be read: {reason}; resume it with the version of the program that wrote it")]
-    SavedState { reason: String },
+    SavedState {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A defect of the program.
     #[error("{0}; this is a defect of the program")]
     Internal(String),
+    /// A role failed.
     #[error(transparent)]
     Role(#[from] rehearsal_actors::Error),
+    /// A model failed, or cannot be read.
     #[error(transparent)]
     Model(#[from] rehearsal_lm::Error),
+    /// The store failed.
     #[error(transparent)]
     Store(#[from] rehearsal_store::Error),
 }

@@ -15,39 +15,113 @@ use crate::summary::{Evaluation, StepSummary};
 #[non_exhaustive]
 pub enum Event {
     /// The roles are up and the job begins or goes on.
-    Started { step: u64, steps: u64, parameters: u64, rows: usize, dropped: Dropped },
+    Started {
+        /// Steps done.
+        step: u64,
+        /// Steps of the whole job.
+        steps: u64,
+        /// Parameters of the model.
+        parameters: u64,
+        /// Rows or prompts to train on.
+        rows: usize,
+        /// Rows that were left out, by reason.
+        dropped: Dropped,
+    },
     /// People are to rank answers on this page; the job waits for them.
-    PeopleWanted { url: String },
-    /// Completions are there: `done` of the step's `of`, of which `completions` are new.
-    Rollout { step: u64, done: usize, of: usize, completions: Arc<[NewCompletion]> },
+    PeopleWanted {
+        /// URL of the page; it may hold the token.
+        url: String,
+    },
+    /// Completions are there.
+    Rollout {
+        /// Steps done before this one.
+        step: u64,
+        /// Completions of the step that are there.
+        done: usize,
+        /// Completions of the step.
+        of: usize,
+        /// Those that are new.
+        completions: Arc<[NewCompletion]>,
+    },
     /// The completions of a step have their scores, which are logged.
-    Scored { step: u64, completions: Arc<[ScoredText]> },
-    /// A completion got no score and is left out of its group. `index` is its place in the step.
-    SampleSkipped { step: u64, index: usize, row: u64, reason: String },
+    Scored {
+        /// Steps done before this one.
+        step: u64,
+        /// The completions that have a score.
+        completions: Arc<[ScoredText]>,
+    },
+    /// A completion got no score and is left out of its group.
+    SampleSkipped {
+        /// Steps done before this one.
+        step: u64,
+        /// Place of the completion in the step.
+        index: usize,
+        /// Row of its prompt in the file.
+        row: u64,
+        /// Why it has no score.
+        reason: String,
+    },
     /// What a step compared, as it is in the ledger: completions, scores and the pair that is learned from.
-    Preferences { step: u64, preferences: Arc<[Preference]> },
+    Preferences {
+        /// Steps done before this one.
+        step: u64,
+        /// One for each prompt.
+        preferences: Arc<[Preference]>,
+    },
     /// A step is done.
     Step(Box<StepSummary>),
     /// The held-out prompts were answered, or the held-out rows read.
     Evaluated(Box<Evaluation>),
     /// A checkpoint is durable.
-    Checkpoint { step: u64, bytes: u64, took: Duration },
+    Checkpoint {
+        /// Steps done.
+        step: u64,
+        /// Bytes that were written.
+        bytes: u64,
+        /// Time from the snapshot until it was durable.
+        took: Duration,
+    },
     /// A role died and was started again; the job goes on from its last checkpoint.
-    RoleRestarted { role: &'static str, reason: String },
+    RoleRestarted {
+        /// Name of the role.
+        role: &'static str,
+        /// Why it died.
+        reason: String,
+    },
     /// The disk is full: the job waits until there is room.
-    DiskFull { message: String },
+    DiskFull {
+        /// Which file could not be written.
+        message: String,
+    },
     /// A judge has been asked all that it may be: the job stops with a checkpoint.
-    BudgetSpent { message: String },
-    /// This build of the program computes slowly, for the reason that `message` gives. Told once in a process.
-    SlowBuild { message: String },
+    BudgetSpent {
+        /// What was spent, and the key that limits it.
+        message: String,
+    },
+    /// This build of the program computes slowly. Told once in a process.
+    SlowBuild {
+        /// Why, and what to change.
+        message: String,
+    },
     /// Something was repaired or set aside.
-    Repaired { message: String },
+    Repaired {
+        /// What was repaired.
+        message: String,
+    },
     /// The job waits before its next step until it is unpaused.
-    Paused { step: u64 },
+    Paused {
+        /// Steps done.
+        step: u64,
+    },
     /// The job has ended.
     Finished(Outcome),
     /// The job has failed; its last checkpoint stays.
-    Failed { kind: ErrorKind, message: String },
+    Failed {
+        /// What kind of thing went wrong.
+        kind: ErrorKind,
+        /// The error.
+        message: String,
+    },
 }
 
 impl Event {
@@ -68,6 +142,7 @@ impl Event {
 pub struct NewCompletion {
     /// Place in the step: prompt by prompt, and completion by completion in each.
     pub index: usize,
+    /// The prompt as text.
     pub prompt: String,
     /// Without special tokens and stop strings.
     pub completion: String,
@@ -81,6 +156,7 @@ pub struct NewCompletion {
 pub struct ScoredText {
     /// Place in the step: prompt by prompt, and completion by completion in each.
     pub index: usize,
+    /// The prompt as text.
     pub prompt: String,
     /// Without special tokens and stop strings.
     pub completion: String,
@@ -93,10 +169,14 @@ pub struct ScoredText {
 /// How a job ended.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
+    /// Where the job's results are.
     pub directory: PathBuf,
+    /// Steps done.
     pub step: u64,
+    /// Steps of the whole job.
     pub steps: u64,
     /// It was asked to stop before its last step; `resume` goes on.
     pub stopped: bool,
+    /// Evaluations, in the order of steps.
     pub evaluations: Vec<Evaluation>,
 }

@@ -7,7 +7,10 @@
 
 macro_rules! declare {
     ($($name:ident = $metric:expr;)*) => {
-        $(pub const $name: $crate::metrics::Metric = $metric;)*
+        $(
+            #[doc = concat!("The metric `", stringify!($name), "`, as `docs/metrics.md` describes it.")]
+            pub const $name: $crate::metrics::Metric = $metric;
+        )*
         /// The metrics declared in this file.
         pub const METRICS: &[$crate::metrics::Metric] = &[$($name),*];
         const _: () = assert!($crate::metrics::collects(METRICS), "add this file's METRICS to metrics::GROUPS");
@@ -41,15 +44,20 @@ const PREFIX: &str = "rehearsal_";
 /// Kind of a metric, as Prometheus defines it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
+    /// A sum that only grows.
     Counter,
+    /// A value that may rise and fall.
     Gauge,
+    /// Counts of values by bucket.
     Histogram,
 }
 
 /// A label and the values it takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Label {
+    /// Name of the label.
     pub key: &'static str,
+    /// All values that it may have.
     pub values: &'static [&'static str],
 }
 
@@ -58,6 +66,7 @@ pub struct Label {
 pub struct Metric {
     /// Name without the prefix `rehearsal_`: the name of the number in a step's statistics and in `history.jsonl`.
     pub name: &'static str,
+    /// Kind of the metric.
     pub kind: Kind,
     /// Unit, as `docs/metrics.md` shows it.
     pub unit: &'static str,

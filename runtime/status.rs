@@ -26,6 +26,7 @@ pub struct JobStatus {
     pub time_ms: u64,
     /// The last step's line of `history.jsonl`; null before the first step.
     pub last: Value,
+    /// Counts since the job began.
     pub counters: Counters,
     /// For each evaluation its `step`, and its numbers by name.
     pub evaluations: Vec<Value>,
@@ -33,6 +34,7 @@ pub struct JobStatus {
     pub algorithm: String,
     /// Rows of the data that were left out.
     pub dropped: Dropped,
+    /// Memory of the process.
     pub memory: MemoryUse,
 }
 

@@ -34,7 +34,9 @@ pub struct JobCheckpoint {
 /// The logged rollouts and scores of a step that was interrupted, in the order of their indices.
 #[derive(Debug, Default, Clone)]
 pub struct Replay {
+    /// Completions that were logged, by index.
     pub rollouts: Vec<RolloutRecord>,
+    /// Scores that were logged, by index.
     pub scores: Vec<ScoreRecord>,
 }
 

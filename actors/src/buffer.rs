@@ -15,8 +15,11 @@ pub struct ScoredCompletion {
     pub index: usize,
     /// Version of the policy that sampled it: its number of updates.
     pub policy_version: u64,
+    /// The completion as it was sampled.
     pub completion: Completion,
+    /// Its text, without stop string and end-of-sequence token.
     pub text: String,
+    /// Its score.
     pub judged: Judged,
     /// Log-probability of each completion token under the reference; empty where no reference is used.
     pub ref_logprobs: Vec<f32>,
@@ -27,6 +30,7 @@ pub struct ScoredCompletion {
 pub struct Group {
     /// Index of the prompt in its step.
     pub prompt: u32,
+    /// Completions of the prompt, in the order of sampling.
     pub completions: Vec<ScoredCompletion>,
 }
 

@@ -13,8 +13,10 @@ use crate::{Error, Result};
 /// A device as the configuration names it: `cpu` or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub enum Placement {
+    /// The CPU.
     #[default]
     Cpu,
+    /// The CUDA device of this index, from 0.
     Cuda(usize),
 }
 
@@ -54,7 +56,9 @@ pub struct Devices {
 /// A device that roles share. Clones share its lock and its thread pool.
 #[derive(Clone)]
 pub(crate) struct SharedDevice {
+    /// The candle device.
     pub device: Device,
+    /// Where it is.
     pub placement: Placement,
     /// Held by the role that computes. Fair, so that no job waits for more than one request of each other role.
     lock: Arc<FairMutex<()>>,

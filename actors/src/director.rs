@@ -33,12 +33,16 @@ const REWARD_STOP_TIMEOUT: Duration = Duration::from_millis(500);
 /// Status of a role.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RoleStatus {
+    /// It takes requests.
     Running {
+        /// How often it was restarted.
         restarts: u32,
     },
     /// It stopped more often than it may be restarted, or could not be restarted.
     GaveUp {
+        /// How often it was restarted.
         restarts: u32,
+        /// Why it stopped last.
         reason: String,
     },
 }
@@ -46,8 +50,24 @@ pub enum RoleStatus {
 /// What the director did about a role that stopped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DirectorEvent {
-    Restarted { role: &'static str, reason: String, restarts: u32 },
-    GaveUp { role: &'static str, reason: String, restarts: u32 },
+    /// It was started again.
+    Restarted {
+        /// Name of the role.
+        role: &'static str,
+        /// Why it stopped.
+        reason: String,
+        /// How often it was restarted.
+        restarts: u32,
+    },
+    /// It is not started again.
+    GaveUp {
+        /// Name of the role.
+        role: &'static str,
+        /// Why it stopped.
+        reason: String,
+        /// How often it was restarted.
+        restarts: u32,
+    },
 }
 
 type Respawn = Arc<dyn Fn(ActorCell, u32) -> Pin<Box<dyn Future<Output = Result<ActorCell>> + Send>> + Send + Sync>;

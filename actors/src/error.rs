@@ -6,34 +6,86 @@ use std::time::Duration;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// A role did not reply in time.
     #[error("the {role} did not reply within {after:?}; if the request needs longer, raise the deadline")]
-    Timeout { role: &'static str, after: Duration },
+    Timeout {
+        /// Name of the role.
+        role: &'static str,
+        /// Time that was waited.
+        after: Duration,
+    },
+    /// A role stopped before it replied. The director starts it again.
     #[error("the {role} stopped{}", reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default())]
-    Died { role: &'static str, reason: Option<String> },
+    Died {
+        /// Name of the role.
+        role: &'static str,
+        /// Its panic, if it is known.
+        reason: Option<String>,
+    },
+    /// A role could not be started.
     #[error("the {role} could not start: {reason}")]
-    Start { role: &'static str, reason: String },
+    Start {
+        /// Name of the role.
+        role: &'static str,
+        /// What failed.
+        reason: String,
+    },
+    /// A role stopped more often than it may be restarted.
     #[error("the {role} stopped {restarts} times, most recently because: {reason}; it is not restarted again")]
-    GaveUp { role: &'static str, restarts: u32, reason: String },
+    GaveUp {
+        /// Name of the role.
+        role: &'static str,
+        /// How often it was restarted.
+        restarts: u32,
+        /// Why it stopped last.
+        reason: String,
+    },
+    /// A device that cannot be used.
     #[error("placement `{given}`: {reason}")]
-    Placement { given: String, reason: String },
+    Placement {
+        /// The device as it was named.
+        given: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The reward failed.
     #[error("the reward {0}")]
     Reward(#[from] crate::RewardError),
+    /// The buffer cannot hold another group.
     #[error("the buffer holds {held} rollouts and may hold {max}; take some, or raise `buffer.rollouts_max`")]
-    BufferFull { held: usize, max: usize },
+    BufferFull {
+        /// Rollouts that it holds.
+        held: usize,
+        /// Rollouts that it may hold.
+        max: usize,
+    },
+    /// A loss or gradient is not a finite number. Nothing was changed.
     #[error("the update's {what} is {value}; nothing was changed, and the batch and the last good checkpoint are kept")]
-    NotFinite { what: &'static str, value: f64 },
+    NotFinite {
+        /// What is not finite.
+        what: &'static str,
+        /// Its value.
+        value: f64,
+    },
+    /// The data of a training step contradict each other.
     #[error("the data of the training step is inconsistent: {0}")]
     Data(String),
+    /// A checkpoint does not fit the models.
     #[error("checkpoint: {0}")]
     Checkpoint(String),
+    /// The job was asked to stop.
     #[error("cancelled")]
     Cancelled,
+    /// A model failed.
     #[error(transparent)]
     Model(rehearsal_lm::Error),
+    /// An objective or the optimizer failed.
     #[error(transparent)]
     Learn(#[from] rehearsal_learn::Error),
+    /// The store failed.
     #[error(transparent)]
     Store(#[from] rehearsal_store::Error),
+    /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }

@@ -5,6 +5,26 @@
 //! panic ends a role, and the director then restarts it.
 //!
 //! A training step minimizes an [`Objective`], which may be one of this crate's or the caller's own.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use std::time::Duration;
+//!
+//! use rehearsal_actors::{Director, RewardFn, Sample};
+//! use tokio::sync::mpsc;
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let (events, _restarts) = mpsc::unbounded_channel();
+//! let director = Director::start(3, Duration::from_secs(60), events).await?;
+//! let brief = RewardFn::new("brief", |s: &Sample| Ok::<_, String>(-(s.completion.len() as f64)));
+//! let reward = director.reward(Arc::new(brief)).await?;
+//! let judged = reward.score(vec![Sample { completion: "Yes.".into(), ..Sample::default() }]).await?;
+//! assert_eq!(judged[0].score, -4.0);
+//! director.stop().await;
+//! # Ok(())
+//! # }
+//! ```
 
 mod archivist;
 mod buffer;
@@ -48,7 +68,9 @@ use std::sync::Arc;
 /// Token ids of a prompt and a completion. Clones share them.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Tokens {
+    /// Token ids of the prompt.
     pub prompt: Arc<Vec<u32>>,
+    /// Token ids of the completion.
     pub completion: Arc<Vec<u32>>,
 }
 

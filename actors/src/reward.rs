@@ -66,16 +66,52 @@ impl From<f64> for Judged {
 /// Why a reward returned no scores.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum RewardError {
+    /// A completion could not be scored.
     #[error("`{name}` failed on row {row}: {reason}")]
-    Failed { name: String, row: u64, reason: String },
+    Failed {
+        /// Name of the reward.
+        name: String,
+        /// Row of the prompt in its file, from 0.
+        row: u64,
+        /// What failed.
+        reason: String,
+    },
+    /// A score is not a finite number.
     #[error("`{name}` returned {score} for row {row}; a score must be a finite number")]
-    NotFinite { name: String, row: u64, score: f64 },
+    NotFinite {
+        /// Name of the reward.
+        name: String,
+        /// Row of the prompt in its file, from 0.
+        row: u64,
+        /// The score.
+        score: f64,
+    },
+    /// A judge may not be asked again.
     #[error("`{name}` has used up its budget ({spent}); raise `{key}` and resume the job")]
-    Budget { name: String, spent: String, key: &'static str },
+    Budget {
+        /// Name of the judge.
+        name: String,
+        /// What was spent, with its unit.
+        spent: String,
+        /// Key that limits it.
+        key: &'static str,
+    },
+    /// The job was asked to stop.
     #[error("the job was stopped while `{name}` was computing scores")]
-    Stopped { name: String },
+    Stopped {
+        /// Name of the reward.
+        name: String,
+    },
+    /// The number of scores is not that of the completions.
     #[error("`{name}` returned {found} scores for {wanted} completions; it must return one for each")]
-    Count { name: String, found: usize, wanted: usize },
+    Count {
+        /// Name of the reward.
+        name: String,
+        /// Number of scores.
+        found: usize,
+        /// Number of completions.
+        wanted: usize,
+    },
 }
 
 /// A source of scores for completions: rules, trained reward models, judges, people, a closure.

@@ -89,7 +89,9 @@ impl RewardModel {
 
 /// An ensemble of reward models as one reward.
 pub struct RewardModels {
+    /// Models whose scores are combined.
     pub members: Vec<RewardModel>,
+    /// How scores are combined.
     pub ensemble: Ensemble,
     /// Scores are clipped to `[-clip, clip]`.
     pub clip: Option<f64>,

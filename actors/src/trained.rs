@@ -23,7 +23,9 @@ use crate::{Devices, Error, MaskedSequence, ModelSnapshot, Objective, Placement,
 /// Settings of a trained model, constant during a job.
 #[derive(Debug, Clone)]
 pub struct TrainedConfig {
+    /// Device of the role.
     pub placement: Placement,
+    /// Settings of the optimizer.
     pub optimizer: AdamWConfig,
     /// Gradients are scaled down to this global norm if theirs is larger; `None` never scales.
     pub max_grad_norm: Option<f64>,
@@ -42,6 +44,7 @@ pub struct TrainedConfig {
 /// What adapters are initialized from.
 #[derive(Debug, Clone)]
 pub struct LoraInit {
+    /// Rank, scale and layers of the adapters.
     pub config: LoraConfig,
     /// Directory of adapters in PEFT's format; `None` for new adapters by `config`.
     pub adapter: Option<PathBuf>,
@@ -64,6 +67,7 @@ impl LoraInit {
 pub struct UpdateBatch {
     /// The loss and its data.
     pub objective: Arc<dyn Objective>,
+    /// Learning rate of the step.
     pub learning_rate: f64,
     /// Temperature of log-probabilities, above 0: the one that completions were sampled at, or 1.
     pub temperature: f64,
@@ -76,11 +80,13 @@ pub struct StepReport {
     pub version: u64,
     /// Tokens that went through forward and backward passes.
     pub tokens: usize,
+    /// Loss of the batch.
     pub loss: f64,
     /// Global norm of the gradients before clipping.
     pub grad_norm: f64,
     /// Means of the objective's statistics.
     pub stats: Stats,
+    /// Wall time by phase.
     pub times: StepTimes,
 }
 

@@ -8,6 +8,7 @@ use crate::team::{chunk, for_each_chunk, share};
 /// Activation of an MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
+    /// SiLU: `x · σ(x)`.
     Silu,
     /// GELU by its tanh approximation (`gelu_new`, `gelu_pytorch_tanh`).
     GeluTanh,

@@ -12,7 +12,9 @@ const ROWS: usize = 2048;
 /// The token whose log-probability is computed for each row, and the sampling temperature.
 #[derive(Clone, Copy)]
 pub struct Targets<'a> {
+    /// One token for each row.
     pub tokens: &'a [u32],
+    /// Sampling temperature that logits are divided by; above 0.
     pub temperature: f32,
     /// Logits are softcapped to `cap * tanh(logit / cap)` before the temperature is applied.
     pub softcap: Option<f32>,
@@ -123,7 +125,9 @@ per_isa! {
 
 /// Inputs of [`backward`].
 pub struct Saved<'a> {
+    /// Hidden states of the forward pass, `[rows, hidden]`.
     pub hidden: &'a [f32],
+    /// Log-sum-exp of each row's logits, as the forward pass wrote it.
     pub lse: &'a [LogSum],
     /// Gradient of each log-probability.
     pub grad: &'a [f32],

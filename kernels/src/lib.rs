@@ -14,6 +14,16 @@
 //! A fused multiply-add rounds once everywhere, so AVX2, AVX-512, NEON and the portable code agree bit for bit.
 //!
 //! Parallel loops of the CPU kernels are split by [`team`] alone.
+//!
+//! ```
+//! use rehearsal_kernels::gemm::{Packed, Precision, View, gemm};
+//!
+//! // [2, 3] times [3, 1], packed once and used any number of times.
+//! let b = Packed::new(View::new(&[1.0f32, 10.0, 100.0], 3, 1), Precision::F32);
+//! let mut c = [0.0; 2];
+//! gemm(View::new(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], 2, 3), &b, &mut c, false);
+//! assert_eq!(c, [321.0, 654.0]);
+//! ```
 
 pub mod activation;
 pub mod attention;

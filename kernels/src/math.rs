@@ -220,7 +220,9 @@ const EXACT_BELOW: f32 = 1024.0;
 /// `low` is 0 where `high` is below 1,024 in size, as in all but extreme models.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct LogSum {
+    /// The sum, rounded.
     pub high: f32,
+    /// What rounding took away.
     pub low: f32,
 }
 

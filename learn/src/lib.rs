@@ -4,6 +4,31 @@
 //! loss and its statistics; they know no device and draw no random numbers. The [optimizer](adamw) alone runs device
 //! code, on the CPU or a [GPU backend](rehearsal_kernels::gpu), and rounds 8- and 16-bit moments stochastically, by random
 //! bits that are a function of the step and the element's index.
+//!
+//! ```
+//! use candle_core::{Device, Tensor};
+//! use rehearsal_learn::{PreferenceConfig, PreferenceLogprobs, preference_loss};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // One pair: log-probabilities of its completions under policy and reference, `[pairs]`.
+//! let pair = |x: f64| Tensor::new(&[x], &Device::Cpu);
+//! let loss = preference_loss(
+//!     &PreferenceLogprobs {
+//!         policy_chosen: &pair(-8.0)?,
+//!         policy_rejected: &pair(-13.0)?,
+//!         ref_chosen: &pair(-10.0)?,
+//!         ref_rejected: &pair(-12.0)?,
+//!         chosen_tokens: &pair(20.0)?,
+//!         rejected_tokens: &pair(25.0)?,
+//!         score_gap: None,
+//!     },
+//!     &PreferenceConfig { beta: 0.1, ..PreferenceConfig::default() },
+//! )?;
+//! // β ((-8 + 10) - (-13 + 12))
+//! assert!((loss.margins()?.to_vec1::<f64>()?[0] - 0.3).abs() < 1e-12);
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod adamw;
 pub mod ema;
@@ -39,20 +64,42 @@ pub struct BatchTotals {
 /// Errors of objectives, evaluation and the optimizer.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// A setting is out of its range.
     #[error("`{name}` = {value} must be {range}")]
-    OutOfRange { name: &'static str, value: f64, range: &'static str },
+    OutOfRange {
+        /// Name of the setting.
+        name: &'static str,
+        /// Its value.
+        value: f64,
+        /// Its range, in words.
+        range: &'static str,
+    },
+    /// A trained parameter has no gradient.
     #[error("parameter `{0}` has no gradient; every trained parameter must be part of the loss")]
     NoGradient(String),
+    /// A gradient belongs to no trained parameter.
     #[error("gradient `{0}` belongs to no trained parameter; pass the gradients of the optimiser's own variables")]
     StrayGradient(String),
+    /// Games that cannot be rated.
     #[error("ratings: {0}")]
     Ratings(String),
+    /// An input that the loss needs is not there.
     #[error("the loss needs {0}")]
     Missing(&'static str),
+    /// Optimizer state of other parameters or of another type.
     #[error("optimizer state does not fit: {0}")]
     Moments(String),
+    /// A slice has the wrong length.
     #[error("{what}: {wanted} values are needed, but there are {found}")]
-    Length { what: &'static str, found: usize, wanted: usize },
+    Length {
+        /// Which slice.
+        what: &'static str,
+        /// Its length.
+        found: usize,
+        /// Length that is needed.
+        wanted: usize,
+    },
+    /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }

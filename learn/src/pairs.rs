@@ -13,7 +13,9 @@ pub enum TieRule {
 /// A preference pair: indices into the completions of one prompt.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Pair {
+    /// Index of the chosen completion.
     pub chosen: usize,
+    /// Index of the rejected completion.
     pub rejected: usize,
     /// Score of the chosen minus score of the rejected.
     pub margin: f64,

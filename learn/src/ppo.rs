@@ -25,7 +25,9 @@ pub enum ScorePlacement {
 pub struct TokenRewards {
     /// Coefficient β of the KL penalty.
     pub kl_coef: f64,
+    /// Estimator of the KL divergence of each token.
     pub estimator: KlEstimator,
+    /// Token that receives the score.
     pub placement: ScorePlacement,
     /// Scores are clipped to plus or minus this.
     pub score_clip: Option<f64>,
@@ -130,7 +132,9 @@ pub struct PolicyLossConfig {
     pub dual_clip: Option<f64>,
     /// Log-ratios are clamped to plus or minus this before they are exponentiated.
     pub log_ratio_clamp: Option<f64>,
+    /// How token losses are averaged.
     pub aggregation: Aggregation,
+    /// What an importance ratio is of.
     pub level: RatioLevel,
     /// KL to the reference as a term of the loss: estimator and coefficient.
     pub kl: Option<(KlEstimator, f64)>,
@@ -174,9 +178,11 @@ impl PolicyLossConfig {
 
 /// Inputs of [`policy_loss`], each `[tokens]`.
 pub struct PolicyTokens<'a> {
+    /// Log-probabilities under the policy that is trained.
     pub logprobs: &'a Tensor,
     /// Log-probabilities before the update, computed by the trainer, without top-k, top-p and min-p.
     pub old_logprobs: &'a Tensor,
+    /// Advantages.
     pub advantages: &'a Tensor,
     /// Needed for the KL term.
     pub ref_logprobs: Option<&'a Tensor>,
@@ -188,6 +194,7 @@ pub struct PolicyTokens<'a> {
 
 /// A micro-batch's share of the policy loss, and statistics summed over its tokens.
 pub struct PolicyLoss {
+    /// Share of the loss, a scalar to differentiate.
     pub loss: Tensor,
     /// Number of tokens whose clipped loss is the larger one.
     pub clipped: f64,
@@ -278,6 +285,7 @@ fn owners(spans: &[usize], like: &Tensor) -> Result<Tensor> {
 
 /// A micro-batch's share of the value loss.
 pub struct ValueLoss {
+    /// Share of the loss, a scalar to differentiate.
     pub loss: Tensor,
     /// Number of tokens whose clipped error is the larger one.
     pub clipped: f64,

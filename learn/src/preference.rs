@@ -36,15 +36,22 @@ pub enum PreferenceKind {
     /// APO-down (D'Oosterlinck et al. 2024): `σ(βa) + 1 - σ(h)`; lowers both, the chosen less.
     ApoDown,
     /// SimPO (Meng et al. 2024, eq. 6), without a reference: `-log σ(β(l_w/n_w - l_l/n_l) - γ)`.
-    SimPo { gamma: f64 },
+    SimPo {
+        /// Target margin γ; 0 or more.
+        gamma: f64,
+    },
     /// SLiC's hinge as RSO writes it (eq. 9), without a reference: `relu(1 - β(l_w - l_l))`.
     SlicHinge,
     /// SLiC-HF's calibration (Zhao et al. 2023, eq. 3), without a reference: `relu(δ - l_w + l_l)`; its regulariser is
     /// an [`SftTerm`] with [`NllReduction::SequenceSum`]. β is not used.
-    Slic { delta: f64 },
+    Slic {
+        /// Margin δ; 0 or more.
+        delta: f64,
+    },
     /// Reward-aware RPO (Nemotron-4, Adler et al. 2024, §3.3.3; Sun et al. 2025): the distance of `h` from the reward
     /// gap `Δ = η (r*_w - r*_l)` of a reward model.
     RewardAware {
+        /// Distance of `h` from `Δ`.
         distance: RewardDistance,
         /// Scale η of the rewards.
         eta: f64,
@@ -70,12 +77,14 @@ pub enum RewardDistance {
 pub struct SftTerm {
     /// α; 0 or more.
     pub weight: f64,
+    /// How the negative log-likelihood is averaged.
     pub reduction: NllReduction,
 }
 
 /// A preference loss and its settings.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PreferenceConfig {
+    /// Formula of the loss.
     pub kind: PreferenceKind,
     /// Strength of the regularisation to the reference (β; τ for IPO). Above 0.
     pub beta: f64,
@@ -133,12 +142,17 @@ impl PreferenceConfig {
 /// Inputs of [`preference_loss`], each `[pairs]`: log-probabilities summed over completion tokens, and lengths in
 /// tokens.
 pub struct PreferenceLogprobs<'a> {
+    /// Of the chosen completions under the policy.
     pub policy_chosen: &'a Tensor,
+    /// Of the rejected completions under the policy.
     pub policy_rejected: &'a Tensor,
     /// Not read by losses without a reference.
     pub ref_chosen: &'a Tensor,
+    /// Of the rejected completions under the reference. Not read by losses without a reference.
     pub ref_rejected: &'a Tensor,
+    /// Lengths of the chosen completions.
     pub chosen_tokens: &'a Tensor,
+    /// Lengths of the rejected completions.
     pub rejected_tokens: &'a Tensor,
     /// Score of the chosen minus score of the rejected, for [`PreferenceKind::RewardAware`].
     pub score_gap: Option<&'a Tensor>,
@@ -146,6 +160,7 @@ pub struct PreferenceLogprobs<'a> {
 
 /// Loss and implicit rewards of each pair, each `[pairs]`.
 pub struct PreferenceLoss {
+    /// Loss to differentiate.
     pub losses: Tensor,
     /// Implicit rewards of the chosen completions, detached: `β a`, or `β l_w` without a reference.
     pub chosen_rewards: Tensor,

@@ -85,6 +85,7 @@ pub fn kwise(rewards: &Tensor, ranks: &[u32], count: PairCount) -> Result<Option
 /// and, with `scale`, standard deviation 1 (OpenRLHF).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Normalisation {
+    /// Mean of the scores of demonstrations.
     pub mean: f64,
     /// Unbiased standard deviation; 1 without scaling.
     pub std: f64,

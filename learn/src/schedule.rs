@@ -11,12 +11,16 @@ pub enum ScheduleKind {
     /// Linear decay to 0 at the last step.
     Linear,
     /// Cosine decay to `floor` times the peak at the last step.
-    Cosine { floor: f64 },
+    Cosine {
+        /// Last learning rate as a share of the peak, from 0 to 1.
+        floor: f64,
+    },
 }
 
 /// A learning rate as a function of the step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Schedule {
+    /// Shape of the schedule after warm-up.
     pub kind: ScheduleKind,
     /// Highest learning rate.
     pub peak: f64,

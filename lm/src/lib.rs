@@ -1,6 +1,32 @@
 //! Language models: loading and saving, forward and backward passes, LoRA, generation, tokenisation.
 //!
 //! This crate knows no objective, actor, store, clock or log.
+//!
+//! ```no_run
+//! use candle_core::{DType, Device};
+//! use rehearsal_lm::generate::{Generator, Options, Request, Sampling, completion_text};
+//! use rehearsal_lm::{Checkpoint, Message};
+//!
+//! # fn main() -> rehearsal_lm::Result<()> {
+//! let checkpoint = Checkpoint::open("SmolLM2-135M-Instruct".as_ref())?;
+//! let prompt = checkpoint.text.encode_chat(&[Message::user("What does the fox do?")])?.into();
+//! let options = Options {
+//!     sampling: Sampling { temperature: 0.7, ..Sampling::default() },
+//!     max_new_tokens: 64,
+//!     min_new_tokens: 0,
+//!     eos: checkpoint.architecture.eos.clone(),
+//!     stop: Vec::new(),
+//!     seed: 0,
+//!     batch: 1,
+//! };
+//! let decoder = checkpoint.frozen(&Device::Cpu, DType::F32)?;
+//! let mut tokens = Vec::new();
+//! let requests = vec![Request { id: 0, prompt }];
+//! Generator::new(&decoder)?.generate(requests, &options, None, &|| false, &mut |c| tokens = c.tokens)?;
+//! println!("{}", completion_text(&checkpoint.text, &tokens, &[])?);
+//! # Ok(())
+//! # }
+//! ```
 
 mod cpu;
 pub mod error;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use rehearsal_actors::{ArchivistHandle, PolicyHandle};
-use rehearsal_lm::Checkpoint;
+use rehearsal_lm::Text;
 use rehearsal_lm::generate::{Request as Prompt, completion_text};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -20,8 +20,10 @@ pub(crate) struct Live {
     pub archivist: ArchivistHandle,
     /// `None` where a reward model is trained.
     pub policy: Option<PolicyHandle>,
-    /// The start of the trained model, for its tokenizer and special tokens.
-    pub model: Arc<Checkpoint>,
+    /// Tokenizer and chat template of the trained model.
+    pub text: Arc<Text>,
+    /// Its end-of-sequence tokens.
+    pub eos: Arc<[u32]>,
     pub commands: mpsc::UnboundedSender<Command>,
     pub status: watch::Receiver<JobStatus>,
 }
@@ -76,15 +78,15 @@ impl Live {
 
     async fn generate(&self, request: Generate) -> Result<Generated> {
         let policy = self.policy.as_ref().ok_or(Error::NoPolicy)?;
-        let options = request.options(&self.model.architecture.eos)?;
-        let prompt = Prompt { id: 0, prompt: self.model.text.encode_chat(&request.messages)?.into() };
+        let options = request.options(&self.eos)?;
+        let prompt = Prompt { id: 0, prompt: self.text.encode_chat(&request.messages)?.into() };
         let (sender, mut receiver) = mpsc::unbounded_channel();
         let cancel = CancellationToken::new();
         // Dropped if the caller gives up, which ends the generation.
         let _guard = cancel.clone().drop_guard();
         let version = policy.generate(vec![prompt], options, 0, sender, cancel).await?;
         let completion = receiver.recv().await.ok_or(Error::Ended)?;
-        let text = completion_text(&self.model.text, &completion.tokens, &[])?;
+        let text = completion_text(&self.text, &completion.tokens, &[])?;
         Ok(Generated::new(text, completion.tokens.len(), completion.finish, version))
     }
 }

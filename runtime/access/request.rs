@@ -125,6 +125,7 @@ impl Generated {
 /// steps before it.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Rollouts {
+    /// The completions, as tokens.
     pub completions: Vec<RolloutRecord>,
     /// Scores of some or all of them.
     pub scores: Vec<ScoreRecord>,
@@ -143,9 +144,12 @@ pub struct Verified {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum WeightType {
+    /// 32-bit floating point.
     #[default]
     F32,
+    /// IEEE 16-bit floating point.
     F16,
+    /// bfloat16.
     Bf16,
 }
 

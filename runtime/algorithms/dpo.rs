@@ -21,7 +21,9 @@ use crate::summary::{Evaluation, Seconds};
 /// Settings of `dpo`: `[data]`, `[prompts]`, `[loss]`.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Dpo {
+    /// Sections of every offline algorithm.
     pub offline: OfflineSettings,
+    /// Loss and β: `[loss]`.
     pub loss: LossSettings,
 }
 

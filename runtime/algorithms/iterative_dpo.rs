@@ -13,6 +13,7 @@ use crate::settings::Common;
 /// Settings of `iterative_dpo`: `[prompts]`, `[rollout]`, `[loss]`, `[update]`.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct IterativeDpo {
+    /// Sections of every algorithm that learns in rounds.
     pub rounds: RoundSettings,
 }
 

@@ -22,7 +22,9 @@ use crate::summary::{Evaluation, Seconds};
 /// Settings of `online_dpo`: `[prompts]`, `[rollout]`, `[loss]`.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct OnlineDpo {
+    /// Sections of every online algorithm.
     pub online: OnlineSettings,
+    /// Loss and β: `[loss]`.
     pub loss: LossSettings,
 }
 

@@ -16,6 +16,7 @@ use crate::metrics::{self, Metric};
 /// An algorithm by its name in configurations.
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {
+    /// Value of `job.algorithm`.
     pub name: &'static str,
     /// Its default settings.
     pub settings: fn() -> Box<dyn AlgorithmSettings>,

@@ -32,16 +32,20 @@ pub enum Normalise {
     Mean,
     /// To a mean of 0 and a standard deviation of 1.
     MeanAndScale,
+    /// Not at all.
     No,
 }
 
 /// Settings of `reward_model`: `[data]`, `[prompts]`, `[reward_model]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RewardModel {
+    /// Sections of every offline algorithm.
     pub offline: OfflineSettings,
     /// Weight of the mean square of a pair's summed rewards; 0 or more.
     pub centering: f64,
+    /// How the pairs of a ranking are weighted.
     pub count: PairCount,
+    /// How the trained model's scores are normalised.
     pub normalise: Normalise,
     /// Demonstrations whose mean score is normalised to 0.
     pub demonstrations: Option<PathBuf>,

@@ -15,6 +15,7 @@ use crate::settings::Common;
 /// Settings of `rso`: `[prompts]`, `[rollout]`, `[loss]`, `[update]`, `[rso]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rso {
+    /// Sections of every algorithm that learns in rounds.
     pub rounds: RoundSettings,
     /// Candidates of a prompt that rejection sampling keeps.
     pub keep: usize,

@@ -20,7 +20,9 @@ use crate::summary::{Evaluation, Seconds};
 /// Settings of `sft`: `[data]`, `[prompts]`, `[sft]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sft {
+    /// Sections of every offline algorithm.
     pub offline: OfflineSettings,
+    /// How the negative log-likelihood is averaged.
     pub reduction: NllReduction,
 }
 

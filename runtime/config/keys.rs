@@ -31,26 +31,38 @@ pub enum Effect {
 /// What a key holds.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Kind {
+    /// A floating-point number in a range.
     Number(Range),
+    /// A whole number in a range.
     Integer(Range),
+    /// `true` or `false`.
     Flag,
+    /// A text.
     Text,
+    /// One of these words.
     Choice(Vec<&'static str>),
+    /// A list of texts.
     Texts,
+    /// A list of numbers.
     Numbers,
 }
 
 /// A key as a visit found it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Key {
+    /// Section that it is in.
     pub section: &'static str,
+    /// Name within the section.
     pub name: &'static str,
+    /// What it holds.
     pub kind: Kind,
     /// The default as the reference shows it.
     pub default: String,
     /// The values that may be given, in words.
     pub values: String,
+    /// What the key does, as Markdown.
     pub help: &'static str,
+    /// Whether it may differ when a job is resumed.
     pub effect: Effect,
     /// The value as TOML; `None` where a key without a default has none.
     pub value: Option<String>,
@@ -63,7 +75,9 @@ pub struct Keys {
     /// Folder that paths in the document are relative to.
     pub(super) base: PathBuf,
     pub(super) earlier: Earlier,
+    /// Problems that were found so far.
     pub problems: Vec<Problem>,
+    /// Keys in the order of the visit.
     pub all: Vec<Key>,
 }
 

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 pub struct Problem {
     /// Line in the file, from 1; 0 where there is none.
     pub line: usize,
+    /// What is wrong and what to do, as Markdown.
     pub message: String,
 }
 
@@ -16,6 +17,7 @@ pub struct Problem {
 pub struct ConfigError {
     /// The file, or a description of where the configuration comes from.
     pub file: PathBuf,
+    /// Sorted by line, without repetitions.
     pub problems: Vec<Problem>,
 }
 

@@ -21,7 +21,9 @@ const HELD_OUT_EVERY: usize = 10;
 /// Training rows and held-out rows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rows<T> {
+    /// Rows to train on.
     pub train: Vec<T>,
+    /// Rows for evaluation.
     pub held_out: Vec<T>,
 }
 

@@ -11,7 +11,9 @@ use super::tokenize::RowTokenizer;
 /// A tokenised preference pair.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PairRow {
+    /// Prompt and chosen completion.
     pub chosen: Tokens,
+    /// Prompt and rejected completion.
     pub rejected: Tokens,
     /// `score_chosen - score_rejected`, or `margin`.
     pub score_gap: Option<f64>,

@@ -19,11 +19,13 @@ use crate::settings::EvaluationSettings;
 pub struct PromptRow {
     /// Row in its file, from 0.
     pub row: u64,
+    /// The prompt as it is in the file.
     pub prompt: Prompt,
     /// Text for scorers: the only message, or `role: content` of each turn.
     pub text: String,
     /// Messages that the chat template rendered; empty for a plain text.
     pub messages: Arc<Vec<Message>>,
+    /// Token ids that the policy continues.
     pub tokens: Arc<Vec<u32>>,
     /// Reference answer, if the row has one.
     pub answer: Option<String>,
@@ -32,7 +34,9 @@ pub struct PromptRow {
 /// Prompts of a job, and the numbers of those left out.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Prompts {
+    /// Prompts to train on.
     pub train: Vec<PromptRow>,
+    /// Prompts for evaluation.
     pub held_out: Vec<PromptRow>,
     /// Malformed rows left out.
     pub bad_lines: u64,

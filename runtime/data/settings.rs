@@ -29,13 +29,17 @@ pub enum OnLong {
 /// `[data]`: the rows of an offline algorithm.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DataSettings {
+    /// Files and directories of ledgers, in this order.
     pub train: Vec<PathBuf>,
+    /// Rows for evaluation; `None` holds out every tenth row of `train`.
     pub held_out: Option<PathBuf>,
     /// Rows of an optimizer step.
     pub batch_size: usize,
     /// Passes over the data; 0 leaves it to `job.steps`.
     pub epochs: f64,
+    /// What becomes of a row that cannot be used.
     pub on_bad_row: OnBad,
+    /// What becomes of a row with more than `tokens_max` tokens.
     pub on_long: OnLong,
     /// Tokens of a sequence at most; 0 for the model's context.
     pub tokens_max: usize,
@@ -106,6 +110,7 @@ impl Settings for DataSettings {
 pub struct PromptsSettings {
     /// Rows with a column `prompt`, a text or a conversation; `None` takes the embedded prompts.
     pub train: Option<PathBuf>,
+    /// Prompts for evaluation; `None` holds out the last prompts of `train`.
     pub held_out: Option<PathBuf>,
     /// Column with a reference answer, for scorers that compare.
     pub answer_column: String,
@@ -113,7 +118,9 @@ pub struct PromptsSettings {
     pub system: Option<String>,
     /// Prompts are rendered by the model's chat template.
     pub chat: bool,
+    /// What becomes of a line that cannot be used.
     pub on_bad_line: OnBad,
+    /// What becomes of a prompt with more than `tokens_max` tokens.
     pub on_long: OnBad,
     /// Tokens of a prompt at most; 0 for what the context leaves.
     pub tokens_max: usize,

@@ -15,6 +15,7 @@ use crate::settings::Common;
 
 /// Reads models, data and sources of rewards. Nothing is written before all of it has succeeded.
 pub struct Loader<'a> {
+    /// The sections that every job has.
     pub common: &'a Common,
     rewards: &'a [Box<dyn RewardSource>],
     models: ModelCache,
@@ -30,6 +31,7 @@ pub struct Loaded {
     pub rewards: Vec<Box<dyn LoadedReward>>,
     /// Rows or prompts to train on.
     pub rows: usize,
+    /// Rows that were left out, by reason.
     pub dropped: Dropped,
     /// Steps of the job, where it counts epochs.
     pub steps: Option<u64>,

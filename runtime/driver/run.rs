@@ -29,9 +29,11 @@ use crate::summary::Evaluation;
 
 /// A running job.
 pub struct Run {
+    /// The sections that every job has.
     pub common: Common,
     /// Name of the algorithm.
     pub algorithm: &'static str,
+    /// The state that checkpoints hold.
     pub state: JobState,
     /// The model that is trained, as it was at the start.
     pub model: Arc<Checkpoint>,

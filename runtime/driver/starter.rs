@@ -14,6 +14,7 @@ use crate::settings::Common;
 
 /// Starts roles and notes them for the driver, which checkpoints, restores and watches them.
 pub struct Starter<'a> {
+    /// The sections that every job has.
     pub common: &'a Common,
     pub(super) roles: &'a mut Roles,
     pub(super) devices: Devices,

@@ -15,7 +15,9 @@ pub struct JobState {
     pub step: u64,
     /// Prompts or rows drawn.
     pub cursor: u64,
+    /// Counts since the job began.
     pub counters: Counters,
+    /// Evaluations, in the order of steps.
     pub evaluations: Vec<Evaluation>,
     /// Coefficient of PPO's KL penalty, once it has adapted.
     pub kl_coef: Option<f64>,

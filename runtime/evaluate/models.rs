@@ -31,12 +31,19 @@ pub struct CompareOptions {
 /// Completions and scores of one prompt.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PromptResult {
+    /// Text of the last message.
     pub prompt: String,
+    /// Completion of the first model.
     pub first: String,
+    /// Completion of the second model.
     pub second: String,
+    /// Score of the first completion.
     pub first_score: f64,
+    /// Score of the second completion.
     pub second_score: f64,
+    /// Tokens of the first completion.
     pub first_tokens: usize,
+    /// Tokens of the second completion.
     pub second_tokens: usize,
     /// The reward's reason for the first score.
     pub reason: String,
@@ -51,20 +58,25 @@ pub struct ModelReport {
     pub prompts: usize,
     /// Share of prompts.
     pub win: f64,
+    /// Share of prompts whose scores differ by at most `tie`.
     pub tie: f64,
+    /// Share of prompts on which the second model's score is higher.
     pub loss: f64,
     /// Wins plus half the ties.
     pub win_rate: f64,
     /// Bootstrap confidence interval of `win_rate`.
     pub interval: (f64, f64),
+    /// Confidence level of `interval`, from 0 to 1.
     pub confidence: f64,
     /// Win rate at equal lengths; `None` if lengths never differ.
     pub length_controlled: Option<f64>,
     /// Mean length of the first model's completions; likewise below.
     pub first_tokens: f64,
+    /// Mean length of the second model's completions, in tokens.
     pub second_tokens: f64,
     /// Mean score.
     pub first_score: f64,
+    /// Mean score of the second model's completions.
     pub second_score: f64,
     /// One entry for each prompt.
     pub results: Vec<PromptResult>,

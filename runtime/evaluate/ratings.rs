@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 /// Ratings by model name.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct RatingReport {
+    /// Number of games.
     pub games: usize,
     /// Bradley–Terry strengths on Elo's scale, with mean 1000; independent of the order of the games.
     pub bradley_terry: BTreeMap<String, f64>,

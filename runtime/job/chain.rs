@@ -16,6 +16,18 @@ use crate::error::{At, Error, Result};
 use crate::events::Outcome;
 
 /// The stages of a file: one, for a file without `[[stage]]`.
+///
+/// ```no_run
+/// # async fn f() -> rehearsal::Result<()> {
+/// use rehearsal::Chain;
+///
+/// let chain = Chain::load("examples/instructgpt.toml".as_ref())?;
+/// let show = &mut |job: &rehearsal::Job| println!("stage {}", job.directory().display());
+/// let outcome = chain.run(false, Default::default(), show).await?;
+/// println!("{} of {} steps of the last stage", outcome.step, outcome.steps);
+/// # Ok(())
+/// # }
+/// ```
 pub struct Chain {
     stages: Vec<Config>,
     source: String,

@@ -384,7 +384,9 @@ impl Job {
         };
         let (mut run, algorithm) = start(setup, algorithm).await?;
         run.restore().await?;
-        let live = Live { archivist, policy: run.policy(), model: run.model.clone(), commands, status };
+        // A handle outlives its job, and must not hold the model.
+        let (text, eos) = (Arc::new(run.model.text.clone()), run.model.architecture.eos.as_slice().into());
+        let live = Live { archivist, policy: run.policy(), text, eos, commands, status };
         #[cfg(unix)]
         let socket = match access::serve(live.clone(), &run.common.job.directory).await {
             Ok(server) => Some(server),

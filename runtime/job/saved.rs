@@ -44,7 +44,12 @@ impl Kept {
 
     /// Keeps it in the directory of a job that has begun: with the arithmetic that the job was begun with.
     pub fn save_again(&self, directory: &Path) -> Result<()> {
-        let results = Self::of(directory)?.origin.results;
+        let results = match Self::of(directory) {
+            Ok(known) => known.origin.results,
+            // Somebody removed the copy; the store still says what the job is.
+            Err(Error::NothingToResume(_)) => self.origin.results,
+            Err(e) => return Err(e),
+        };
         let origin = Origin { results, ..self.origin.clone() };
         Self { origin, source: self.source.clone() }.save(directory)
     }

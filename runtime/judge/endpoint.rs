@@ -5,6 +5,7 @@ use std::time::Duration;
 /// A server and the limits of requests to it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Endpoint {
+    /// URL with `http://` or `https://`.
     pub url: String,
     /// Environment variable that holds a bearer token. The token is never logged or stored.
     pub token_env: Option<String>,
@@ -28,6 +29,7 @@ pub struct ApiSettings {
     pub model: String,
     /// Longest reply, in tokens.
     pub tokens_max: usize,
+    /// What requests cost.
     pub prices: Prices,
     /// Request a JSON object by schema (structured outputs) instead of text.
     pub structured: bool,

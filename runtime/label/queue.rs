@@ -16,7 +16,9 @@ pub const COMPLETIONS_MAX: usize = 12;
 /// A prompt with two or more completions to rank, or with none, for which a labeller writes a demonstration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Item {
+    /// What was asked.
     pub prompt: Prompt,
+    /// Texts to rank, at most [`COMPLETIONS_MAX`]; empty if one is to be written.
     pub completions: Vec<String>,
 }
 
@@ -35,7 +37,9 @@ pub enum LabelValue {
 /// One labeller's label of an item.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Label {
+    /// Name of the labeller.
     pub labeller: String,
+    /// The judgement.
     #[serde(rename = "word")]
     pub value: LabelValue,
     /// Display order: index of the completion that was shown as A, as B, and so on.
@@ -74,6 +78,7 @@ struct Entry {
 /// Counts of a queue, as the page shows them.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LabelProgress {
+    /// Number of items.
     pub items: usize,
     /// Items that have all labels they need.
     pub done: usize,
@@ -81,6 +86,7 @@ pub struct LabelProgress {
     pub labellers: BTreeMap<String, usize>,
     /// Number of skips by all labellers.
     pub skipped: usize,
+    /// Agreement of the labellers.
     pub agreement: Agreement,
 }
 

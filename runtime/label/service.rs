@@ -15,7 +15,9 @@ const NAME_MAX: usize = 40;
 /// An item as the page shows it to one labeller.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ShownItem {
+    /// Id of the item in the queue.
     pub id: ItemId,
+    /// What was asked.
     pub prompt: Prompt,
     /// Completions in display order, each with its index in the item.
     pub completions: Vec<(u32, String)>,

@@ -16,7 +16,9 @@ use crate::transformers::BertEncoder;
 /// `[encoder]`
 #[derive(Debug, Clone, PartialEq)]
 pub struct EncoderSource {
+    /// Hugging Face directory of a BERT; `None` for no encoder.
     pub model: Option<PathBuf>,
+    /// Weight of its score beside other sources.
     pub weight: f64,
 }
 

@@ -11,11 +11,15 @@ use crate::judge::Endpoint;
 pub struct EndpointSettings {
     /// Without one there is no server.
     pub url: Option<String>,
+    /// Environment variable with a bearer token.
     pub token_env: Option<String>,
+    /// Time limit of one request.
     pub timeout: Duration,
+    /// Attempts after the first.
     pub retries: u32,
     /// Go on trying after the last retry.
     pub wait: bool,
+    /// Requests in flight at a time.
     pub concurrency: usize,
 }
 

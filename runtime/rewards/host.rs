@@ -1,12 +1,13 @@
 //! A program's own scorer: one sample at a time, async, with a deadline, attempts, and a rule for what fails.
 
-use std::panic::AssertUnwindSafe;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{FutureExt, StreamExt, stream};
 use rehearsal_actors::{Judged, Reward, RewardError, Sample};
 use tokio::runtime::Handle;
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::futures::BoxFuture;
@@ -112,8 +113,8 @@ pub struct BlockingScorerFn<F> {
 }
 
 impl<F> BlockingScorerFn<F> {
-    /// A scorer of a name and a closure that blocks; each call runs on tokio's threads for blocking work. A call that is
-    /// late, or under way when the job stops, is left to end by itself, and its result is dropped.
+    /// A scorer of a name and a closure that blocks; each call has a thread of its own. A call that is late, or under way
+    /// when the job stops, is left to end by itself, and its result is dropped.
     ///
     /// ```
     /// use rehearsal::{BlockingScorerFn, Sample};
@@ -143,15 +144,19 @@ where
     }
 
     fn score(&self, sample: Sample) -> BoxFuture<'_, Scored> {
-        let f = self.f.clone();
+        let (f, name) = (self.f.clone(), format!("rehearsal-{}", self.name));
         Box::pin(async move {
-            let call = move || f(&sample).map(Into::into).map_err(|e| e.to_string());
-            match tokio::task::spawn_blocking(call).await {
-                Ok(scored) => scored,
-                Err(e) => match e.try_into_panic() {
-                    Ok(panic) => std::panic::resume_unwind(panic),
-                    Err(_) => Err("the runtime is shutting down".into()),
-                },
+            let (sender, receiver) = oneshot::channel();
+            // A thread of its own: a runtime that is dropped waits for its threads for blocking work.
+            let call = move || {
+                let scored = catch_unwind(AssertUnwindSafe(|| f(&sample).map(Into::into).map_err(|e| e.to_string())));
+                let _ = sender.send(scored); // nobody waits any more if it is late
+            };
+            std::thread::Builder::new().name(name).spawn(call).map_err(|e| format!("no thread: {e}"))?;
+            match receiver.await {
+                Ok(Ok(scored)) => scored,
+                Ok(Err(panic)) => resume_unwind(panic),
+                Err(_) => Err("its thread ended without a score".into()),
             }
         })
     }

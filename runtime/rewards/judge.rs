@@ -31,12 +31,17 @@ pub struct JudgeSource {
     pub tokens_max: usize,
     /// Whether replies are objects whose form the server enforces.
     pub structured: bool,
+    /// Name of the criterion; one of [`NAMES`].
     pub template: String,
     /// A Jinja file in place of the template.
     pub template_file: Option<PathBuf>,
+    /// What the judge is asked about the completions of a prompt.
     pub mode: Mode,
+    /// Weight of its score beside other sources.
     pub weight: f64,
+    /// What the endpoint's tokens cost.
     pub prices: Prices,
+    /// What the job may ask and spend in total.
     pub budget: Budget,
 }
 

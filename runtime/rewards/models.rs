@@ -15,8 +15,11 @@ use crate::futures::BoxFuture;
 /// The keys of `[reward]` that name trained models.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RewardModelSource {
+    /// Trained models; empty for none.
     pub models: Vec<ModelSource>,
+    /// Weight of their score beside other sources.
     pub weight: f64,
+    /// How the scores of several models become one.
     pub ensemble: Ensemble,
     /// Scores are clipped to plus or minus this.
     pub clip: Option<f64>,

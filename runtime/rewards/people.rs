@@ -18,6 +18,7 @@ pub struct PeopleSource {
     pub token_env: Option<String>,
     /// Labels that every prompt waits for.
     pub labels: usize,
+    /// Weight of their score beside other sources.
     pub weight: f64,
 }
 

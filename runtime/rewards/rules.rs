@@ -16,8 +16,11 @@ pub struct RuleSource {
     pub rules: Vec<String>,
     /// One for each rule; empty for 1 each.
     pub weights: Vec<f64>,
+    /// Fewest words for the rule `length_window`.
     pub words_min: u64,
+    /// Most words for the rule `length_window`.
     pub words_max: u64,
+    /// Regular expression for the rule `matches`.
     pub pattern: Option<String>,
 }
 

@@ -10,9 +10,11 @@ use crate::judge::{Endpoint, HttpScorer};
 /// `[scorer]`
 #[derive(Debug, Clone, PartialEq)]
 pub struct ScorerSource {
+    /// How the server is reached.
     pub endpoint: EndpointSettings,
     /// Samples of one request.
     pub batch: usize,
+    /// Weight of its score beside other sources.
     pub weight: f64,
 }
 

@@ -38,6 +38,7 @@ dyn_clone::clone_trait_object!(RewardSource);
 
 /// What loading a source may use.
 pub struct RewardInputs<'a> {
+    /// Loads models, each once.
     pub models: &'a mut ModelCache,
     /// The model that is trained.
     pub policy: &'a Arc<Checkpoint>,
@@ -55,13 +56,17 @@ pub trait LoadedReward: Send {
 
 /// What a starting source may use.
 pub struct RewardContext {
+    /// The job's devices.
     pub devices: Devices,
     /// Device of reward models and local judges.
     pub placement: Placement,
+    /// Precision of reward models and local judges.
     pub dtype: Precision,
     /// Tokens that go through a model at a time.
     pub micro_batch_tokens: usize,
+    /// The role that owns the job's store.
     pub archivist: ArchivistHandle,
+    /// Where events are sent.
     pub events: broadcast::Sender<Event>,
     /// Cancelled when the job is asked to stop.
     pub stop: CancellationToken,
@@ -69,7 +74,9 @@ pub struct RewardContext {
 
 /// A scorer with its weight in the job's reward.
 pub struct StartedReward {
+    /// Factor on its scores.
     pub weight: f64,
+    /// The scorer.
     pub reward: Arc<dyn Reward>,
     /// Held as long as the job runs, such as a server.
     pub guard: Option<Box<dyn Any + Send + Sync>>,

@@ -37,6 +37,10 @@ impl Reward for WeightedReward {
     }
 
     fn batch(&self) -> Option<usize> {
+        // One that compares needs all completions of a prompt in one call.
+        if self.is_relative() {
+            return None;
+        }
         self.parts.iter().filter_map(|(_, part)| part.batch()).min()
     }
 

@@ -7,6 +7,7 @@ use crate::config::{Keys, Range, Settings};
 pub struct EvaluationSettings {
     /// 0: never.
     pub every_steps: u64,
+    /// Held-out prompts of an evaluation.
     pub prompts: usize,
     /// Samples kept with each evaluation.
     pub samples: usize,

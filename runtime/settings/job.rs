@@ -11,6 +11,7 @@ pub struct JobSettings {
     pub directory: PathBuf,
     /// Optimizer steps.
     pub steps: u64,
+    /// Seed of everything random.
     pub seed: u64,
 }
 
@@ -34,7 +35,9 @@ impl Settings for JobSettings {
 /// `[checkpoint]`
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct CheckpointSettings {
+    /// Steps between two checkpoints; 1 or more.
     pub every_steps: u64,
+    /// Checkpoints to keep; older ones are deleted.
     pub keep: usize,
 }
 

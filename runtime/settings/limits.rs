@@ -9,8 +9,11 @@ use crate::config::{Keys, Range, Settings};
 pub struct LimitsSettings {
     /// A role replies within this time, or the request fails.
     pub request: Duration,
+    /// Restarts of each role, at most; one more death ends the job.
     pub restarts_max: u32,
+    /// Completions that the buffer holds, at most.
     pub rollouts_max: usize,
+    /// Optimizer updates between a completion's policy and the one that learns from it, at most.
     pub staleness_max: u64,
     /// Tokens of a step, at most, whose activations generation records for the update.
     pub kept_tokens: usize,

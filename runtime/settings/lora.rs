@@ -14,6 +14,7 @@ const ALL_TARGETS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_pr
 pub struct LoraSettings {
     /// Rank of new adapters; 0 trains the weights.
     pub rank: usize,
+    /// α of the scale `α / rank`.
     pub alpha: f64,
     /// Layers with adapters; empty for all of a Llama's.
     pub targets: Vec<String>,

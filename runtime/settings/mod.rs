@@ -27,14 +27,23 @@ use crate::config::{Keys, Settings};
 /// The sections that every job has.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Common {
+    /// `[job]`
     pub job: JobSettings,
+    /// `[model]`
     pub model: ModelSettings,
+    /// `[lora]`
     pub lora: LoraSettings,
+    /// `[optimizer]`
     pub optimizer: OptimizerSettings,
+    /// `[evaluation]`
     pub evaluation: EvaluationSettings,
+    /// `[checkpoint]`
     pub checkpoint: CheckpointSettings,
+    /// `[placement]`
     pub placement: PlacementSettings,
+    /// `[limits]`
     pub limits: LimitsSettings,
+    /// `[metrics]`
     pub metrics: MetricsSettings,
 }
 

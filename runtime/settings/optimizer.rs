@@ -7,11 +7,17 @@ use crate::config::{Keys, Range, Settings};
 /// `[optimizer]`
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct OptimizerSettings {
+    /// β₁, β₂, ε, weight decay and type of the moments.
     pub adamw: AdamWConfig,
+    /// Peak learning rate.
     pub learning_rate: f64,
+    /// Shape of the schedule after warm-up.
     pub schedule: ScheduleKind,
+    /// Steps of linear warm-up.
     pub warmup_steps: u64,
+    /// Gradients are scaled to this global norm if theirs is larger; `None` leaves them.
     pub max_grad_norm: Option<f64>,
+    /// Tokens that go through a model at a time.
     pub micro_batch_tokens: usize,
     /// Activations are recomputed in the backward pass instead of kept.
     pub gradient_checkpointing: bool,

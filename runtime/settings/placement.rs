@@ -7,9 +7,13 @@ use crate::config::{Keys, Range, Settings};
 /// `[placement]`: roles without a device of their own are on the policy's.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct PlacementSettings {
+    /// Device of the policy; `None` for the CPU.
     pub policy: Option<Placement>,
+    /// Device of the reference; `None` for the policy's.
     pub reference: Option<Placement>,
+    /// Device of reward models and local judges; `None` for the policy's.
     pub reward: Option<Placement>,
+    /// Device of the critic; `None` for the policy's.
     pub critic: Option<Placement>,
     /// CPU threads; 0 for all.
     pub threads: usize,

@@ -19,9 +19,11 @@ const SHARD_BYTES_MIN: usize = 64 << 20;
 /// A tensor to be stored.
 #[derive(Debug, Clone)]
 pub struct TensorBytes<'a> {
+    /// Name of the parameter or moment.
     pub name: String,
     /// Name of the element type in safetensors: `F32`, `BF16`, …
     pub dtype: &'static str,
+    /// Sizes of the dimensions.
     pub shape: Vec<usize>,
     /// Elements in row-major order, little-endian.
     pub data: &'a [u8],
@@ -30,15 +32,20 @@ pub struct TensorBytes<'a> {
 /// A tensor read from the store.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OwnedTensor {
+    /// Name of the parameter or moment.
     pub name: String,
+    /// Name of the element type in safetensors: `F32`, `BF16`, …
     pub dtype: String,
+    /// Sizes of the dimensions.
     pub shape: Vec<usize>,
+    /// Elements in row-major order, little-endian.
     pub data: Vec<u8>,
 }
 
 /// A checkpoint without its tensors.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointSummary {
+    /// Step after which it was saved.
     pub step: u64,
     /// Size of its shards.
     pub bytes: u64,
@@ -49,6 +56,7 @@ pub struct CheckpointSummary {
 /// A checkpoint read from the store, with all checksums verified.
 #[derive(Debug)]
 pub struct LoadedCheckpoint {
+    /// Step after which it was saved.
     pub step: u64,
     /// Counters of the trained models by model name.
     pub models: BTreeMap<String, ModelCounters>,

@@ -7,29 +7,79 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// Another process owns the directory.
     #[error("{directory} is in use by process {owner}; only one process may work on a job at a time")]
-    InUse { directory: PathBuf, owner: String },
+    InUse {
+        /// The directory.
+        directory: PathBuf,
+        /// Id of the process, if it is known.
+        owner: String,
+    },
+    /// The disk is full. Acknowledged data are safe.
     #[error("no space left on the disk of {path}; acknowledged data is safe, free some space to go on")]
-    DiskFull { path: PathBuf },
+    DiskFull {
+        /// The file or directory that was written.
+        path: PathBuf,
+    },
+    /// Another process has the database open.
     #[error("the database in {path} is open in another process; stop the job or program that uses it, then try again")]
-    Locked { path: PathBuf },
+    Locked {
+        /// Directory of the database.
+        path: PathBuf,
+    },
+    /// An I/O operation failed.
     #[error("{path}: {source}")]
-    Io { path: PathBuf, source: io::Error },
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the system reports.
+        source: io::Error,
+    },
+    /// The database failed.
     #[error("the database in {path} failed: {reason}")]
-    Database { path: PathBuf, reason: String },
+    Database {
+        /// Directory of the database.
+        path: PathBuf,
+        /// What it reports.
+        reason: String,
+    },
+    /// A record or checkpoint is damaged.
     #[error("{what} is damaged: {reason}")]
-    Corrupt { what: String, reason: String },
+    Corrupt {
+        /// Which one.
+        what: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Acknowledged records are gone.
     #[error(
         "the database in {path} has lost acknowledged records: it stands at write {found} and {acknowledged} were \
          acknowledged; restore the directory from a copy"
     )]
-    Lost { path: PathBuf, found: u64, acknowledged: u64 },
+    Lost {
+        /// Directory of the database.
+        path: PathBuf,
+        /// Number of the last write that is there.
+        found: u64,
+        /// Number of the last write that was acknowledged.
+        acknowledged: u64,
+    },
+    /// A record has a version that this build does not know.
     #[error(
         "{what} was written by a newer version of this program (record version {found}; this one reads up to {known}); upgrade to read it"
     )]
-    TooNew { what: String, found: u8, known: u8 },
+    TooNew {
+        /// Which one.
+        what: String,
+        /// Its version.
+        found: u8,
+        /// Newest version that this build reads.
+        known: u8,
+    },
+    /// There is no checkpoint of this step.
     #[error("there is no checkpoint of step {0}")]
     NoCheckpoint(u64),
+    /// A record cannot be encoded.
     #[error("a record cannot be written: {0}")]
     Encode(String),
 }

@@ -11,14 +11,18 @@ use crate::{Result, Store, key, record};
 /// The prompt of a preference.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Prompt {
+    /// A text that is no conversation.
     Text(String),
+    /// Messages, the oldest first.
     Conversation(Vec<Turn>),
 }
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Turn {
+    /// `system`, `user` or `assistant`.
     pub role: String,
+    /// Text of the message.
     pub content: String,
 }
 
@@ -46,7 +50,9 @@ pub struct Exchange {
 pub struct Usage {
     /// Number of requests.
     pub calls: u64,
+    /// Tokens of the requests, as the servers count them.
     pub input_tokens: u64,
+    /// Tokens of the replies, as the servers count them.
     pub output_tokens: u64,
     /// Cost in the currency of the configured prices.
     pub money: f64,
@@ -64,7 +70,9 @@ impl std::ops::AddAssign for Usage {
 /// A cached reply of a judge.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct CachedReply {
+    /// The reply, verbatim.
     pub reply: String,
+    /// Usage of the request.
     pub usage: Usage,
 }
 
@@ -80,6 +88,7 @@ impl record::Record for CachedReply {
 /// A comparison of the completions of a prompt, or a demonstration: one completion that a person wrote.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Preference {
+    /// Step of the job.
     pub step: u64,
     /// Index of the prompt in the step.
     pub index: u32,
@@ -87,7 +96,9 @@ pub struct Preference {
     pub row: u64,
     /// Version of the policy that sampled the completions: its number of updates.
     pub policy_version: u64,
+    /// The prompt that was answered.
     pub prompt: Prompt,
+    /// Texts of the completions.
     pub completions: Vec<String>,
     /// One score for each completion, higher is better; empty for a demonstration.
     pub scores: Vec<f64>,
@@ -195,6 +206,7 @@ impl Preference {
 pub struct Query {
     /// Steps of the job.
     pub steps: Option<Range<u64>>,
+    /// The prompt, in full.
     pub prompt: Option<Prompt>,
     /// A part of the name of the judge, or of a judge in one of the exchanges.
     pub judge: Option<String>,

@@ -2,6 +2,27 @@
 //!
 //! This is the only crate that depends on sled. It stores bytes and records and knows no tensor library: a tensor is a
 //! byte slice with a type, a shape and a name. What a call returned `Ok` for survives a crash and a power loss.
+//!
+//! ```
+//! use rehearsal_store::{Preference, Prompt, Query, Store};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let directory = tempfile::tempdir()?;
+//! let (mut store, repairs) = Store::open(directory.path())?;
+//! assert!(repairs.is_empty());
+//! store.log_preferences(&[Preference {
+//!     prompt: Prompt::Text("What is the dog like?".into()),
+//!     completions: vec!["Happy.".into(), "Ask someone else.".into()],
+//!     scores: vec![1.0, 0.0],
+//!     pair: Some((0, 1)),
+//!     judge: "anna".into(),
+//!     ..Preference::default()
+//! }])?;
+//! let by_anna = Query { judge: Some("anna".into()), ..Query::default() };
+//! assert_eq!(store.query(by_anna)?.count(), 1);
+//! # Ok(())
+//! # }
+//! ```
 
 mod checkpoint;
 mod error;

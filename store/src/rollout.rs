@@ -8,6 +8,7 @@ use crate::{Exchange, Result, Store, key, record};
 /// A sampled completion.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RolloutRecord {
+    /// Step of the job.
     pub step: u64,
     /// Index in the step: prompt by prompt, and completion by completion in each.
     pub index: u32,
@@ -15,6 +16,7 @@ pub struct RolloutRecord {
     pub id: u64,
     /// Version of the policy that sampled it: its number of updates.
     pub policy_version: u64,
+    /// Token ids, with the end-of-sequence token if one was sampled.
     pub tokens: Vec<u32>,
     /// Log-probability of each token when it was sampled.
     pub logprobs: Vec<f32>,
@@ -25,9 +27,11 @@ pub struct RolloutRecord {
 /// The score of a rollout.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ScoreRecord {
+    /// Step of the job.
     pub step: u64,
     /// Index of the rollout in the step.
     pub index: u32,
+    /// Score; higher is better.
     pub score: f64,
     /// Explanation given by the scorer; may be empty.
     pub reason: String,
@@ -132,6 +136,7 @@ mod tests {
                     score: 0.1,
                     reason: "short".into(),
                     exchanges: Vec::new(),
+                    skipped: false,
                 }])
                 .unwrap();
         }

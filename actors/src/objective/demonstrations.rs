@@ -11,6 +11,7 @@ use crate::{Error, Result};
 /// A token sequence with a loss mask. Clones share the tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MaskedSequence {
+    /// Token ids.
     pub tokens: Arc<Vec<u32>>,
     /// One entry per token: true where the token contributes to the loss. The first token never does, since nothing
     /// predicts it.
@@ -29,7 +30,9 @@ impl MaskedSequence {
 /// Statistics: `nll`, the mean over tokens.
 #[derive(Debug, Clone)]
 pub struct Demonstrations {
+    /// Sequences of the step.
     pub sequences: Vec<MaskedSequence>,
+    /// How the loss is averaged.
     pub reduction: NllReduction,
 }
 

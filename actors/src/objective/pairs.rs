@@ -11,13 +11,17 @@ use crate::{Result, Tokens};
 /// A preferred and a dispreferred completion of one prompt.
 #[derive(Debug, Clone)]
 pub struct PairTokens {
+    /// Prompt and chosen completion.
     pub chosen: Tokens,
+    /// Prompt and rejected completion.
     pub rejected: Tokens,
     /// Log-probability of each token when the policy sampled it; empty for completions that it did not sample.
     pub sampler_chosen: Vec<f32>,
+    /// Log-probability of each token of the rejected completion when it was sampled.
     pub sampler_rejected: Vec<f32>,
     /// Log-probability of each token under the reference; empty for losses without a reference.
     pub ref_chosen: Vec<f32>,
+    /// Log-probability of each token of the rejected completion under the reference.
     pub ref_rejected: Vec<f32>,
     /// Score of the chosen completion minus that of the rejected one, for losses that use scores.
     pub score_gap: Option<f64>,
@@ -37,7 +41,9 @@ impl PairTokens {
 /// tokens `mismatch_kl`, for completions that the policy sampled.
 #[derive(Debug, Clone)]
 pub struct Pairs {
+    /// Pairs of the step.
     pub pairs: Vec<PairTokens>,
+    /// Loss and its settings.
     pub loss: PreferenceConfig,
 }
 

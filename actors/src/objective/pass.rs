@@ -18,6 +18,7 @@ pub type Stats = BTreeMap<&'static str, f64>;
 pub struct StepTimes {
     /// Forward passes and losses.
     pub forward: Duration,
+    /// Backward passes, until the gradients are complete.
     pub backward: Duration,
     /// Gradient clipping, the optimizer's update, merging of adapters and weight averaging.
     pub optimizer: Duration,

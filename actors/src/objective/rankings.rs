@@ -11,6 +11,7 @@ use crate::{Error, Result, Tokens};
 /// Completions of one prompt with their ranks.
 #[derive(Debug, Clone)]
 pub struct Ranking {
+    /// Completions with their prompt.
     pub completions: Vec<Tokens>,
     /// One rank per completion: 1 for the best, equal ranks for ties.
     pub ranks: Vec<u32>,
@@ -26,6 +27,7 @@ pub struct Ranking {
 /// `reward_model_score` over completions.
 #[derive(Debug, Clone)]
 pub struct Rankings {
+    /// Rankings of the step.
     pub rankings: Vec<Ranking>,
     /// Loss of rankings of two.
     pub pairwise: PairwiseConfig,

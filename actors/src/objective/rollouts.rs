@@ -11,10 +11,13 @@ use crate::{Result, Tokens};
 /// A sampled completion with one value per token in each list.
 #[derive(Debug, Clone)]
 pub struct RolloutTokens {
+    /// Prompt and completion.
     pub tokens: Tokens,
     /// Log-probabilities under the policy before the update, computed by the trainer.
     pub old_logprobs: Vec<f32>,
+    /// Advantage of each token of the completion.
     pub advantages: Vec<f32>,
+    /// Log-probability of each token of the completion under the reference.
     pub ref_logprobs: Vec<f32>,
 }
 
@@ -24,7 +27,9 @@ pub struct RolloutTokens {
 /// has an entropy term; with a pretraining mix also its `nll`.
 #[derive(Debug, Clone)]
 pub struct Rollouts {
+    /// Rollouts of the minibatch.
     pub rollouts: Vec<RolloutTokens>,
+    /// Loss and its settings.
     pub loss: PolicyLossConfig,
     /// Pretraining text and the weight γ of its negative log-likelihood (InstructGPT, eq. 2).
     pub pretraining: Option<(Demonstrations, f64)>,

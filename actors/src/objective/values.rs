@@ -10,6 +10,7 @@ use crate::{Result, Tokens};
 /// A completion with one value per token in each list.
 #[derive(Debug, Clone)]
 pub struct ValueTokens {
+    /// Prompt and completion.
     pub tokens: Tokens,
     /// The critic's values before the update.
     pub old_values: Vec<f32>,
@@ -22,6 +23,7 @@ pub struct ValueTokens {
 /// Statistics: `value_clip_fraction`, the mean over tokens.
 #[derive(Debug, Clone)]
 pub struct Values {
+    /// Rollouts of the minibatch.
     pub rollouts: Vec<ValueTokens>,
     /// Values are clipped to `old_value ± clip` in the loss; `None` does not clip.
     pub clip: Option<f64>,

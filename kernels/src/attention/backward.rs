@@ -13,8 +13,11 @@ use crate::shared::Shared;
 /// Inputs of [`backward`].
 #[derive(Clone, Copy)]
 pub struct Saved<'a> {
+    /// Queries, keys and values side by side, `[tokens, heads.width()]`.
     pub qkv: &'a [f32],
+    /// Output of the forward pass, `[tokens, queries * dim]`.
     pub out: &'a [f32],
+    /// Log-sum-exp of each row's scores, `[tokens, queries]`, as the forward pass wrote it.
     pub lse: &'a [f32],
     /// Gradient of the output.
     pub grad: &'a [f32],

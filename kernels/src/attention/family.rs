@@ -5,7 +5,9 @@ use std::ops::Range;
 /// Rows of sequences that share a prompt, in a packed batch: those of the prompt, which exist once, and of each completion.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Family {
+    /// Rows of the prompt.
     pub prompt: Range<usize>,
+    /// Rows of each completion.
     pub completions: Vec<Range<usize>>,
 }
 

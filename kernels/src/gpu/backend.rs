@@ -8,7 +8,9 @@ use super::source::{ElementType, Source};
 
 /// Memory on a device. Dropping it frees the memory in stream order.
 pub struct DeviceMemory {
+    /// Address on the device.
     pub pointer: u64,
+    /// Size in bytes.
     pub bytes: usize,
     /// The value whose destructor frees the memory.
     pub owner: Box<dyn Any + Send + Sync>,
@@ -23,11 +25,15 @@ pub struct Argument(pub Vec<u8>);
 pub struct Launch {
     /// The compiled source that has the kernel.
     pub source: Source,
+    /// Name of the kernel in the source.
     pub kernel: &'static str,
+    /// Blocks along x and y.
     pub grid: (u32, u32),
+    /// Threads of a block along x and y.
     pub block: (u32, u32),
     /// Bytes of dynamic shared memory per block.
     pub shared: u32,
+    /// Arguments in the kernel's order.
     pub arguments: Vec<Argument>,
 }
 
@@ -35,8 +41,11 @@ pub struct Launch {
 /// `pointer + (c * stride + r) * bytes`.
 #[derive(Debug, Clone, Copy)]
 pub struct Factor {
+    /// Address of the first element on the device.
     pub pointer: u64,
+    /// Elements from one row in memory to the next.
     pub stride: usize,
+    /// Whether the factor is the transpose of what is in memory.
     pub transposed: bool,
 }
 
@@ -46,15 +55,25 @@ pub struct Factor {
 /// `c_element`, its rows `c_stride` elements apart.
 #[derive(Debug, Clone, Copy)]
 pub struct Gemm {
+    /// Rows of `a` and `c`.
     pub rows: usize,
+    /// Columns of `a` and rows of `b`: the summed index.
     pub depth: usize,
+    /// Columns of `b` and `c`.
     pub columns: usize,
+    /// Type of the factors' elements.
     pub element: ElementType,
+    /// Left factor, `[rows, depth]`.
     pub a: Factor,
+    /// Right factor, `[depth, columns]`.
     pub b: Factor,
+    /// Address of the result on the device.
     pub c: u64,
+    /// Elements from one row of the result to the next.
     pub c_stride: usize,
+    /// Type of the result's elements.
     pub c_element: ElementType,
+    /// Whether the product is added to what `c` holds.
     pub add: bool,
 }
 

@@ -9,6 +9,7 @@ use super::source::ElementType;
 pub struct Buffer {
     memory: Option<DeviceMemory>,
     len: usize,
+    /// Type of the elements.
     pub element: ElementType,
 }
 

@@ -15,8 +15,11 @@ const THREADS: u32 = 256;
 /// A backend with the element type and the head width that kernels are compiled for.
 #[derive(Clone)]
 pub struct Launcher {
+    /// Backend that launches.
     pub backend: Arc<dyn GpuBackend>,
+    /// Element type that kernels are compiled for.
     pub element: ElementType,
+    /// Width of an attention head that kernels are compiled for.
     pub head_dim: usize,
 }
 

@@ -5,7 +5,9 @@ use std::hash::{Hash, Hasher};
 /// Type of the elements that products read and write on a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ElementType {
+    /// 32-bit floats.
     F32,
+    /// bfloat16.
     Bf16,
 }
 
@@ -32,6 +34,7 @@ impl ElementType {
 pub struct SourceFile {
     /// Name in error messages; unique among all files.
     pub name: &'static str,
+    /// CUDA C++ without the common part.
     pub text: &'static str,
     /// The kernels are compiled for one width of attention heads.
     pub per_head_dim: bool,
@@ -73,7 +76,9 @@ pub static FILES: [&SourceFile; 5] = [&ROWS, &HEAD, &ATTENTION, &DECODE, &SAMPLE
 /// A [`SourceFile`] for one element type and one width of heads: the unit of compilation.
 #[derive(Debug, Clone, Copy)]
 pub struct Source {
+    /// File that is compiled.
     pub file: &'static SourceFile,
+    /// Element type that it is compiled for.
     pub element: ElementType,
     /// Width of a head; 1 where the file does not depend on it.
     pub head_dim: usize,

@@ -12,7 +12,9 @@ use crate::rope::Angles;
 
 /// Cosines and sines of all positions, on a device.
 pub struct Table {
+    /// Cosines, `[positions, head_dim / 2]`, in f32.
     pub cosines: Buffer,
+    /// Sines, `[positions, head_dim / 2]`, in f32.
     pub sines: Buffer,
 }
 
@@ -22,6 +24,7 @@ type Tables = BTreeMap<usize, (Arc<Angles>, Arc<Table>)>;
 /// A backend, and the rotary tables that a model keeps on its device between passes. Clones share the tables.
 #[derive(Clone)]
 pub struct Context {
+    /// Backend of the device.
     pub backend: Arc<dyn GpuBackend>,
     tables: Arc<Mutex<Tables>>,
 }

@@ -19,8 +19,11 @@ const TILE: usize = 64;
 
 /// Positions of packed rows, and their tiles, on the device.
 pub struct Layout {
+    /// Position of each row in its sequence.
     pub positions: Buffer,
+    /// Tiles of queries, [`QUERY_TILE`] integers each.
     pub query_tiles: Buffer,
+    /// Tiles of keys, [`KEY_TILE`] integers each.
     pub key_tiles: Buffer,
 }
 

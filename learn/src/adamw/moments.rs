@@ -37,13 +37,17 @@ pub const QUANTUM: usize = 256;
 
 /// Both moments of one parameter.
 pub struct Moments {
+    /// Exponential average of the gradient.
     pub first: Moment,
+    /// Exponential average of the squared gradient.
     pub second: Moment,
 }
 
 /// One moment: its values, and the scales of their blocks if the values are eight-bit codes.
 pub struct Moment {
+    /// Values in the parameter's shape, or eight-bit codes of them.
     pub values: Tensor,
+    /// Scale of each block of [`QUANTUM`] codes; `None` if values are no codes.
     pub scales: Option<Tensor>,
 }
 

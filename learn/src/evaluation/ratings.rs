@@ -5,15 +5,20 @@ use crate::{Error, Result};
 /// A game between two models; the outcome for the first is 1 for a win, ½ for a tie, 0 for a loss.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Game {
+    /// Index of the first model.
     pub first: usize,
+    /// Index of the second model.
     pub second: usize,
+    /// Result for the first model, from 0 to 1.
     pub outcome: f64,
 }
 
 /// Scale of ratings: a difference of `points` is a factor of `base` in the odds (400 and 10 by default).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scale {
+    /// Difference of ratings that `base` belongs to.
     pub points: f64,
+    /// Factor in the odds for a difference of `points`.
     pub base: f64,
     /// Initial Elo rating, and the Bradley–Terry rating of an average model.
     pub start: f64,

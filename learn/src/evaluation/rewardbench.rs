@@ -5,8 +5,11 @@ use std::collections::BTreeMap;
 /// Counts of correctly ordered pairs and of ties; a tie is not correct.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Accuracy {
+    /// Pairs whose chosen completion scores higher.
     pub right: usize,
+    /// Pairs whose completions score the same.
     pub ties: usize,
+    /// All pairs.
     pub pairs: usize,
 }
 

@@ -12,8 +12,11 @@ pub fn agree(first: i8, second: i8) -> i8 {
 /// Shares of wins, ties and losses.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct WinRate {
+    /// Share of wins, from 0 to 1.
     pub win: f64,
+    /// Share of ties, from 0 to 1.
     pub tie: f64,
+    /// Share of losses, from 0 to 1.
     pub loss: f64,
 }
 
@@ -54,6 +57,7 @@ pub fn bootstrap(values: &[f64], confidence: f64, resamples: usize, uniform: imp
 pub struct LengthControlled {
     /// Coefficient of `tanh(length difference / its standard deviation)`.
     pub coefficient: f64,
+    /// Intercept of the regression: the log odds at a length difference of 0.
     pub intercept: f64,
     /// Unbiased standard deviation of the length differences.
     pub deviation: f64,

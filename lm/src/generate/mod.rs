@@ -41,6 +41,7 @@ pub struct Request {
 /// Settings shared by the requests of a call.
 #[derive(Debug, Clone)]
 pub struct Options {
+    /// How tokens are sampled.
     pub sampling: Sampling,
     /// Most tokens of a completion; 1 or more.
     pub max_new_tokens: usize,
@@ -71,10 +72,13 @@ pub enum Finish {
 /// A finished completion.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Completion {
+    /// Id of the request.
     pub id: u64,
+    /// Token ids, with the end-of-sequence token if one was sampled.
     pub tokens: Vec<u32>,
     /// Log-probability of each token at [`Sampling::logprob_temperature`], before top-k, top-p and min-p.
     pub logprobs: Vec<f32>,
+    /// Why the completion ended.
     pub finish: Finish,
 }
 

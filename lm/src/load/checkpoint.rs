@@ -10,10 +10,13 @@ use crate::text::Text;
 
 /// A model as loaded from its files: weights on the CPU in f32, tokenizer and chat template.
 pub struct Checkpoint {
+    /// Sizes and features.
     pub architecture: Architecture,
     /// `config.json` as it was read, so that an export keeps the keys that this crate does not know.
     pub config: Value,
+    /// Weights by their Hugging Face names.
     pub parameters: Parameters,
+    /// Tokenizer and chat template.
     pub text: Text,
 }
 

@@ -18,19 +18,25 @@ pub struct Architecture {
     pub vocab: usize,
     /// Width of the residual stream.
     pub hidden: usize,
+    /// Transformer blocks.
     pub layers: usize,
     /// Query heads.
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
+    /// Width of a head.
     pub head_dim: usize,
     /// Intermediate width of the MLP.
     pub mlp: usize,
+    /// Kind of normalisation.
     pub norm: NormKind,
+    /// Term added to the variance or mean square before its root.
     pub norm_eps: f64,
+    /// Activation of the MLP.
     pub activation: Activation,
     /// Whether the MLP is gated: `act(gate(x)) · up(x)`; else it is `act(up(x))` (GPT-2).
     pub gated: bool,
+    /// How positions are encoded.
     pub position: Position,
     /// Longest sequence, in tokens.
     pub context: usize,
@@ -59,9 +65,13 @@ pub struct Architecture {
     pub window: Option<usize>,
     /// Whether each layer has the sliding window; empty if all have it.
     pub sliding: Vec<bool>,
+    /// Output head.
     pub head: HeadKind,
+    /// Beginning-of-sequence token.
     pub bos: Option<u32>,
+    /// End-of-sequence tokens.
     pub eos: Vec<u32>,
+    /// Padding token.
     pub pad: Option<u32>,
 }
 
@@ -118,7 +128,12 @@ pub enum NormKind {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Position {
     /// Rotary (RoPE). Layers with a sliding window have frequencies of their own if `sliding` is given (Gemma 3).
-    Rotary { rope: Rope, sliding: Option<Rope> },
+    Rotary {
+        /// Frequencies of all layers, or of those without a window.
+        rope: Rope,
+        /// Frequencies of layers with a sliding window.
+        sliding: Option<Rope>,
+    },
     /// A learned table, added to the embeddings (GPT-2).
     Learned,
 }
@@ -138,22 +153,29 @@ pub enum HeadKind {
 pub struct Rope {
     /// Base of the frequencies.
     pub theta: f64,
+    /// Scaling of the frequencies.
     pub scaling: Scaling,
 }
 
 /// Scaling of the rotary frequencies for a longer context.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Scaling {
+    /// No scaling.
     None,
     /// Every frequency is divided by the factor.
     Linear {
+        /// Divisor of the frequencies; above 0.
         factor: f64,
     },
     /// Llama 3.1: low frequencies are divided by the factor, high ones kept, those between interpolated.
     Llama3 {
+        /// Divisor of low frequencies; above 0.
         factor: f64,
+        /// Frequencies with fewer turns than this in the original context are low.
         low: f64,
+        /// Frequencies with more turns than this in the original context are high.
         high: f64,
+        /// Context that the model was first trained for, in tokens.
         original_context: f64,
     },
 }

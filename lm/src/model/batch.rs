@@ -7,7 +7,9 @@ use rehearsal_kernels::attention::Family;
 /// A prompt with a completion.
 #[derive(Debug, Clone, Copy)]
 pub struct Sequence<'a> {
+    /// Token ids of the prompt.
     pub prompt: &'a [u32],
+    /// Token ids of the completion.
     pub completion: &'a [u32],
 }
 

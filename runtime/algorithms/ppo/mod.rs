@@ -37,11 +37,17 @@ use crate::summary::{Evaluation, Seconds};
 /// `[data]` how pretraining text is read.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ppo {
+    /// Sections of every online algorithm.
     pub online: OnlineSettings,
+    /// Advantages, KL penalty and loss: `[ppo]`.
     pub ppo: PpoSettings,
+    /// Model and learning rate of the critic: `[critic]`.
     pub critic: CriticSettings,
+    /// Epochs and minibatches of a step: `[update]`.
     pub update: UpdateSettings,
+    /// Of `[loss]`, what PPO uses.
     pub loss: LossSettings,
+    /// Of `[data]`, what the pretraining mix uses.
     pub data: DataSettings,
 }
 

@@ -22,21 +22,35 @@ pub enum Advantages {
 /// `[ppo]`
 #[derive(Debug, Clone, PartialEq)]
 pub struct PpoSettings {
+    /// What advantages are computed from.
     pub advantages: Advantages,
+    /// Coefficient β of the KL penalty; 0 or more.
     pub kl_coef: f64,
+    /// Estimator of the KL divergence of each token.
     pub kl_estimator: KlEstimator,
+    /// Adapts the coefficient to a target KL divergence; `None` keeps it.
     pub adaptive: Option<AdaptiveKl>,
+    /// Discount γ of GAE and of returns, from 0 to 1.
     pub gamma: f64,
+    /// λ of GAE, from 0 to 1.
     pub lambda: f64,
+    /// Clipped policy loss.
     pub loss: PolicyLossConfig,
+    /// Values are clipped to the old value plus or minus this in the critic's loss; `None` does not clip.
     pub value_clip: Option<f64>,
+    /// Whether token rewards are scaled to a standard deviation of 1.
     pub whiten_rewards: bool,
+    /// Whether advantages are shifted and scaled to mean 0 and standard deviation 1.
     pub whiten_advantages: bool,
+    /// Scores are clipped to plus or minus this; `None` does not clip.
     pub score_clip: Option<f64>,
+    /// Token that receives the score.
     pub placement: ScorePlacement,
     /// A step's epochs end once the mean `approx_kl` of a minibatch is above this.
     pub stop_kl: Option<f64>,
+    /// Rows whose likelihood is part of the loss (InstructGPT's pretraining mix); `None` for no such term.
     pub pretraining: Option<PathBuf>,
+    /// Weight of that term.
     pub pretraining_weight: f64,
     /// Rows of pretraining text in each minibatch.
     pub pretraining_rows: usize,

@@ -7,7 +7,9 @@ use crate::config::{Keys, Range, Settings};
 /// `[update]`: how often the completions of a step are learned from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UpdateSettings {
+    /// Passes over the completions of a step; 1 or more.
     pub epochs: usize,
+    /// Optimizer steps of a pass; 1 or more.
     pub minibatches: usize,
 }
 

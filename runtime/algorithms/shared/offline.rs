@@ -9,6 +9,7 @@ use crate::summary::Seconds;
 /// Sections of an algorithm that learns from rows.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct OfflineSettings {
+    /// Rows that are learned from: `[data]`.
     pub data: DataSettings,
     /// How prompts become tokens: chat template and system message.
     pub prompts: PromptsSettings,

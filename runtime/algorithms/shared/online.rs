@@ -11,7 +11,9 @@ use crate::summary::StepSummary;
 /// Sections of an algorithm that learns from the policy's own completions.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct OnlineSettings {
+    /// What the policy is asked: `[prompts]`.
     pub prompts: PromptsSettings,
+    /// How completions are sampled: `[rollout]`.
     pub rollout: RolloutSettings,
 }
 

@@ -18,6 +18,7 @@ pub const REDUCTIONS: [(&str, NllReduction); 3] = [
 /// `[loss]`
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LossSettings {
+    /// Loss, β and label smoothing.
     pub preference: PreferenceConfig,
     /// What happens to a prompt whose best and worst completion score the same.
     pub ties: TieRule,

@@ -24,8 +24,11 @@ use crate::summary::{Evaluation, Seconds};
 /// Sections of an algorithm that learns in rounds.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct RoundSettings {
+    /// Sections of every online algorithm.
     pub online: OnlineSettings,
+    /// Loss and β: `[loss]`.
     pub loss: LossSettings,
+    /// Epochs and minibatches of a round: `[update]`.
     pub update: UpdateSettings,
 }
 

@@ -27,9 +27,13 @@ use crate::summary::Seconds;
 
 /// What an online algorithm reads before it starts.
 pub struct RolloutInputs {
+    /// How completions are sampled.
     pub settings: RolloutSettings,
+    /// Prompts of the job.
     pub prompts: Prompts,
+    /// The start of the policy.
     pub policy: Arc<Checkpoint>,
+    /// The reference.
     pub reference: Arc<Checkpoint>,
     /// Whether the first update uses the weights that generated, so that their activations may be recorded.
     pub updates_generator: bool,
@@ -37,11 +41,16 @@ pub struct RolloutInputs {
 
 /// The roles that turn prompts into scored completions.
 pub struct Rollouts {
+    /// The policy, which generates.
     pub policy: PolicyHandle,
+    /// The reference, which computes log-probabilities.
     pub reference: ReferenceHandle,
+    /// The job's reward, which scores.
     pub reward: RewardHandle,
     buffer: BufferHandle,
+    /// How completions are sampled.
     pub settings: RolloutSettings,
+    /// Prompts of the job.
     pub prompts: Prompts,
     pub(super) model: Arc<Checkpoint>,
     /// Tokens of a step's completions whose activations generation records for the update.

@@ -8,11 +8,17 @@ use crate::settings::Common;
 /// `[rollout]`
 #[derive(Debug, Clone, PartialEq)]
 pub struct RolloutSettings {
+    /// Prompts of a step; 1 or more.
     pub prompts_per_step: usize,
+    /// Completions of each prompt, from 1 to 256.
     pub completions_per_prompt: usize,
+    /// Tokens of a completion at most.
     pub max_new_tokens: usize,
+    /// Tokens of a completion before an end-of-sequence token may be sampled.
     pub min_new_tokens: usize,
+    /// Temperature, top-k, top-p and min-p.
     pub sampling: Sampling,
+    /// Texts that end a completion.
     pub stop: Vec<String>,
     /// Sequences generated side by side at most.
     pub batch: usize,
