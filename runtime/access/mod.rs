@@ -217,7 +217,8 @@ impl JobReader {
     ///
     /// # Errors
     ///
-    /// [`Error::NotAModelDirectory`] if the directory holds something else, and errors of writing.
+    /// Errors of writing. A running job replaces the directory as a whole and so refuses one that holds something else
+    /// ([`Error::NotAModelDirectory`]); the export of a job that does not run writes the model's files into it.
     pub async fn export(&self, directory: impl AsRef<Path>, dtype: WeightType) -> Result<u64> {
         let path = directory.as_ref();
         // The process that runs the job may have another working directory.
