@@ -29,7 +29,7 @@ fn show(p: &Preference) {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let directory = PathBuf::from(std::env::args().nth(1).unwrap_or_else(|| "runs/quickstart".into()));
-    if !directory.join("store").is_dir() {
+    if !Store::exists(&directory) {
         return Err(format!("{} holds no job; run one first", directory.display()).into());
     }
     let (store, _) = Store::open(&directory)?;

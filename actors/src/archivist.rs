@@ -118,9 +118,7 @@ impl Archivist {
             views.push(TensorBytes { name, dtype, shape: tensor.dims().to_vec(), data });
         }
         let models = checkpoint.models.iter().map(|(role, model)| (role.clone(), model.counters())).collect();
-        let saved = self.store.save_checkpoint(checkpoint.step, &models, &views, &checkpoint.state, checkpoint.keep)?;
-        self.store.delete_rollouts_before(checkpoint.step)?;
-        Ok(saved)
+        Ok(self.store.save_checkpoint(checkpoint.step, &models, &views, &checkpoint.state, checkpoint.keep)?)
     }
 
     fn replay(&self, step: u64) -> Result<Replay> {
@@ -141,13 +139,31 @@ impl Archivist {
     }
 }
 
+impl Archivist {
+    /// The newest undamaged checkpoint, with a note for each repair and each damaged one.
+    fn restore(&self) -> Result<(Option<Restored>, Vec<Repair>)> {
+        let (restored, mut notes) = Restored::latest(&self.store)?;
+        notes.extend(self.store.repairs());
+        Ok((restored, notes))
+    }
+}
+
 impl StateMachine for Archivist {
     type Message = ArchivistMsg;
 
     fn apply(&mut self, message: ArchivistMsg) {
+        self.handle(message);
+        for repair in self.store.repairs() {
+            tracing::warn!("{}", repair.0);
+        }
+    }
+}
+
+impl Archivist {
+    fn handle(&mut self, message: ArchivistMsg) {
         match message {
             ArchivistMsg::Checkpoint { checkpoint, reply, .. } => answer(reply, self.checkpoint(&checkpoint)),
-            ArchivistMsg::Restore { reply, .. } => answer(reply, Restored::latest(&self.store)),
+            ArchivistMsg::Restore { reply, .. } => answer(reply, self.restore()),
             ArchivistMsg::Replay { step, reply, .. } => answer(reply, self.replay(step)),
             ArchivistMsg::CachedReplies { keys, reply, .. } => {
                 answer(reply, keys.iter().map(|key| Ok(self.store.cached_reply(key)?)).collect())
@@ -191,7 +207,7 @@ impl ArchivistHandle {
         })
     }
 
-    /// Saves a checkpoint durably, then deletes older checkpoints and the logged rollouts of earlier steps.
+    /// Saves a checkpoint durably, and deletes older checkpoints and the logged rollouts that none of the kept ones needs.
     pub async fn checkpoint(&self, checkpoint: &JobCheckpoint) -> Result<SavedCheckpoint> {
         self.with_room(|| {
             let checkpoint = Box::new(checkpoint.clone());

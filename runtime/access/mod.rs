@@ -103,7 +103,7 @@ impl JobReader {
             let path = directory.clone();
             let opened = blocking(move || {
                 // Checked before opening, which would create a store.
-                if !path.join("store").is_dir() {
+                if !Store::exists(&path) {
                     return Err(Error::NothingToResume(path));
                 }
                 Ok(Store::open(&path)?)

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use rehearsal_lm::Checkpoint;
+use rehearsal_store::Store;
 
 use crate::access::JobReader;
 use crate::config::ModelSource;
@@ -17,7 +18,7 @@ pub fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
 
 /// Whether a path is the directory of a job or of a ledger.
 pub fn is_job(path: &Path) -> bool {
-    path.join("store").is_dir()
+    Store::exists(path)
 }
 
 /// Opens a model: `embedded`, a model directory or file, or the directory of a job, for the policy that it trains.

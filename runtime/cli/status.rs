@@ -94,6 +94,6 @@ pub fn verify(directory: &Path) -> Result<ExitCode> {
             say!("damaged: {problem}");
         }
         say!("{intact} records and checkpoints are intact, {} damaged", damaged.len());
-        Ok(if damaged.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(DAMAGED) })
+        Ok(if damaged.is_empty() && job.repairs().is_empty() { ExitCode::SUCCESS } else { ExitCode::from(DAMAGED) })
     })
 }

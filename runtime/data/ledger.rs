@@ -27,7 +27,7 @@ pub enum Shape {
 
 /// Whether a path is a directory with a store.
 pub fn is_ledger(path: &Path) -> bool {
-    path.join("store").is_dir()
+    Store::exists(path)
 }
 
 /// Reads the rows of a directory's ledger.

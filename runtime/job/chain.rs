@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use rehearsal_store::Store;
 use tokio_util::sync::CancellationToken;
 
 use super::config::Config;
@@ -94,7 +95,7 @@ impl Chain {
                     None => job.build(),
                 }
             };
-            let again = resume && (!several || directory.join("store").is_dir());
+            let again = resume && (!several || Store::exists(&directory));
             let first = job(config.clone())?;
             watch(&first);
             let outcome = if again { first.resume(cancel.clone()).await } else { first.run(cancel.clone()).await };
@@ -120,7 +121,8 @@ impl Chain {
 /// Creates the folder of a chain with the copy of its configuration.
 async fn create(folder: PathBuf, kept: Kept) -> Result<()> {
     blocking(move || {
-        if folder.join(CONFIG_FILE).exists() {
+        // An empty copy is what a power loss has left; nothing had begun.
+        if fs::metadata(folder.join(CONFIG_FILE)).is_ok_and(|copy| copy.len() > 0) {
             return Err(Error::Exists(folder));
         }
         fs::create_dir_all(&folder).at(&folder)?;

@@ -2,17 +2,20 @@
 //! models and data, by content.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
 
-use rehearsal_store::Store;
+use rehearsal_store::{Disk, Store, replace};
 
 use super::config::Config;
 use super::saved;
 use crate::algorithms::Algorithms;
-use crate::error::{Error, Result};
+use crate::error::{At, Error, Result};
 
 /// Where the store keeps the fingerprint.
 const KEY: &str = "settings";
+/// Copy of the fingerprint in the job's directory.
+const COPY: &str = "fingerprint.json";
 /// Where builds before the canonical lines kept theirs: the debug output of sections, and the same content hashes.
 const LEGACY_KEY: &str = "fingerprint";
 
@@ -58,9 +61,12 @@ impl Fingerprint {
         Ok(store.get_job::<Lines>(KEY)?.is_some() || store.get_job::<Lines>(LEGACY_KEY)?.is_some())
     }
 
-    /// Writes the fingerprint into the store.
-    pub fn save(&self, store: &mut Store) -> Result<()> {
+    /// Writes the fingerprint into the store of `directory`, and beside it for when the store is lost.
+    pub fn save(&self, store: &mut Store, directory: &Path) -> Result<()> {
         let all: Lines = self.settings.iter().chain(&self.content).cloned().collect();
+        let text = serde_json::to_string_pretty(&all).map_err(|e| Error::Internal(e.to_string()))?;
+        let path = directory.join(COPY);
+        replace(&Disk, &path, text.as_bytes()).at(&path)?;
         Ok(store.put_job(KEY, &all)?)
     }
 
@@ -69,18 +75,38 @@ impl Fingerprint {
     ///
     /// # Errors
     ///
-    /// [`Error::Changed`] with every difference; [`Error::NothingToResume`] where the store holds no job.
+    /// [`Error::Changed`] with every difference; [`Error::NothingToResume`] where the store holds no job;
+    /// [`Error::SavedState`] where it has checkpoints and nothing says what settings they belong to.
     pub fn check(&self, store: &mut Store, directory: &Path) -> Result<()> {
-        if let Some(then) = store.get_job::<Lines>(KEY)? {
-            return self.compare(&then, directory);
+        match store.get_job::<Lines>(KEY)? {
+            Some(then) => {
+                self.compare(&then, directory)?;
+                if directory.join(COPY).exists() {
+                    return Ok(());
+                }
+            }
+            None => match store.get_job::<Lines>(LEGACY_KEY)? {
+                Some(legacy) => self.compare_legacy(&legacy, directory)?,
+                None if store.checkpoints()?.is_empty() => return Err(Error::NothingToResume(directory.into())),
+                None => self.compare_copy(directory)?,
+            },
         }
-        match store.get_job::<Lines>(LEGACY_KEY)? {
-            Some(legacy) => self.compare_legacy(&legacy, directory)?,
-            None if store.checkpoints()?.is_empty() => return Err(Error::NothingToResume(directory.into())),
-            // A database rebuilt from its checkpoints knows no settings; the caller's count.
-            None => {}
-        }
-        self.save(store)
+        self.save(store, directory)
+    }
+
+    /// Compares with the copy beside a store that was lost.
+    fn compare_copy(&self, directory: &Path) -> Result<()> {
+        let path = directory.join(COPY);
+        let copy = fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Lines>(&bytes).ok());
+        let Some(then) = copy else {
+            let reason = format!(
+                "the database in {} is lost, and {COPY} beside it cannot be read: what settings its checkpoints belong to is \
+                 not known. `rehearsal export` still writes the newest one's model",
+                directory.display()
+            );
+            return Err(Error::SavedState { reason });
+        };
+        self.compare(&then, directory)
     }
 
     fn compare(&self, then: &Lines, directory: &Path) -> Result<()> {

@@ -1,18 +1,15 @@
-//! Checkpoints: a manifest in the database, and tensors in shards, which are files or, if small, in the database too.
+//! Checkpoints: a manifest in the database and tensors in shards, which are files. A copy of the manifest lies beside the
+//! shards, from which a lost database is rebuilt.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
-use crate::error::IoContext;
 use crate::header::{self, ModelCounters};
 use crate::kv::WriteBatch;
-use crate::shards::write_durably;
 use crate::{Error, Repair, Result, Store, key, record};
 
-/// Largest total size of a checkpoint's tensors that is stored in the database.
-const INLINE_BYTES_MAX: usize = 32 << 20;
 /// Smallest size of a shard, except for the last one of a checkpoint.
 const SHARD_BYTES_MIN: usize = 64 << 20;
 
@@ -90,19 +87,21 @@ impl record::Record for Manifest {}
 struct Shard {
     hash: String,
     bytes: u64,
-    /// Whether it is in the database and not in a file.
+    /// Whether it is in the database and not in a file, as builds before version 0.2 kept small checkpoints.
     inline: bool,
 }
 
 impl Store {
-    /// Saves a checkpoint, then deletes all but the newest `keep` (at least one). It is visible only once it is complete.
+    /// Saves a checkpoint, and deletes all but the newest `keep` (at least one) and the rollouts and scores of steps before
+    /// those. It is visible only once it is complete.
     ///
     /// `models` are the counters of the trained models by name, `state` is the job's own state.
     ///
     /// # Errors
     ///
-    /// [`Error::DiskFull`] and other I/O errors, after which the earlier checkpoints are intact; [`Error::Encode`] for a
-    /// tensor of an unknown type or a model name of more than 255 bytes.
+    /// [`Error::NotFinite`] if a tensor holds a NaN or an infinity; [`Error::DiskFull`] and other I/O errors;
+    /// [`Error::Encode`] for a tensor of an unknown type or a model name of more than 255 bytes. The earlier checkpoints
+    /// are intact after each of them.
     pub fn save_checkpoint(
         &mut self,
         step: u64,
@@ -111,38 +110,28 @@ impl Store {
         state: &[u8],
         keep: usize,
     ) -> Result<SavedCheckpoint> {
+        if let Some(tensor) = tensors.iter().find(|t| !is_finite(t)) {
+            return Err(Error::NotFinite { step, tensor: tensor.name.clone() });
+        }
         let state = header::encode(models, state)?;
-        let total: usize = tensors.iter().map(|t| t.data.len()).sum();
-        let inline = total <= INLINE_BYTES_MAX;
         let mut saved = SavedCheckpoint::default();
         let mut shards = Vec::new();
-        let mut batch = WriteBatch::default();
         for group in shard_groups(tensors) {
             let bytes = serialize(group)?;
             let hash = blake3::hash(&bytes).to_hex().to_string();
-            let written = if inline {
-                let new = self.kv.get(&key::shard_part(&hash, 0))?.is_none();
-                if new {
-                    for (i, part) in bytes.chunks(record::PART_BYTES).enumerate() {
-                        batch.put(key::shard_part(&hash, i as u32), part.to_vec());
-                    }
-                }
-                new
-            } else {
-                self.shards.write(&hash, &bytes)?
-            };
             let size = bytes.len() as u64;
-            *if written { &mut saved.written } else { &mut saved.shared } += size;
-            shards.push(Shard { hash, bytes: size, inline });
+            *if self.shards.write(&hash, &bytes)? { &mut saved.written } else { &mut saved.shared } += size;
+            shards.push(Shard { hash, bytes: size, inline: false });
         }
         let manifest = Manifest { step, shards, tensors: tensors.len() as u32, state };
-        if !inline {
-            self.write_manifest_copy(&manifest)?;
-            self.shards.sync()?;
-        }
+        self.shards.write_named(&copy_name(step), &manifest_copy(&manifest)?)?;
+        self.shards.sync()?;
+        let mut batch = WriteBatch::default();
         record::put(&mut batch, key::checkpoint(step), record::CHECKPOINT, &manifest)?;
+        let old = self.retire(&mut batch, manifest, keep)?;
         self.kv.apply(batch)?;
-        self.retain(keep)?;
+        // What the deleted manifests named goes once their deletion is durable.
+        self.remove_files(&old)?;
         Ok(saved)
     }
 
@@ -231,65 +220,63 @@ impl Store {
         Ok(bytes)
     }
 
-    /// Deletes all but the newest `keep` manifests and then, after that is durable, the shards that only they used.
-    fn retain(&mut self, keep: usize) -> Result<()> {
-        let manifests = self.manifests()?;
-        let (old, kept) = manifests.split_at(manifests.len().saturating_sub(keep.max(1)));
-        if old.is_empty() {
+    /// Adds to `batch` what is deleted when `newest` is saved: all manifests but it and the newest others, the tensors that
+    /// only those had in the database, and the rollouts that no kept checkpoint is resumed with.
+    fn retire(&self, batch: &mut WriteBatch, newest: Manifest, keep: usize) -> Result<Retired> {
+        let mut manifests = self.manifests()?;
+        manifests.retain(|m| m.step != newest.step);
+        manifests.push(newest);
+        manifests.sort_by_key(|m| m.step);
+        let kept = manifests.split_off(manifests.len().saturating_sub(keep.max(1)));
+        let used: BTreeSet<String> = kept.iter().flat_map(|m| &m.shards).map(|s| s.hash.clone()).collect();
+        for manifest in &manifests {
+            record::remove(&*self.kv, batch, key::checkpoint(manifest.step))?;
+        }
+        let inline = |manifests: &[Manifest]| -> BTreeMap<String, u64> {
+            let shards = manifests.iter().flat_map(|m| &m.shards).filter(|s| s.inline);
+            shards.map(|s| (s.hash.clone(), s.bytes)).collect()
+        };
+        let still = inline(&kept);
+        for (hash, bytes) in inline(&manifests).iter().filter(|(hash, _)| !still.contains_key(*hash)) {
+            for part in 0..(*bytes as usize).div_ceil(record::PART_BYTES) {
+                batch.remove(key::shard_part(hash, part as u32));
+            }
+        }
+        if let Some(oldest) = kept.first() {
+            self.retire_rollouts(batch, oldest.step)?;
+        }
+        Ok(Retired { steps: manifests.iter().map(|m| m.step).collect(), used })
+    }
+
+    /// Deletes the files that retired checkpoints had and no other has.
+    fn remove_files(&self, retired: &Retired) -> Result<()> {
+        if retired.steps.is_empty() {
             return Ok(());
         }
-        let used: BTreeSet<String> = kept.iter().flat_map(|m| &m.shards).map(|s| s.hash.clone()).collect();
-        let mut batch = WriteBatch::default();
-        for manifest in old {
-            record::remove(&*self.kv, &mut batch, key::checkpoint(manifest.step))?;
+        let names = self.shards.names()?;
+        for name in retired.steps.iter().map(|step| copy_name(*step)).filter(|name| names.contains(name)) {
+            self.shards.remove(&name)?;
         }
-        self.kv.apply(batch)?;
-        let mut batch = WriteBatch::default();
-        for shard in old.iter().flat_map(|m| &m.shards).filter(|s| s.inline && !used.contains(&s.hash)) {
-            for part in 0..(shard.bytes as usize).div_ceil(record::PART_BYTES) {
-                batch.remove(key::shard_part(&shard.hash, part as u32));
-            }
-        }
-        if !batch.0.is_empty() {
-            self.kv.apply(batch)?;
-        }
-        for manifest in old {
-            let copy = self.manifest_copy_path(manifest.step);
-            if copy.exists() {
-                std::fs::remove_file(&copy).at(&copy)?;
-            }
-        }
-        self.shards.remove_unused(&used)
+        self.shards.remove_unused(&retired.used)
     }
 
-    fn manifest_copy_path(&self, step: u64) -> std::path::PathBuf {
-        self.shards.directory().join(format!("{step:012}.manifest"))
-    }
-
-    /// Writes a copy of the manifest beside the shards, from which a lost database can be restored.
-    fn write_manifest_copy(&self, manifest: &Manifest) -> Result<()> {
-        let payload = postcard::to_stdvec(manifest).map_err(|e| Error::Encode(e.to_string()))?;
-        let mut bytes = vec![record::CHECKPOINT.version];
-        bytes.extend_from_slice(blake3::hash(&payload).as_bytes());
-        bytes.extend_from_slice(&payload);
-        write_durably(&self.manifest_copy_path(manifest.step), &bytes)
-    }
-
-    /// Restores the manifests of a lost database from the copies beside the shards, if the database has no checkpoint.
+    /// Restores the manifests of a lost database from the copies beside the shards: those of checkpoints that are newer
+    /// than the database's.
     pub(crate) fn restore_manifests(&mut self) -> Result<Vec<Repair>> {
         let mut repairs = Vec::new();
-        if self.kv.scan(key::CHECKPOINT)?.next().is_some() {
-            return Ok(repairs);
-        }
-        for (path, name) in self.shards.files()? {
-            if !name.ends_with(".manifest") {
+        let newest = self.manifests()?.iter().map(|m| m.step).max();
+        for name in self.shards.names()? {
+            if !is_manifest_copy(&name) {
                 continue;
             }
-            let bytes = std::fs::read(&path).at(&path)?;
-            let Some(manifest) = read_manifest_copy(&bytes) else {
+            let path = self.shards.path(&name);
+            let Some(manifest) = read_manifest_copy(&self.shards.read_named(&name)?) else {
                 repairs.push(Repair(format!("the manifest copy {} is damaged and was not restored", path.display())));
                 continue;
             };
+            if newest.is_some_and(|newest| manifest.step <= newest) {
+                continue;
+            }
             let mut batch = WriteBatch::default();
             record::put(&mut batch, key::checkpoint(manifest.step), record::CHECKPOINT, &manifest)?;
             self.kv.apply(batch)?;
@@ -297,6 +284,35 @@ impl Store {
         }
         Ok(repairs)
     }
+}
+
+/// Checkpoints that were deleted from the database.
+struct Retired {
+    steps: Vec<u64>,
+    /// Hashes of the shards that kept checkpoints have.
+    used: BTreeSet<String>,
+}
+
+/// Ending of the names of manifest copies.
+const COPY: &str = ".manifest";
+
+/// Whether a file beside the shards is a copy of a manifest.
+pub(crate) fn is_manifest_copy(name: &str) -> bool {
+    name.ends_with(COPY)
+}
+
+/// Name of the copy of a manifest, beside the shards.
+fn copy_name(step: u64) -> String {
+    format!("{step:012}{COPY}")
+}
+
+/// The copy of a manifest: see [`read_manifest_copy`].
+fn manifest_copy(manifest: &Manifest) -> Result<Vec<u8>> {
+    let payload = postcard::to_stdvec(manifest).map_err(|e| Error::Encode(e.to_string()))?;
+    let mut bytes = vec![record::CHECKPOINT.version];
+    bytes.extend_from_slice(blake3::hash(&payload).as_bytes());
+    bytes.extend_from_slice(&payload);
+    Ok(bytes)
 }
 
 /// A manifest from a copy: a version byte, a blake3 hash (32 bytes) and the payload. `None` if it is damaged.
@@ -334,6 +350,22 @@ fn serialize(tensors: &[TensorBytes<'_>]) -> Result<Vec<u8>> {
         })
         .collect::<Result<Vec<_>>>()?;
     safetensors::serialize(views, None).map_err(encode)
+}
+
+/// Whether all elements of a tensor of floating-point numbers are finite. The exponent of a NaN and of an infinity is all
+/// ones.
+fn is_finite(tensor: &TensorBytes<'_>) -> bool {
+    let halves = |mask: u16| {
+        let (pairs, _) = tensor.data.as_chunks::<2>();
+        pairs.iter().all(|b| u16::from_le_bytes(*b) & mask != mask)
+    };
+    match tensor.dtype {
+        "F32" => tensor.data.as_chunks::<4>().0.iter().all(|b| f32::from_le_bytes(*b).is_finite()),
+        "F64" => tensor.data.as_chunks::<8>().0.iter().all(|b| f64::from_le_bytes(*b).is_finite()),
+        "F16" => halves(0x7c00),
+        "BF16" => halves(0x7f80),
+        _ => true,
+    }
 }
 
 const DTYPES: [(&str, Dtype); 6] = [
@@ -408,8 +440,8 @@ mod tests {
         let second = save(&mut store, 2, &tensors(2, 70));
         assert!(second.shared > 70 << 20 && second.written > 140 << 20, "{second:?}");
         save(&mut store, 3, &tensors(3, 70));
-        let files = store.shards.files().unwrap();
-        assert_eq!(files.iter().filter(|(_, n)| n.ends_with("safetensors")).count(), 5, "{files:?}");
+        let files = store.shards.names().unwrap();
+        assert_eq!(files.iter().filter(|n| n.ends_with("safetensors")).count(), 5, "{files:?}");
     }
 
     #[test]
@@ -446,14 +478,80 @@ mod tests {
 
     #[test]
     fn a_lost_database_is_restored_from_the_copies() {
+        for megabytes in [0, 70] {
+            let directory = tempfile::tempdir().unwrap();
+            let (mut store, _) = Store::open(directory.path()).unwrap();
+            save(&mut store, 7, &tensors(1, megabytes));
+            drop(store);
+            std::fs::remove_dir_all(directory.path().join("store")).unwrap();
+            for name in ["store.base", "store.journal"] {
+                std::fs::remove_file(directory.path().join(name)).unwrap();
+            }
+            assert!(Store::exists(directory.path()));
+            let (store, repairs) = Store::open(directory.path()).unwrap();
+            assert!(repairs.iter().any(|r| r.0.contains("restored the checkpoint of step 7")), "{repairs:?}");
+            check(&store, 7, &tensors(1, megabytes));
+        }
+    }
+
+    #[test]
+    fn a_shard_that_was_damaged_is_written_again() {
         let directory = tempfile::tempdir().unwrap();
         let (mut store, _) = Store::open(directory.path()).unwrap();
-        save(&mut store, 7, &tensors(1, 70));
-        drop(store);
-        std::fs::remove_dir_all(directory.path().join("store")).unwrap();
-        std::fs::remove_file(directory.path().join("store.sentinel")).unwrap();
-        let (store, repairs) = Store::open(directory.path()).unwrap();
-        assert!(repairs[0].0.contains("step 7"), "{repairs:?}");
-        check(&store, 7, &tensors(1, 70));
+        let data = tensors(1, 0);
+        save(&mut store, 1, &data);
+        let shard = store.shards.names().unwrap().into_iter().find(|n| n.ends_with("safetensors")).unwrap();
+        let path = store.shards.path(&shard);
+        let mut bytes = std::fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        let saved = save(&mut store, 2, &data);
+        assert_eq!(saved.shared, 0);
+        check(&store, 2, &data);
+        check(&store, 1, &data);
+    }
+
+    #[test]
+    fn a_checkpoint_of_an_older_build_with_tensors_in_the_database_is_read_and_retired() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut store, _) = Store::open(directory.path()).unwrap();
+        let data = tensors(3, 0);
+        let views: Vec<_> = data
+            .iter()
+            .map(|(name, data)| TensorBytes { name: name.clone(), dtype: "U8", shape: vec![data.len()], data })
+            .collect();
+        let bytes = serialize(&views).unwrap();
+        let hash = blake3::hash(&bytes).to_hex().to_string();
+        let mut batch = WriteBatch::default();
+        for (i, part) in bytes.chunks(record::PART_BYTES).enumerate() {
+            batch.put(key::shard_part(&hash, i as u32), part.to_vec());
+        }
+        let shards = vec![Shard { hash, bytes: bytes.len() as u64, inline: true }];
+        let state = header::encode(&models(1), b"state 1").unwrap();
+        let manifest = Manifest { step: 1, shards, tensors: 3, state };
+        record::put(&mut batch, key::checkpoint(1), record::CHECKPOINT, &manifest).unwrap();
+        store.kv.apply(batch).unwrap();
+        check(&store, 1, &data);
+        for step in 2..=3 {
+            save(&mut store, step, &tensors(step as u8, 0));
+        }
+        assert_eq!(store.kv.scan(b"t/").unwrap().count(), 0, "its tensors are deleted with it");
+    }
+
+    #[test]
+    fn weights_that_are_no_numbers_are_not_saved() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut store, _) = Store::open(directory.path()).unwrap();
+        for (dtype, data) in [
+            ("F32", [1f32, f32::NAN].map(f32::to_le_bytes).concat()),
+            ("F64", [1f64, f64::INFINITY].map(f64::to_le_bytes).concat()),
+            ("BF16", [0x3f80u16, 0xff80].map(u16::to_le_bytes).concat()),
+            ("F16", [0x3c00u16, 0x7e00].map(u16::to_le_bytes).concat()),
+        ] {
+            let tensor = TensorBytes { name: "w".into(), dtype, shape: vec![2], data: &data };
+            let error = store.save_checkpoint(4, &models(4), &[tensor], b"", 2).unwrap_err();
+            assert!(matches!(&error, Error::NotFinite { step: 4, .. }), "{error}");
+        }
+        assert!(store.checkpoints().unwrap().is_empty());
     }
 }

@@ -51,18 +51,16 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// Acknowledged records are gone.
+    /// The weights to be saved are no numbers.
     #[error(
-        "the database in {path} has lost acknowledged records: it stands at write {found} and {acknowledged} were \
-         acknowledged; restore the directory from a copy"
+        "the model has diverged: `{tensor}` holds a NaN or an infinity after step {step}, so no checkpoint is made of it; \
+         resume from the one before it with a lower `optimizer.learning_rate`"
     )]
-    Lost {
-        /// Directory of the database.
-        path: PathBuf,
-        /// Number of the last write that is there.
-        found: u64,
-        /// Number of the last write that was acknowledged.
-        acknowledged: u64,
+    NotFinite {
+        /// Step after which it was to be saved.
+        step: u64,
+        /// Name of the tensor.
+        tensor: String,
     },
     /// A record has a version that this build does not know.
     #[error(

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::Result;
+use crate::{Repair, Result};
 
 /// A key with its value.
 pub type Entry = (Vec<u8>, Vec<u8>);
@@ -29,6 +29,14 @@ pub trait KeyValue: Send {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>>;
     /// Applies all writes or none. After `Ok` they survive a power loss.
     fn apply(&mut self, batch: WriteBatch) -> Result<()>;
+    /// Checks what lies beneath the map, and returns a message for all that is damaged.
+    fn verify(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+    /// What was repaired since the last call.
+    fn repairs(&self) -> Vec<Repair> {
+        Vec::new()
+    }
     /// The entries whose keys begin with `prefix`, in the order of keys.
     fn scan<'a>(&'a self, prefix: &[u8]) -> Result<Box<dyn Iterator<Item = Result<Entry>> + 'a>>;
 }

@@ -25,18 +25,27 @@
 //! ```
 
 mod checkpoint;
+mod durable;
 mod error;
+mod files;
+mod frame;
 mod header;
+mod index;
+mod journal;
 mod key;
 mod kv;
 mod ledger;
 mod record;
 mod rollout;
+mod sentinel;
 mod shards;
+#[cfg(test)]
+mod simulation;
 mod sled_kv;
 
 pub use checkpoint::{CheckpointSummary, LoadedCheckpoint, OwnedTensor, SavedCheckpoint, TensorBytes};
 pub use error::{Error, Result};
+pub use files::{Disk, Files, replace};
 pub use header::ModelCounters;
 pub use kv::{KeyValue, MemoryKv, WriteBatch};
 pub use ledger::{CachedReply, Exchange, Preference, Prompt, Query, Turn, Usage};
@@ -45,6 +54,7 @@ pub use rollout::{RolloutRecord, ScoreRecord};
 use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -65,30 +75,52 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens or creates the store of a job directory, and repairs what a killed process may have left. Returns messages on
-    /// the repairs.
+    /// Opens or creates the store of a job directory, and repairs what a killed process or damage may have left. Returns
+    /// messages on the repairs, with what is lost.
     ///
     /// # Errors
     ///
-    /// [`Error::InUse`] or [`Error::Locked`] if another process uses the directory, [`Error::Lost`] if acknowledged records
-    /// are gone, and I/O errors.
+    /// [`Error::InUse`] or [`Error::Locked`] if another process uses the directory, and I/O errors.
     pub fn open(directory: &Path) -> Result<(Self, Vec<Repair>)> {
         fs::create_dir_all(directory).at(directory)?;
         let lock = lock(directory)?;
-        let (kv, mut repairs) = sled_kv::SledKv::open(directory)?;
-        let mut store = Self {
-            kv: Box::new(kv),
-            shards: Shards::open(&directory.join("checkpoints"))?,
-            directory: directory.into(),
-            _lock: Some(lock),
-        };
-        repairs.extend(store.restore_manifests()?);
+        let index = Box::new(sled_kv::SledFiles::new(directory));
+        let kv = durable::Durable::open(directory, Arc::new(Disk), index, journal::boot())?;
+        let mut store = Self::assemble(Box::new(kv), directory, Arc::new(Disk), Some(lock))?;
+        let mut repairs = store.repairs();
+        if !repairs.is_empty() || store.checkpoints()?.is_empty() {
+            repairs.extend(store.restore_manifests()?);
+        }
         Ok((store, repairs))
+    }
+
+    /// Whether a directory holds a store, or what is left of one.
+    pub fn exists(directory: &Path) -> bool {
+        let has_copy = |folder: &Path| {
+            let names = Disk.list(folder).unwrap_or_default();
+            names.iter().any(|name| checkpoint::is_manifest_copy(name))
+        };
+        directory.join("store").is_dir() || journal::exists(directory) || has_copy(&directory.join("checkpoints"))
+    }
+
+    /// A store over any key-value map and any files, without a lock, for tests. Shards are in `directory`.
+    pub fn with_parts(kv: Box<dyn KeyValue>, directory: &Path, files: Arc<dyn Files>) -> Result<Self> {
+        Self::assemble(kv, directory, files, None)
     }
 
     /// A store over any key-value map, without a lock, for tests. Shards are files in `directory`.
     pub fn with_kv(kv: Box<dyn KeyValue>, directory: &Path) -> Result<Self> {
-        Ok(Self { kv, shards: Shards::open(&directory.join("checkpoints"))?, directory: directory.into(), _lock: None })
+        Self::with_parts(kv, directory, Arc::new(Disk))
+    }
+
+    fn assemble(kv: Box<dyn KeyValue>, directory: &Path, files: Arc<dyn Files>, lock: Option<File>) -> Result<Self> {
+        let shards = Shards::open(&directory.join("checkpoints"), files)?;
+        Ok(Self { kv, shards, directory: directory.into(), _lock: lock })
+    }
+
+    /// What was repaired since the last call, with what is lost.
+    pub fn repairs(&self) -> Vec<Repair> {
+        self.kv.repairs()
     }
 
     /// The job directory.
@@ -112,7 +144,7 @@ impl Store {
     /// Reads everything and verifies every checksum. Returns an error message for each damaged record, and the number of
     /// intact ones.
     pub fn verify(&self) -> Result<(Vec<String>, u64)> {
-        let mut damaged = Vec::new();
+        let mut damaged = self.kv.verify()?;
         let mut intact = 0;
         for entry in self.kv.scan(b"")? {
             let (key, value) = entry?;
@@ -130,6 +162,7 @@ impl Store {
                 Err(e) => damaged.push(e.to_string()),
             }
         }
+        damaged.extend(self.repairs().into_iter().map(|repair| repair.0));
         Ok((damaged, intact))
     }
 }

@@ -140,7 +140,7 @@ fn checksum(version: u8, payload: &[u8]) -> [u8; 8] {
 }
 
 /// A key in readable form, for messages.
-fn name(key: &[u8]) -> String {
+pub fn name(key: &[u8]) -> String {
     let letter = key.first().map_or('?', |&c| c as char);
     match crate::key::step_of(key) {
         Some(step) if letter != 'j' => format!("{letter}/{step}"),

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::kv::WriteBatch;
+use crate::kv::{Entry, WriteBatch};
 use crate::{Exchange, Result, Store, key, record};
 
 /// A sampled completion.
@@ -88,20 +88,17 @@ impl Store {
         self.of_step(key::SCORE, step, record::SCORE)
     }
 
-    /// Deletes the rollouts and scores of the steps before `step`, which a checkpoint made superfluous.
-    pub fn delete_rollouts_before(&mut self, step: u64) -> Result<()> {
-        let mut batch = WriteBatch::default();
+    /// Adds to `batch` the deletion of the rollouts and scores of the steps before `step`.
+    pub(crate) fn retire_rollouts(&self, batch: &mut WriteBatch, step: u64) -> Result<()> {
         for kind in [key::ROLLOUT, key::SCORE] {
-            let old: Vec<_> = self
-                .kv
-                .scan(kind)?
-                .take_while(|entry| entry.as_ref().map_or(true, |(k, _)| key::step_of(k) < Some(step)))
-                .collect::<Result<_>>()?;
-            for (key, _) in old {
-                record::remove(&*self.kv, &mut batch, key)?;
+            let entries = self.kv.scan(kind)?;
+            let is_old = |entry: &Result<Entry>| entry.as_ref().map_or(true, |(k, _)| key::step_of(k) < Some(step));
+            for entry in entries.take_while(is_old) {
+                let (key, _) = entry?;
+                record::remove(&*self.kv, batch, key)?;
             }
         }
-        if batch.0.is_empty() { Ok(()) } else { self.kv.apply(batch) }
+        Ok(())
     }
 
     pub(crate) fn of_step<T: record::Record>(&self, kind: &[u8], step: u64, record: record::Kind) -> Result<Vec<T>> {
@@ -141,7 +138,10 @@ mod tests {
                 .unwrap();
         }
         assert_eq!(store.rollouts(1).unwrap(), [rollout(1, 0, 5), rollout(1, 1, 4000)]);
-        store.delete_rollouts_before(2).unwrap();
+        // Two checkpoints are kept, so the older one can still be resumed as it was.
+        for step in 1..=3 {
+            store.save_checkpoint(step, &Default::default(), &[], b"", 2).unwrap();
+        }
         assert!(store.rollouts(1).unwrap().is_empty() && store.scores(1).unwrap().is_empty());
         assert_eq!(store.rollouts(2).unwrap().len(), 2);
         assert_eq!(store.scores(2).unwrap()[0].score, 0.1);

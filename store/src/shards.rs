@@ -2,60 +2,79 @@
 //! between checkpoints.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
-use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::error::IoContext;
+use crate::files::{Files, TEMPORARY, replace};
 use crate::{Error, Result};
 
-const EXTENSION: &str = "safetensors";
+const EXTENSION: &str = ".safetensors";
 
 pub struct Shards {
     directory: PathBuf,
+    files: Arc<dyn Files>,
 }
 
 impl Shards {
-    pub fn open(directory: &Path) -> Result<Self> {
-        fs::create_dir_all(directory).at(directory)?;
-        let shards = Self { directory: directory.into() };
+    pub fn open(directory: &Path, files: Arc<dyn Files>) -> Result<Self> {
+        files.create_directory(directory).at(directory)?;
+        let shards = Self { directory: directory.into(), files };
         // Partial files of a killed process.
-        for (path, name) in shards.files()? {
-            if name.ends_with(".tmp") {
-                fs::remove_file(&path).at(&path)?;
+        for name in shards.names()? {
+            if name.ends_with(TEMPORARY) {
+                shards.remove(&name)?;
             }
         }
         Ok(shards)
     }
 
-    pub fn directory(&self) -> &Path {
-        &self.directory
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
     }
 
-    fn path(&self, hash: &str) -> PathBuf {
-        self.directory.join(format!("{hash}.{EXTENSION}"))
+    fn shard(&self, hash: &str) -> PathBuf {
+        self.path(&format!("{hash}{EXTENSION}"))
     }
 
-    /// Writes a shard unless it exists, and returns whether it was written. It is durable after [`Shards::sync`].
+    /// Writes a shard unless it is there undamaged, and returns whether it was written. It is durable after
+    /// [`Shards::sync`].
     pub fn write(&self, hash: &str, bytes: &[u8]) -> Result<bool> {
-        let path = self.path(hash);
-        if fs::metadata(&path).is_ok_and(|m| m.len() == bytes.len() as u64) {
+        let path = self.shard(hash);
+        // Damage since an earlier checkpoint wrote it is mended here.
+        if self.files.read(&path).is_ok_and(|known| known == bytes) {
             return Ok(false);
         }
-        write_durably(&path, bytes)?;
+        replace(&*self.files, &path, bytes).at(&path)?;
         Ok(true)
     }
 
-    /// Makes the directory entries of written shards durable.
+    /// Writes a file that is not a shard. It is durable after [`Shards::sync`].
+    pub fn write_named(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let path = self.path(name);
+        replace(&*self.files, &path, bytes).at(&path)
+    }
+
+    /// Reads a file that is not a shard.
+    pub fn read_named(&self, name: &str) -> Result<Vec<u8>> {
+        let path = self.path(name);
+        self.files.read(&path).at(&path)
+    }
+
+    /// Makes the names of written files durable.
     pub fn sync(&self) -> Result<()> {
-        File::open(&self.directory).and_then(|d| d.sync_all()).at(&self.directory)
+        self.files.sync_directory(&self.directory).at(&self.directory)
     }
 
     /// Reads a shard and verifies its hash.
     pub fn read(&self, hash: &str) -> Result<Vec<u8>> {
-        let path = self.path(hash);
+        let path = self.shard(hash);
         let corrupt = |reason: String| Error::Corrupt { what: path.display().to_string(), reason };
-        let bytes = fs::read(&path).map_err(|e| corrupt(e.to_string()))?;
+        let bytes = match self.files.read(&path) {
+            // Any other error may pass: the system has too few handles, say.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(corrupt(e.to_string())),
+            bytes => bytes.at(&path)?,
+        };
         if blake3::hash(&bytes).to_hex().as_str() != hash {
             return Err(corrupt("its content does not match its hash".into()));
         }
@@ -64,39 +83,21 @@ impl Shards {
 
     /// Deletes the shards whose hashes are not in `used`.
     pub fn remove_unused(&self, used: &BTreeSet<String>) -> Result<()> {
-        for (path, name) in self.files()? {
-            let hash = name.strip_suffix(&format!(".{EXTENSION}"));
-            if hash.is_some_and(|h| !used.contains(h)) {
-                fs::remove_file(&path).at(&path)?;
+        for name in self.names()? {
+            if name.strip_suffix(EXTENSION).is_some_and(|hash| !used.contains(hash)) {
+                self.remove(&name)?;
             }
         }
         Ok(())
     }
 
-    /// Paths and names of the files in the directory, sorted.
-    pub fn files(&self) -> Result<Vec<(PathBuf, String)>> {
-        let mut all = Vec::new();
-        for entry in fs::read_dir(&self.directory).at(&self.directory)? {
-            let path = entry.at(&self.directory)?.path();
-            if let Some(name) = path.file_name().and_then(|n| n.to_str()).map(String::from) {
-                all.push((path, name));
-            }
-        }
-        all.sort();
-        Ok(all)
+    pub fn remove(&self, name: &str) -> Result<()> {
+        let path = self.path(name);
+        self.files.remove(&path).at(&path)
     }
-}
 
-/// Writes a file atomically: to a temporary name, synced, then renamed.
-pub fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
-    let temporary = path.with_extension("tmp");
-    let written = File::create(&temporary).and_then(|mut file| {
-        file.write_all(bytes)?;
-        file.sync_all()
-    });
-    if let Err(e) = written {
-        let _ = fs::remove_file(&temporary); // frees the space; the error of the write is returned
-        return Err(e).at(path);
+    /// Names of the files in the directory, sorted.
+    pub fn names(&self) -> Result<Vec<String>> {
+        self.files.list(&self.directory).at(&self.directory)
     }
-    fs::rename(&temporary, path).at(path)
 }

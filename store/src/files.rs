@@ -1,0 +1,131 @@
+//! Files beside the database: written durably, replaced in one move.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// Operations on files, with the guarantees that the store builds on. [`Disk`] is the real one; tests put a simulated
+/// one in its place, which loses what was not synced.
+pub trait Files: Send + Sync {
+    /// The whole content of a file.
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
+    /// Creates or replaces a file and syncs its content. Its name is durable after [`Files::sync_directory`].
+    fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()>;
+    /// Opens a file to append to, which is created unless it exists.
+    fn append(&self, path: &Path) -> io::Result<Box<dyn Append>>;
+    /// Opens a small file that is written again and again, which is created unless it exists.
+    fn slot(&self, path: &Path) -> io::Result<Box<dyn Slot>>;
+    /// Gives a file another name in the same directory, replacing a file of that name.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Deletes a file.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+    /// Makes the names of a directory's files durable.
+    fn sync_directory(&self, path: &Path) -> io::Result<()>;
+    /// Names of the files in a directory, sorted.
+    fn list(&self, path: &Path) -> io::Result<Vec<String>>;
+    /// Creates a directory and those above it, unless they exist.
+    fn create_directory(&self, path: &Path) -> io::Result<()>;
+}
+
+/// A file that is appended to.
+pub trait Append: Send {
+    /// Appends bytes, which are durable after `Ok`. After an error some of them may be there.
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()>;
+    /// Cuts the file off after `len` bytes.
+    fn truncate(&mut self, len: u64) -> io::Result<()>;
+}
+
+/// A small file that is written again and again, in place and not synced.
+pub trait Slot: Send {
+    /// Writes the whole content, which always has the same length.
+    fn write(&self, bytes: &[u8]) -> io::Result<()>;
+}
+
+impl Slot for File {
+    fn write(&self, bytes: &[u8]) -> io::Result<()> {
+        self.write_all_at(bytes, 0)
+    }
+}
+
+impl Append for File {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.write_all(bytes)?;
+        self.sync_data()
+    }
+
+    fn truncate(&mut self, len: u64) -> io::Result<()> {
+        self.set_len(len)?;
+        self.sync_data()
+    }
+}
+
+/// The file system.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Disk;
+
+impl Files for Disk {
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        fs::read(path)
+    }
+
+    fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let mut file = File::create(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    }
+
+    fn append(&self, path: &Path) -> io::Result<Box<dyn Append>> {
+        Ok(Box::new(File::options().create(true).append(true).open(path)?))
+    }
+
+    fn slot(&self, path: &Path) -> io::Result<Box<dyn Slot>> {
+        Ok(Box::new(File::options().create(true).truncate(false).write(true).open(path)?))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn sync_directory(&self, path: &Path) -> io::Result<()> {
+        File::open(path)?.sync_all()
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(path)? {
+            // The store makes no other names.
+            names.extend(entry?.file_name().into_string().ok());
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn create_directory(&self, path: &Path) -> io::Result<()> {
+        fs::create_dir_all(path)
+    }
+}
+
+/// Ending of the name under which a file is written before it is moved into place.
+pub(crate) const TEMPORARY: &str = ".tmp";
+
+/// Writes a file beside `path`, syncs it and moves it there: a reader, and a crash, find the old content or the new one.
+/// The move is durable after [`Files::sync_directory`].
+///
+/// # Errors
+///
+/// Those of the system; the old content is there still.
+pub fn replace(files: &dyn Files, path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(TEMPORARY);
+    let temporary = Path::new(&temporary);
+    let written = files.write(temporary, bytes).and_then(|()| files.rename(temporary, path));
+    if written.is_err() {
+        let _ = files.remove(temporary); // frees the space; the error of the write is returned
+    }
+    written
+}
