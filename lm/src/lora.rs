@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use crate::cpu::with_views;
 use crate::error::{Error, Result};
+use crate::load::file;
 use crate::load::{Checkpoint, tensors_of};
 use crate::model::{Decoder, HeadKind, Parameters, SCORE_HEAD};
 
@@ -106,7 +107,7 @@ impl Lora {
     pub fn open(base: &Checkpoint, directory: &Path, device: &Device) -> Result<Self> {
         let path = directory.join("adapter_config.json");
         let malformed = |path: &Path, reason: String| Error::Malformed { path: path.into(), reason };
-        let bytes = fs::read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
+        let bytes = file::read(&path)?;
         let json: Value = serde_json::from_slice(&bytes).map_err(|e| malformed(&path, e.to_string()))?;
         if json["peft_type"].as_str() != Some("LORA") {
             return Err(malformed(&path, format!("peft_type {} is not supported; \"LORA\" is", json["peft_type"])));
@@ -129,7 +130,7 @@ impl Lora {
             v.as_array().map(|all| all.iter().filter_map(Value::as_str).map(String::from).collect()).unwrap_or_default()
         };
         let path = directory.join("adapter_model.safetensors");
-        let bytes = fs::read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
+        let bytes = file::read(&path)?;
         let found = tensors_of(&bytes, &path, device)?;
         let mut targets = names(&json["target_modules"]);
         if targets.is_empty() {

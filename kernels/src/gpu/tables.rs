@@ -43,7 +43,7 @@ impl Context {
             return Ok(table.clone());
         }
         let (cosines, sines) = angles.tables();
-        let up = |x| launcher.upload_floats(x);
+        let up = |x: Vec<f32>| launcher.upload_floats(&x);
         let table = Arc::new(Table { cosines: up(cosines)?, sines: up(sines)? });
         tables.insert(key, (angles.clone(), table.clone()));
         Ok(table)

@@ -9,6 +9,7 @@ use crate::model::{Architecture, Decoder, HeadKind, LANGUAGE_HEAD, Parameters, S
 use crate::text::Text;
 
 /// A model as loaded from its files: weights on the CPU in f32, tokenizer and chat template.
+#[derive(Clone)]
 pub struct Checkpoint {
     /// Sizes and features.
     pub architecture: Architecture,

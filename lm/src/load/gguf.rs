@@ -1,7 +1,7 @@
 //! GGUF files: weights dequantised to f32, tokenizer and chat template.
 
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, Seek as _};
 use std::path::Path;
 
 use candle_core::quantized::gguf_file::{Content, Value};
@@ -10,6 +10,7 @@ use candle_core::{Device, Tensor};
 use super::check::check;
 use super::checkpoint::Checkpoint;
 use super::gguf_tokenizer::tokenizer;
+use super::{file, gguf_header};
 use crate::error::{Error, Result};
 use crate::model::{Architecture, LANGUAGE_HEAD, Parameters, Position, Rope, Scaling};
 use crate::text::Text;
@@ -71,10 +72,7 @@ pub struct GgufText {
 impl GgufText {
     /// Reads the metadata of a file.
     pub fn open(path: &Path) -> Result<Self> {
-        let read = |source| Error::Read { path: path.into(), source };
-        let mut reader = BufReader::new(File::open(path).map_err(read)?);
-        let content =
-            Content::read(&mut reader).map_err(|e| Error::Malformed { path: path.into(), reason: e.to_string() })?;
+        let (content, _) = read(path)?;
         let metadata = Metadata { content: &content, path };
         let architecture = metadata.text("general.architecture").unwrap_or_default().to_string();
         let context = metadata.number(&format!("{architecture}.context_length")).map(|n| n as usize);
@@ -93,11 +91,19 @@ impl GgufText {
     }
 }
 
+/// Reads the header of a file.
+fn read(path: &Path) -> Result<(Content, BufReader<File>)> {
+    let malformed = |reason: String| Error::Malformed { path: path.into(), reason };
+    let mut reader = BufReader::new(file::open(path)?);
+    gguf_header::check(&mut reader).map_err(malformed)?;
+    reader.rewind().map_err(|source| Error::Read { path: path.into(), source })?;
+    let content = Content::read(&mut reader).map_err(|e| malformed(e.to_string()))?;
+    Ok((content, reader))
+}
+
 pub fn open(path: &Path) -> Result<Checkpoint> {
-    let file = File::open(path).map_err(|source| Error::Read { path: path.into(), source })?;
-    let mut reader = BufReader::new(file);
+    let (content, mut reader) = read(path)?;
     let malformed = |e: candle_core::Error| Error::Malformed { path: path.into(), reason: e.to_string() };
-    let content = Content::read(&mut reader).map_err(malformed)?;
     let metadata = Metadata { content: &content, path };
     // Validate it like a config.json.
     let architecture =

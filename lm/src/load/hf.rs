@@ -1,7 +1,6 @@
 //! Hugging Face directories: `config.json`, `*.safetensors` (one file or sharded), `tokenizer.json`.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
@@ -9,6 +8,7 @@ use serde_json::Value;
 
 use super::check::check;
 use super::checkpoint::{Checkpoint, Files};
+use super::file::read;
 use super::tensors::tensors_of;
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Parameters};
@@ -86,10 +86,6 @@ fn tensors(bytes: &[u8], path: &Path) -> Result<Parameters> {
         .into_iter()
         .map(|(name, t)| Ok((name, t.to_dtype(DType::F32).map_err(malformed)?)))
         .collect()
-}
-
-fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).map_err(|source| Error::Read { path: path.into(), source })
 }
 
 fn json(bytes: &[u8], path: &Path) -> Result<Value> {

@@ -2,7 +2,9 @@
 
 mod check;
 mod checkpoint;
+pub(crate) mod file;
 mod gguf;
+mod gguf_header;
 mod gguf_tokenizer;
 mod hf;
 mod open;

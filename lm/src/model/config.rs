@@ -9,6 +9,11 @@ use crate::error::{Error, Result};
 /// Supported values of `model_type`.
 const MODEL_TYPES: [&str; 7] = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2"];
 
+/// Largest size that a config may name: far more than any model has, and little enough for what is sized by it.
+const SIZE_MAX: u64 = 1 << 24;
+/// Most layers.
+const LAYERS_MAX: usize = 4096;
+
 /// Typed access to a JSON object; errors name the key.
 struct Keys<'a>(&'a Map<String, Value>);
 
@@ -20,6 +25,9 @@ impl Keys<'_> {
     fn size(&self, key: &str) -> Result<Option<usize>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_u64() {
+            Some(n) if n > SIZE_MAX => Err(Error::Config(format!(
+                "`{key}` = {value} is larger than this program takes; {SIZE_MAX} is the most"
+            ))),
             Some(n) if n > 0 => Ok(Some(n as usize)),
             _ => Err(Error::Config(format!("`{key}` = {value} must be a positive whole number"))),
         }
@@ -59,6 +67,10 @@ impl Architecture {
             return Err(Error::Config(format!("model_type `{model_type}` is not supported; {supported} are")));
         }
         let arch = if model_type == "gpt2" { gpt2(&keys)? } else { llama_like(&keys, model_type)? };
+        if arch.layers > LAYERS_MAX {
+            let layers = arch.layers;
+            return Err(Error::Config(format!("the model claims to have {layers} layers; {LAYERS_MAX} are the most")));
+        }
         if arch.heads % arch.kv_heads != 0 {
             return Err(Error::Config(format!(
                 "num_key_value_heads {} does not divide num_attention_heads {}",

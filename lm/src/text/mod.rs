@@ -2,7 +2,7 @@
 
 mod chat;
 
-pub use chat::{ChatTemplate, Message};
+pub use chat::{ChatTemplate, Message, compile, render, sandbox};
 
 use serde_json::Value;
 use tokenizers::Tokenizer;
@@ -18,10 +18,43 @@ pub struct Text {
     template: Option<ChatTemplate>,
 }
 
+/// Most times that a tokenizer's replacements may lengthen a text, one after the other.
+const EXPANSION_MAX: f64 = 1024.0;
+
+/// Checks how much longer the replacements of a `tokenizer.json` can make a text: a chain of them can make gigabytes of a
+/// line.
+fn expansion(tokenizer: &[u8]) -> std::result::Result<(), String> {
+    /// The product over all replacements in a part of the file.
+    fn factor(part: &Value) -> f64 {
+        let own = if part["type"] == "Replace" {
+            let content = part["content"].as_str().map_or(0, str::len);
+            let pattern = part["pattern"]["String"].as_str().map_or(1, str::len);
+            (content as f64 / pattern.max(1) as f64).max(1.0)
+        } else {
+            1.0
+        };
+        let inner: f64 = match part {
+            Value::Array(parts) => parts.iter().map(factor).product(),
+            Value::Object(parts) => parts.values().map(factor).product(),
+            _ => 1.0,
+        };
+        own * inner
+    }
+    // What is no JSON is reported when it is parsed.
+    let Ok(file) = serde_json::from_slice::<Value>(tokenizer) else { return Ok(()) };
+    for part in ["normalizer", "pre_tokenizer", "decoder", "post_processor"] {
+        if factor(&file[part]) > EXPANSION_MAX {
+            return Err(format!("the replacements of its {part} lengthen a text more than {EXPANSION_MAX} times"));
+        }
+    }
+    Ok(())
+}
+
 impl Text {
     /// Parses `tokenizer.json` and `tokenizer_config.json`; `template` overrides the chat template of the latter.
     pub fn from_json(tokenizer: &[u8], config: Option<&[u8]>, template: Option<String>) -> Result<Self> {
         let error = |what: &str, e: &dyn std::fmt::Display| Error::Tokenizer(format!("{what}: {e}"));
+        expansion(tokenizer).map_err(|e| error("tokenizer.json", &e))?;
         let mut tokenizer_ = Tokenizer::from_bytes(tokenizer).map_err(|e| error("tokenizer.json", &e))?;
         // Padding and truncation are up to the caller.
         tokenizer_.with_padding(None);
@@ -63,12 +96,37 @@ impl Text {
         self.template.as_ref()
     }
 
+    /// The text with every special token that is written out in it broken up by a space, so that it is encoded as text.
+    pub fn without_special(&self, text: &str) -> String {
+        let mut safe = text.to_string();
+        for (_, token) in self.tokenizer.get_added_tokens_decoder().into_iter().filter(|(_, token)| token.special) {
+            let mut characters = token.content.chars();
+            if let Some(first) = characters.next().filter(|_| safe.contains(&token.content)) {
+                safe = safe.replace(&token.content, &format!("{first} {}", characters.as_str()));
+            }
+        }
+        safe
+    }
+
     /// Encodes a conversation up to the start of the assistant's answer; without a chat template, its last message.
     pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
         match &self.template {
             Some(template) => self.encode_plain(&template.render(messages, true)?),
             None => self.encode(messages.last().map_or("", |m| m.content.as_str())),
         }
+    }
+
+    /// Token that ends a turn of the assistant: the first of `eos` that the chat template renders after one, or the first of
+    /// them.
+    pub fn end_of_turn(&self, eos: &[u32]) -> Option<u32> {
+        let turn = [Message::user("a"), Message { role: "assistant".into(), content: "b".into() }];
+        let from_template = || {
+            let template = self.template.as_ref()?;
+            let (open, whole) = (template.render(&turn[..1], true).ok()?, template.render(&turn, false).ok()?);
+            let rest = self.encode_plain(whole.strip_prefix(&open)?).ok()?;
+            rest.into_iter().find(|t| eos.contains(t))
+        };
+        from_template().or(eos.first().copied())
     }
 
     /// `tokenizer.json` as it was read.
@@ -79,5 +137,21 @@ impl Text {
     /// `tokenizer_config.json`, template included.
     pub fn config(&self) -> &Value {
         &self.config
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chain_of_replacements_is_refused() {
+        let double = serde_json::json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aa"});
+        let file = |n: usize| {
+            let chain = serde_json::json!({"normalizer": {"type": "Sequence", "normalizers": vec![double.clone(); n]}});
+            chain.to_string()
+        };
+        assert!(expansion(file(10).as_bytes()).is_ok());
+        assert!(expansion(file(32).as_bytes()).unwrap_err().contains("normalizer"));
     }
 }
