@@ -207,6 +207,7 @@ fn of_model(e: &rehearsal_lm::Error) -> ErrorKind {
         Model::Cancelled => ErrorKind::Cancelled,
         Model::Tensor(_) => ErrorKind::Device,
         Model::Write { source, .. } => of_io(source),
+        Model::NotFinite { .. } => ErrorKind::Role,
         _ => ErrorKind::Input,
     }
 }

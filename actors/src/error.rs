@@ -67,6 +67,12 @@ pub enum Error {
         /// Its value.
         value: f64,
     },
+    /// An update has made weights that are no numbers.
+    #[error(
+        "the weights hold a NaN or an infinity after the update; the last checkpoint is kept: resume from it with a lower \
+         `optimizer.learning_rate`"
+    )]
+    Diverged,
     /// The data of a training step contradict each other.
     #[error("the data of the training step is inconsistent: {0}")]
     Data(String),

@@ -116,6 +116,14 @@ pub enum Error {
         /// Size of the vocabulary.
         vocab: usize,
     },
+    /// The probabilities that a completion was sampled from are no numbers.
+    #[error(
+        "completion {id}: its log-probabilities hold a NaN or an infinity; the model has diverged, or its weights are damaged"
+    )]
+    NotFinite {
+        /// Id of the request.
+        id: u64,
+    },
     /// A sampling setting is out of its range.
     #[error("sampling: {0}")]
     Sampling(String),

@@ -434,7 +434,7 @@ fn conversations_are_learned_turn_by_turn() {
 fn a_loss_that_is_no_number_stops_the_job_and_keeps_what_came_before() {
     let folder = tempfile::tempdir().unwrap();
     let more =
-        format!("{SFT}{}", replace_once(&replace_once(OFFLINE, "5e-4", "1e38"), "every_steps = 3", "every_steps = 1"));
+        format!("{SFT}{}", replace_once(&replace_once(OFFLINE, "5e-4", "1e36"), "every_steps = 3", "every_steps = 1"));
     let config = config(folder.path(), "sft", 30, &more);
     let error = run(config).unwrap_err().to_string();
     assert!(error.contains("offending-batch-") && error.contains("nothing was changed"), "{error}");

@@ -12,6 +12,7 @@ mod sampling;
 
 pub use sampling::{Sampling, Scratch};
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -161,7 +162,8 @@ impl Generator {
     ///
     /// `text` is needed for stop strings only. Once `cancelled` returns true, the call fails with [`Error::Cancelled`];
     /// completions passed to `finished` before remain valid. Fails before generating anything if a setting is out of
-    /// range, or if a prompt is empty, exceeds the context or has a token outside the vocabulary.
+    /// range, or if a prompt is empty, exceeds the context or has a token outside the vocabulary; and with
+    /// [`Error::NotFinite`] if the model's probabilities are no numbers.
     pub fn generate(
         &mut self,
         requests: Vec<Request>,
@@ -172,11 +174,21 @@ impl Generator {
     ) -> Result<()> {
         options.sampling.validate()?;
         self.check(&requests, options)?;
-        let call = Call { requests, options, text, cancelled, finished };
-        match &mut self.backend {
+        let diverged = Cell::new(None);
+        let cancelled = || diverged.get().is_some() || cancelled();
+        let mut finished = |completion: Completion| {
+            if completion.logprobs.iter().all(|logprob| logprob.is_finite()) {
+                finished(completion);
+            } else {
+                diverged.set(Some(completion.id));
+            }
+        };
+        let call = Call { requests, options, text, cancelled: &cancelled, finished: &mut finished };
+        let result = match &mut self.backend {
             Backend::Gpu(gpu) => gpu.generate(&self.decoder, call),
             _ => with_team(|| self.generate_on_host(call)),
-        }
+        };
+        diverged.get().map_or(result, |id| Err(Error::NotFinite { id }))
     }
 
     /// [`Generator::generate`], which also records the activations of the completions for
