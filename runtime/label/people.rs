@@ -8,7 +8,7 @@ use rehearsal_actors::{Judged, Reward, RewardError, Sample};
 use rehearsal_store::{CachedReply, Prompt, Usage};
 use tokio_util::sync::CancellationToken;
 
-use super::queue::{Item, Label, LabelValue};
+use super::queue::{Item, ItemId, Label, LabelValue};
 use super::service::LabelService;
 use super::store::{LabelStore, judge_name, preference};
 use crate::judge::{NO_TIMEOUT, ReplyCache, same_prompt};
@@ -62,7 +62,13 @@ impl Reward for PeopleReward {
         let groups: Vec<&[Sample]> = samples.chunk_by(same_prompt).collect();
         // Equal completions need no judgement.
         let differs = |group: &&&[Sample]| group.iter().any(|s| s.completion != group[0].completion);
-        let items: Vec<Item> = groups.iter().filter(differs).map(|group| item(group)).collect();
+        // Equal items are one question, with one answer: labels are saved by content.
+        let mut items: Vec<Item> = Vec::new();
+        for item in groups.iter().filter(differs).map(|group| item(group)) {
+            if !items.contains(&item) {
+                items.push(item);
+            }
+        }
         let saved = self.saved(&items)?;
         let ids = self.service.add(items.iter().cloned().zip(saved).collect()).map_err(|e| self.failed(e))?;
         while !self.service.wait(&ids, CANCEL_POLL) {
@@ -71,11 +77,12 @@ impl Reward for PeopleReward {
                 return Err(RewardError::Stopped { name: self.name().into() });
             }
         }
-        let mut labelled = items.iter().zip(self.service.remove(&ids));
+        let labels = self.service.remove(&ids);
         let mut judged = Vec::with_capacity(samples.len());
         for group in &groups {
-            match differs(&group).then(|| labelled.next()).flatten() {
-                Some((item, labels)) => judged.extend(scores(item, &labels)),
+            let of_group = item(group);
+            match differs(&group).then(|| items.iter().zip(&labels).find(|(item, _)| **item == of_group)).flatten() {
+                Some((item, labels)) => judged.extend(scores(item, labels)),
                 None => judged.extend(group.iter().map(|_| Judged::new(0.5, "all answers are the same"))),
             }
         }
@@ -123,7 +130,7 @@ fn scores(item: &Item, labels: &[Label]) -> Vec<Judged> {
 pub struct CachedLabels(pub Arc<dyn ReplyCache>);
 
 impl LabelStore for CachedLabels {
-    fn save(&mut self, item: &Item, labels: &[Label]) -> Result<(), String> {
+    fn save(&mut self, _: ItemId, item: &Item, labels: &[Label]) -> Result<(), String> {
         let reply = serde_json::to_string(labels).map_err(|e| e.to_string())?;
         let kept = CachedReply { reply, usage: Usage::default() };
         self.0.remember(vec![(key(item), kept)], Usage::default()).map_err(|e| e.to_string())

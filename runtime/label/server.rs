@@ -1,10 +1,12 @@
 //! HTTP server of the label page and its four API requests.
 //!
 //! Beyond loopback, requests need a bearer token. On loopback, the `Host` header must name this machine, which keeps
-//! out other sites that are open in the same browser (DNS rebinding).
+//! out other sites that are open in the same browser (DNS rebinding), and requests that a browser says come from another
+//! site are refused. Connections are limited in number, time and bytes.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::{Query, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -20,6 +22,7 @@ use super::queue::{ItemId, LabelValue};
 use super::service::LabelService;
 use crate::blocking::blocking;
 use crate::error::{Error, Result};
+use crate::http::{Bounded, Limits};
 use crate::listen::{self, Bound};
 use crate::time::now_ms;
 
@@ -29,6 +32,9 @@ pub(crate) const WHAT: &str = "the label page";
 const PAGE: &str = include_str!("page/index.html");
 const SCRIPT: &str = include_str!("page/page.js");
 const STYLE: &str = include_str!("page/page.css");
+
+/// A request of the page is short, and each connection carries one.
+const LIMITS: Limits = Limits { connections_max: 64, connection: Duration::from_secs(30), received_bytes_max: 1 << 20 };
 
 /// Content security policy: only the page's own files, so that markup in a completion can neither load nor run
 /// anything.
@@ -116,7 +122,8 @@ pub async fn serve(service: Arc<LabelService>, address: SocketAddr, access: Acce
 /// As [`serve`], on an address that is bound.
 pub(crate) fn serve_on(bound: Bound, service: Arc<LabelService>, access: Access, live: bool) -> Result<LabelServer> {
     let address = bound.address;
-    let listener = bound.listener().map_err(|e| Error::Listen { what: WHAT, address, reason: e.to_string() })?;
+    let refused = |e: std::io::Error| Error::Listen { what: WHAT, address, reason: e.to_string() };
+    let listener = Bounded::new(bound, LIMITS).map_err(refused)?;
     let state = AppState { service, access: Arc::new(access), live };
     let api = Router::new()
         .route("/api/next", get(next))
@@ -148,6 +155,7 @@ async fn add_headers(mut response: Response) -> Response {
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     response
 }
 
@@ -155,6 +163,7 @@ async fn add_headers(mut response: Response) -> Response {
 async fn authorize(State(state): State<AppState>, request: Request, next: Next) -> Response {
     let headers = request.headers();
     let refused = match &*state.access {
+        _ if is_cross_site(headers) => Some("the request comes from another site; open the page itself"),
         Access::Loopback => (!is_local(headers)).then_some("open the page by 127.0.0.1 or localhost"),
         Access::Token(token) | Access::GeneratedToken(token) => (!has_token(headers, token))
             .then_some("the token is missing or wrong; open the page by its full URL, with the part after #"),
@@ -163,6 +172,11 @@ async fn authorize(State(state): State<AppState>, request: Request, next: Next) 
         Some(reason) => (StatusCode::FORBIDDEN, Json(json!({"error": reason}))).into_response(),
         None => next.run(request).await,
     }
+}
+
+/// Whether a browser says that another site made the request. Programs that are no browsers say nothing.
+fn is_cross_site(headers: &HeaderMap) -> bool {
+    headers.get("sec-fetch-site").is_some_and(|site| site != "same-origin" && site != "none")
 }
 
 /// Whether the `Host` header is `localhost` or a loopback address.

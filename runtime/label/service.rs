@@ -109,7 +109,7 @@ impl State {
     /// Saves the labels of an item, then puts them into the queue.
     fn save(&mut self, id: ItemId, labels: Vec<Label>) -> Result<(), String> {
         let item = self.queue.item(id).ok_or("the item is no longer in the queue; reload the page")?;
-        self.store.save(item, &labels)?;
+        self.store.save(id, item, &labels)?;
         self.queue.set_labels(id, labels);
         Ok(())
     }

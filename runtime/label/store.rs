@@ -2,13 +2,13 @@
 
 use rehearsal_store::{Exchange, Preference, Store, Usage};
 
-use super::queue::{Item, Label, LabelValue};
+use super::queue::{Item, ItemId, Label, LabelValue};
 use crate::data::ledger::ranked;
 
 /// Durable storage of labels.
 pub trait LabelStore: Send {
-    /// Replaces all labels of an item. Once this returns `Ok`, they survive the process.
-    fn save(&mut self, item: &Item, labels: &[Label]) -> Result<(), String>;
+    /// Replaces all labels of an item, which has this id in the queue. Once this returns `Ok`, they survive the process.
+    fn save(&mut self, id: ItemId, item: &Item, labels: &[Label]) -> Result<(), String>;
 }
 
 /// A labeller's name in the ledger's `judge` field.
@@ -63,7 +63,8 @@ pub fn label(record: &Preference) -> Option<Label> {
     Some(Label { labeller, value, shown: exchange.shown.clone(), time_ms: record.time_ms })
 }
 
-/// Labels of a file's items in a preference ledger. The record's step is the item's row in the file.
+/// Labels of a file's items in a preference ledger. The record's step is the item's row in the file, which is its id in a
+/// queue that holds the file's items in order.
 pub struct LedgerLabels {
     store: Store,
     items: Vec<Item>,
@@ -97,8 +98,12 @@ impl LedgerLabels {
 }
 
 impl LabelStore for LedgerLabels {
-    fn save(&mut self, item: &Item, labels: &[Label]) -> Result<(), String> {
-        let step = self.items.iter().position(|i| i == item).ok_or("the item is not in the file")? as u64;
+    fn save(&mut self, id: ItemId, item: &Item, labels: &[Label]) -> Result<(), String> {
+        // Rows may be equal, so an item is found by its place.
+        if self.items.get(id as usize) != Some(item) {
+            return Err(format!("the item is not row {} of the file", id + 1));
+        }
+        let step = id;
         let known = self.store.preferences_of_step(step).map_err(|e| e.to_string())?;
         let mut next = known.iter().map(|r| r.index + 1).max().unwrap_or(0);
         let mut records = Vec::new();
@@ -133,15 +138,31 @@ mod tests {
         let (mut ledger, known) = LedgerLabels::open(store(), items.clone()).unwrap();
         assert!(known.iter().all(Vec::is_empty));
         let ranks = label("anna", LabelValue::Ranks(vec![2, 1]));
-        ledger.save(&items[0], &[ranks.clone(), label("ben", LabelValue::Skipped)]).unwrap();
+        ledger.save(0, &items[0], &[ranks.clone(), label("ben", LabelValue::Skipped)]).unwrap();
         let wrote = Label { shown: Vec::new(), ..label("anna", LabelValue::Demonstration("Hello.".into())) };
-        ledger.save(&items[1], std::slice::from_ref(&wrote)).unwrap();
+        ledger.save(1, &items[1], std::slice::from_ref(&wrote)).unwrap();
         let records = ledger.store.preferences_of_step(0).unwrap();
         assert_eq!((records[0].pair, records[0].judge.as_str()), (Some((1, 0)), "person:anna"));
         assert_eq!(records[0].exchanges[0].reply, "A > B");
         // Ben's label is undone, and the ledger is opened again.
-        ledger.save(&items[0], std::slice::from_ref(&ranks)).unwrap();
+        ledger.save(0, &items[0], std::slice::from_ref(&ranks)).unwrap();
         let (_, known) = LedgerLabels::open(ledger.store, items.clone()).unwrap();
         assert_eq!(known, [vec![ranks], vec![wrote]]);
+    }
+    #[test]
+    fn equal_rows_keep_labels_of_their_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::with_kv(Box::new(MemoryKv::default()), folder.path()).unwrap();
+        let row = Item { prompt: Prompt::Text("q".into()), completions: vec!["a".into(), "b".into()] };
+        let items = vec![row.clone(), row.clone(), row.clone()];
+        let ranks = |best: usize| LabelValue::Ranks(if best == 0 { vec![1, 2] } else { vec![2, 1] });
+        let label = |best| Label { labeller: "anna".into(), value: ranks(best), shown: vec![0, 1], time_ms: 5 };
+        let (mut ledger, _) = LedgerLabels::open(store, items.clone()).unwrap();
+        for (id, best) in [(2, 1), (0, 0), (1, 1)] {
+            ledger.save(id, &row, &[label(best)]).unwrap();
+        }
+        assert!(ledger.save(3, &row, &[label(0)]).is_err());
+        let (_, known) = LedgerLabels::open(ledger.store, items).unwrap();
+        assert_eq!(known, [vec![label(0)], vec![label(1)], vec![label(1)]]);
     }
 }

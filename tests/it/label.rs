@@ -278,6 +278,8 @@ fn the_page_lets_in_whom_it_should() {
     let next = format!("{}api/next?labeller=anna", local.url);
     assert_eq!(status(ureq::get(&next)), 200);
     assert_eq!(status(ureq::get(&next).header("Host", "evil.example")), 403);
+    assert_eq!(status(ureq::get(&next).header("Sec-Fetch-Site", "cross-site")), 403);
+    assert_eq!(status(ureq::get(&next).header("Sec-Fetch-Site", "same-origin")), 200);
     let said = json!({"labeller": "anna", "item": 0}).to_string();
     let form = ureq::post(&format!("{}api/label", local.url)).header("Content-Type", "text/plain").send(said);
     assert!(matches!(form, Err(ureq::Error::StatusCode(415))), "{form:?}");
