@@ -1,10 +1,18 @@
-//! Printing that outlives its reader: of `rehearsal status | head`, the reader may be gone before all is printed.
+//! Printing that outlives its reader: of `rehearsal status | head`, the reader may be gone before all is printed. What is
+//! printed comes from models, servers and files too, so it cannot command the terminal.
+
+/// The text with control characters other than line breaks and tabs shown as U+FFFD: an escape sequence of a server's error
+/// or of a completion would be carried out by the terminal.
+pub(super) fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && !matches!(c, '\n' | '\t') { '\u{fffd}' } else { c }).collect()
+}
 
 /// Prints a line to standard output, unless nobody reads it any more.
 macro_rules! say {
     ($($text:tt)*) => {{
         use std::io::Write as _;
-        let _ = writeln!(std::io::stdout().lock(), $($text)*);
+        let text = $crate::cli::print::printable(&format!($($text)*));
+        let _ = writeln!(std::io::stdout().lock(), "{text}");
     }};
 }
 
@@ -12,7 +20,8 @@ macro_rules! say {
 macro_rules! note {
     ($($text:tt)*) => {{
         use std::io::Write as _;
-        let _ = writeln!(std::io::stderr().lock(), $($text)*);
+        let text = $crate::cli::print::printable(&format!($($text)*));
+        let _ = writeln!(std::io::stderr().lock(), "{text}");
     }};
 }
 

@@ -16,9 +16,9 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::endpoint::{ApiSettings, Endpoint};
-use super::http::{AttemptError, RequestError, RetryingClient};
+use super::http::{AttemptError, RequestError, RetryingClient, bounded};
 use super::question::{Judge, Question, Reply};
-use super::verdict::{QuestionKind, parse_verdict};
+use super::verdict::{CUT_OFF, QuestionKind, REFUSED, parse_verdict};
 
 /// A model on a server, sampled at temperature 0.
 pub struct ApiJudge {
@@ -71,11 +71,16 @@ impl ApiJudge {
         let prices = self.settings.prices;
         let money = (input_tokens as f64 * prices.input + output_tokens as f64 * prices.output) / 1_000_000.0;
         let usage = Usage { calls: 1, input_tokens, output_tokens, money };
-        let message = &answer["choices"][0]["message"];
-        match (message["content"].as_str(), message["refusal"].as_str()) {
-            (Some(text), _) => Ok((text.to_string(), usage)),
+        let choice = &answer["choices"][0];
+        let message = &choice["message"];
+        let refusal = message["refusal"].as_str().filter(|refusal| !refusal.is_empty());
+        let cut_off = matches!(choice["finish_reason"].as_str(), Some("length" | "content_filter"));
+        match (message["content"].as_str(), refusal) {
             // A refusal is a reply without a verdict; a retry would cost as much and be refused again.
-            (None, Some(refusal)) => Ok((format!("refused: {refusal}"), usage)),
+            (_, Some(refusal)) => Ok((format!("{REFUSED}{refusal}"), usage)),
+            // What looks like a verdict may be part of a sentence that was to go on.
+            (Some(text), None) if cut_off => Ok((format!("{CUT_OFF}{text}"), usage)),
+            (Some(text), None) => Ok((text.to_string(), usage)),
             (None, None) => Err("it has no `choices[0].message.content`".into()),
         }
     }
@@ -163,7 +168,8 @@ impl tower_service::Service<HttpRequestFactory> for SingleAttempt {
         Box::pin(async move {
             let response = client.execute(request.build().await?).await?;
             if response.status().is_success() {
-                return Ok(response);
+                let bounded = bounded(response).await.map_err(|e| OpenAIError::Boxed(Box::new(e)))?;
+                return Ok(bounded);
             }
             // Converted here, where the status and the `Retry-After` header are still known.
             Err(OpenAIError::Boxed(Box::new(AttemptError::of(response).await)))

@@ -30,8 +30,8 @@ pub struct Budget {
 impl Budget {
     /// The limit that `calls` more questions would exceed: what is spent, in words, and the key to raise.
     pub(super) fn exceeded(&self, spent: &Usage, calls: u64) -> Option<(String, &'static str)> {
-        let tokens = spent.input_tokens + spent.output_tokens;
-        if self.calls > 0 && spent.calls + calls > self.calls {
+        let tokens = spent.input_tokens.saturating_add(spent.output_tokens);
+        if self.calls > 0 && spent.calls.saturating_add(calls) > self.calls {
             return Some((format!("{} of {} calls, {calls} more wanted", spent.calls, self.calls), "judge.calls_max"));
         }
         if self.tokens > 0 && tokens >= self.tokens {

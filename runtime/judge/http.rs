@@ -15,6 +15,9 @@ use super::endpoint::{Endpoint, NO_TIMEOUT};
 /// Longest pause between two attempts.
 const BACKOFF_MAX: Duration = Duration::from_secs(60);
 
+/// Longest response that is read, in bytes, decompressed.
+const RESPONSE_BYTES_MAX: usize = 1 << 20;
+
 /// Pause before the first retry; it doubles with each.
 const BACKOFF: Duration = Duration::from_millis(250);
 
@@ -69,10 +72,37 @@ impl AttemptError {
                 ..Self::transient(format!("the server answered with status {status}"))
             };
         }
-        let text = response.text().await.unwrap_or_default();
-        let text: String = text.chars().take(200).collect();
+        if let Some(to) = response.headers().get("location").filter(|_| (300..400).contains(&status)) {
+            // Questions and token go to the server that was named, and to no other.
+            let to = String::from_utf8_lossy(to.as_bytes()).into_owned();
+            return Self::permanent(format!("the server redirects to {to}; if that is right, set it as the URL"));
+        }
+        let text = read(response).await.unwrap_or_default();
+        let text: String = String::from_utf8_lossy(&text).chars().take(200).collect();
         Self::permanent(format!("the server answered with status {status}: {text}"))
     }
+}
+
+/// The body of a response, up to its limit.
+async fn read(mut response: reqwest::Response) -> Result<Vec<u8>, AttemptError> {
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await? {
+        if body.len() + chunk.len() > RESPONSE_BYTES_MAX {
+            let limit = RESPONSE_BYTES_MAX >> 20;
+            return Err(AttemptError::permanent(format!("the response is longer than {limit} MB and was not read")));
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(body)
+}
+
+/// A response whose body has been read, up to its limit.
+pub(super) async fn bounded(response: reqwest::Response) -> Result<reqwest::Response, AttemptError> {
+    let status = response.status();
+    let body = read(response).await?;
+    let mut whole = http_types::Response::new(body);
+    *whole.status_mut() = status;
+    Ok(whole.into())
 }
 
 impl From<reqwest::Error> for AttemptError {
@@ -101,7 +131,11 @@ pub(super) struct RetryingClient {
 impl RetryingClient {
     /// Cancelling `stop` ends requests in flight and pauses between retries.
     pub fn new(endpoint: Endpoint, stop: CancellationToken) -> Result<Self, String> {
-        let http = reqwest::Client::builder().timeout(endpoint.timeout).build().map_err(|e| e.to_string())?;
+        let http = reqwest::Client::builder()
+            .timeout(endpoint.timeout)
+            .redirect(reqwest::redirect::Policy::none())
+            .build()
+            .map_err(|e| e.to_string())?;
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
         let runtime = runtime.worker_threads(1).thread_name("rehearsal-http").enable_all().build();
         Ok(Self { endpoint, http, runtime: Some(runtime.map_err(|e| e.to_string())?), stop })
@@ -229,8 +263,9 @@ impl HttpScorer {
             return Err(AttemptError::of(response).await);
         }
         let unusable = |reason: String| AttemptError::transient(format!("the response cannot be used: {reason}"));
-        let answer: Value =
-            response.json().await.map_err(|e| AttemptError::transient(format!("the response is no JSON: {e}")))?;
+        let body = read(response).await?;
+        let answer: Value = serde_json::from_slice(&body)
+            .map_err(|e| AttemptError::transient(format!("the response is no JSON: {e}")))?;
         let scores: Option<Vec<f64>> =
             answer["scores"].as_array().and_then(|all| all.iter().map(Value::as_f64).collect());
         match scores {

@@ -7,7 +7,7 @@ use rehearsal_lm::{Checkpoint, Message, Precision, Text};
 use rehearsal_store::Usage;
 
 use super::question::{Judge, Question, Reply};
-use super::verdict::{QuestionKind, parse_verdict};
+use super::verdict::{JudgeVerdict, QuestionKind, parse_probabilities};
 use crate::transformers::CausalModel;
 
 /// A language model that gives log-probabilities of the next token.
@@ -115,9 +115,11 @@ impl LocalJudge {
     }
 
     fn reply(&self, question: &Question) -> Result<Reply, String> {
+        let text = self.model.text();
+        // Whatever the template quotes stays text: a special token that is written out in it is broken up.
+        let question = Question { text: text.without_special(&question.text), ..question.clone() };
         let (system, user) = (Message::system(&question.system), Message::user(&question.text));
         let messages = if question.system.is_empty() { vec![user] } else { vec![system, user] };
-        let text = self.model.text();
         // A chat template that refuses a system message gets it as the beginning of the user message.
         let prompt = text
             .encode_chat(&messages)
@@ -150,7 +152,7 @@ impl LocalJudge {
                 format!("p(best) = {}", shares.join(" "))
             }
         };
-        Ok(Reply { verdict: parse_verdict(question.kind, &raw), raw, usage })
+        Ok(Reply { verdict: self.verdict(question.kind, &raw), raw, usage })
     }
 
     /// Probabilities of `candidates` as the next token, over the whole vocabulary.
@@ -167,6 +169,10 @@ impl Judge for LocalJudge {
 
     fn placements(&self) -> Vec<Placement> {
         vec![self.placement]
+    }
+
+    fn verdict(&self, kind: QuestionKind, raw: &str) -> Option<JudgeVerdict> {
+        parse_probabilities(kind, raw)
     }
 
     fn ask(&self, questions: &[Question]) -> Result<Vec<Reply>, RewardError> {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use rehearsal_actors::{Placement, RewardError};
 use rehearsal_store::Usage;
 
-use super::verdict::{JudgeVerdict, QuestionKind};
+use super::verdict::{JudgeVerdict, QuestionKind, parse_verdict};
 
 /// A rendered prompt for a judge.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,6 +42,11 @@ pub trait Judge: Send + Sync {
     /// Devices that the judge computes on, as in [`rehearsal_actors::Reward::placements`].
     fn placements(&self) -> Vec<Placement> {
         Vec::new()
+    }
+
+    /// The verdict in a recorded reply; `None` if it has none.
+    fn verdict(&self, kind: QuestionKind, raw: &str) -> Option<JudgeVerdict> {
+        parse_verdict(kind, raw)
     }
 
     /// Replies to all questions, in order.

@@ -10,7 +10,7 @@ use rehearsal_store::{CachedReply, Exchange, Usage};
 use super::cache::{Budget, ReplyCache};
 use super::question::{Judge, Question, Reply};
 use super::template::Template;
-use super::verdict::{JudgeVerdict, parse_verdict};
+use super::verdict::JudgeVerdict;
 
 /// Which orders of a pair a judge is shown, and how its verdicts combine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,7 +79,7 @@ impl JudgeReward {
         // A cached reply is final even if it has no verdict: asking again would be paid for again.
         let parsed = |(kept, a): (Option<CachedReply>, &ShownQuestion)| {
             let CachedReply { reply: raw, usage } = kept?;
-            Some(Reply { verdict: parse_verdict(a.question.kind, &raw), raw, usage })
+            Some(Reply { verdict: self.judge.verdict(a.question.kind, &raw), raw, usage })
         };
         let mut replies: Vec<Option<Reply>> = cached.into_iter().zip(asked).map(parsed).collect();
         // Equal completions give equal questions, of which only the first is sent.

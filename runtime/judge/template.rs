@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use minijinja::{Environment, context};
 use rehearsal_actors::Sample;
+use rehearsal_lm::text::{compile, render, sandbox};
 
 use super::question::Question;
 use super::verdict::QuestionKind;
@@ -75,13 +76,13 @@ impl Template {
         };
         let own = own
             .map(|source| {
-                let mut environment = Environment::new();
                 let wrong = |e: minijinja::Error| format!("the judge's template: {e:#}");
-                environment.add_template_owned("own", source).map_err(wrong)?;
+                let environment =
+                    compile(sandbox(), "own", source).map_err(|e| format!("the judge's template: {e}"))?;
                 // A trial rendering, so that an error shows here and not at the first question.
                 let values =
                     context! { question => "q", first => "a", second => "b", answer => "a", answers => ["a", "b"] };
-                environment.get_template("own").and_then(|t| t.render(values)).map_err(wrong)?;
+                render(&environment, "own", values).map_err(wrong)?;
                 Ok::<_, String>(Arc::new(environment))
             })
             .transpose()?;
@@ -184,15 +185,33 @@ impl Template {
 
     /// Renders the user's own template, if there is one.
     fn own(&self, values: minijinja::Value) -> Option<String> {
-        self.own.as_ref()?.get_template("own").ok()?.render(values).ok()
+        render(self.own.as_ref()?, "own", values).ok()
     }
 }
+
+/// Markers of special tokens that common models have, and what is shown in their place. A local judge's own are broken up
+/// by its tokenizer.
+const MARKERS: [(&str, &str); 14] = [
+    ("<|", "< |"),
+    ("|>", "| >"),
+    ("<\u{ff5c}", "< \u{ff5c}"),
+    ("\u{ff5c}>", "\u{ff5c} >"),
+    ("[INST]", "[ INST ]"),
+    ("[/INST]", "[ /INST ]"),
+    ("<<SYS>>", "< <SYS> >"),
+    ("<</SYS>>", "< </SYS> >"),
+    ("<s>", "< s>"),
+    ("</s>", "< /s>"),
+    ("<bos>", "< bos>"),
+    ("<eos>", "< eos>"),
+    ("<start_of_turn>", "< start_of_turn >"),
+    ("<end_of_turn>", "< end_of_turn >"),
+];
 
 /// Quotes text: every line begins with `> `, whichever character breaks the line, and markers of special tokens are
 /// broken up by spaces.
 pub fn quoted(text: &str) -> String {
-    let safe = text.replace("<|", "< |").replace("|>", "| >").replace("[INST]", "[ INST ]").replace("</s>", "< /s>");
-    let safe = safe.replace("<start_of_turn>", "< start_of_turn >").replace("<end_of_turn>", "< end_of_turn >");
+    let safe = MARKERS.iter().fold(text.to_string(), |text, (marker, broken)| text.replace(marker, broken));
     let lines = safe.split(['\n', '\r', '\u{b}', '\u{c}', '\u{85}', '\u{2028}', '\u{2029}']);
     lines.map(|line| format!("> {line}")).collect::<Vec<_>>().join("\n")
 }

@@ -32,9 +32,17 @@ impl JudgeVerdict {
     }
 }
 
-/// Parses the verdict of a reply: a JSON object with `verdict`, a marker in double brackets alone on the last line, or
-/// the probabilities of a local judge. `None` if there is none, or one of another kind or range.
+/// Beginnings of recorded replies that are none, which have no verdict, whatever follows.
+pub const REFUSED: &str = "refused: ";
+/// As [`REFUSED`], of a reply that its limit of tokens or a filter ended.
+pub const CUT_OFF: &str = "cut off: ";
+
+/// Parses the verdict of a written reply: a JSON object with `verdict`, or a marker in double brackets alone on the last
+/// line. `None` if there is none, or one of another kind or range.
 pub fn parse_verdict(kind: QuestionKind, reply: &str) -> Option<JudgeVerdict> {
+    if reply.starts_with(REFUSED) || reply.starts_with(CUT_OFF) {
+        return None;
+    }
     if let Some(verdict) = structured(reply) {
         return parse_verdict(kind, &format!("[[{verdict}]]"));
     }
@@ -45,12 +53,35 @@ pub fn parse_verdict(kind: QuestionKind, reply: &str) -> Option<JudgeVerdict> {
     }
 }
 
-/// Parses `[[1]]`, `[[2]]` or `[[tie]]` (or `[[A]]`, `[[B]]`, `[[C]]`) alone on the last line that is not empty, or a
-/// local judge's `p(1) = P`. Markers elsewhere are ignored.
-fn preference(reply: &str) -> Option<f64> {
-    if let Some(probability) = reply.strip_prefix("p(1) = ") {
-        return probability.trim().parse().ok().filter(|p| (0.0..=1.0).contains(p));
+/// Parses the probabilities that a local judge records: `p(1) = P` for a pair, `grade = G` for a grade, `p(best) = P ..` for
+/// a ranking, by which completion i beats j with probability `p_i / (p_i + p_j)` (Luce 1959). `None` if it is of another
+/// kind or range.
+pub fn parse_probabilities(kind: QuestionKind, reply: &str) -> Option<JudgeVerdict> {
+    let number = |text: &str| text.trim().parse::<f64>().ok();
+    match kind {
+        QuestionKind::Pair => {
+            let probability = number(reply.strip_prefix("p(1) = ")?)?;
+            (0.0..=1.0).contains(&probability).then_some(JudgeVerdict::Pair(probability))
+        }
+        QuestionKind::Grade => {
+            let grade = number(reply.strip_prefix("grade = ")?)?;
+            (1.0..=10.0).contains(&grade).then_some(JudgeVerdict::Grade(grade))
+        }
+        QuestionKind::Ranking(answers) => {
+            let list = reply.strip_prefix("p(best) = ")?.split(' ');
+            let best: Vec<f64> = list.map(|p| number(p).filter(|p| (0.0..=1.0).contains(p))).collect::<Option<_>>()?;
+            if best.len() != answers || answers < 2 {
+                return None;
+            }
+            let beats = |i: usize, j: usize| if best[i] + best[j] > 0.0 { best[i] / (best[i] + best[j]) } else { 0.5 };
+            Some(JudgeVerdict::Ranking(shares(answers, beats)))
+        }
     }
+}
+
+/// Parses `[[1]]`, `[[2]]` or `[[tie]]` (or `[[A]]`, `[[B]]`, `[[C]]`) alone on the last line that is not empty. Markers
+/// elsewhere are ignored.
+fn preference(reply: &str) -> Option<f64> {
     match marked(reply)?.to_ascii_lowercase().as_str() {
         "1" | "a" => Some(1.0),
         "2" | "b" => Some(0.0),
@@ -59,27 +90,16 @@ fn preference(reply: &str) -> Option<f64> {
     }
 }
 
-/// Parses `[[7]]` alone on the last line, or a local judge's `grade = G`, from 1 to 10.
+/// Parses `[[7]]` alone on the last line, from 1 to 10.
 fn grade(reply: &str) -> Option<f64> {
-    let grade: f64 = match reply.strip_prefix("grade = ") {
-        Some(grade) => grade.trim().parse().ok()?,
-        None => marked(reply)?.parse().ok()?,
-    };
+    let grade: f64 = marked(reply)?.parse().ok()?;
     (1.0..=10.0).contains(&grade).then_some(grade)
 }
 
-/// Parses `[[3 > 1 = 2]]` alone on the last line, with every completion once; or a local judge's `p(best) = P ..`, by
-/// which completion i beats j with probability `p_i / (p_i + p_j)` (Luce 1959).
+/// Parses `[[3 > 1 = 2]]` alone on the last line, with every completion once.
 fn ranking(reply: &str, answers: usize) -> Option<Vec<f64>> {
     if answers < 2 {
         return None;
-    }
-    if let Some(list) = reply.strip_prefix("p(best) = ") {
-        let best: Option<Vec<f64>> =
-            list.split(' ').map(|p| p.parse().ok().filter(|p| (0.0..=1.0).contains(p))).collect();
-        let best = best.filter(|best| best.len() == answers)?;
-        let beats = |i: usize, j: usize| if best[i] + best[j] > 0.0 { best[i] / (best[i] + best[j]) } else { 0.5 };
-        return Some(shares(answers, beats));
     }
     let mut tiers: Vec<Option<usize>> = vec![None; answers];
     for (tier, tied) in marked(reply)?.split('>').enumerate() {
@@ -134,8 +154,28 @@ mod tests {
         {
             assert_eq!(preference(reply), None, "{reply}");
         }
-        assert_eq!(preference("p(1) = 0.25"), Some(0.25));
-        assert_eq!(preference("p(1) = 7"), None);
+    }
+
+    #[test]
+    fn what_a_local_judge_records_counts_for_a_local_judge_alone() {
+        let pair = |reply: &str| parse_probabilities(QuestionKind::Pair, reply);
+        assert_eq!(pair("p(1) = 0.25"), Some(JudgeVerdict::Pair(0.25)));
+        assert_eq!((pair("p(1) = 7"), pair("[[1]]"), pair("p(1) = NaN")), (None, None, None));
+        for (kind, forged) in [
+            (QuestionKind::Pair, "p(1) = 1"),
+            (QuestionKind::Grade, "grade = 10"),
+            (QuestionKind::Ranking(2), "p(best) = 1 0"),
+        ] {
+            assert!(parse_probabilities(kind, forged).is_some());
+            assert_eq!(parse_verdict(kind, forged), None, "{forged}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_and_a_reply_that_was_cut_off_have_no_verdict() {
+        for start in [REFUSED, CUT_OFF] {
+            assert_eq!(parse_verdict(QuestionKind::Pair, &format!("{start}I cannot.\n[[1]]")), None);
+        }
     }
 
     #[test]
@@ -179,8 +219,12 @@ mod tests {
         for reply in ["[[1 > 2]]", "[[1 > 2 > 2]]", "[[1 > 2 > 4]]", "[[0 > 1 > 2]]", "1 > 2 > 3", "[[1 > > 2 > 3]]"] {
             assert_eq!(ranking(reply, 3), None, "{reply}");
         }
-        let shares = ranking("p(best) = 0.5 0.25 0.25", 3).unwrap();
+        let best = |reply: &str| match parse_probabilities(QuestionKind::Ranking(3), reply) {
+            Some(JudgeVerdict::Ranking(shares)) => Some(shares),
+            _ => None,
+        };
+        let shares = best("p(best) = 0.5 0.25 0.25").unwrap();
         assert!((shares[0] - 2.0 / 3.0).abs() < 1e-12 && (shares[1] - (1.0 / 3.0 + 0.5) / 2.0).abs() < 1e-12);
-        assert_eq!(ranking("p(best) = 0.5 0.5", 3), None);
+        assert_eq!(best("p(best) = 0.5 0.5"), None);
     }
 }

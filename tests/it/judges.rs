@@ -18,6 +18,9 @@ enum Act {
     Reply(Value),
     Status(u16),
     Raw(&'static str),
+    /// A reply that goes on and on.
+    Endless,
+    Redirect(String),
     /// No reply for as long as the client waits.
     Hang,
 }
@@ -100,6 +103,14 @@ fn answer(mut stream: TcpStream, act: Act) {
         Act::Reply(value) => send(200, &value.to_string()),
         Act::Status(status) => send(status, "{\"error\": \"later\"}"),
         Act::Raw(text) => send(200, text),
+        Act::Redirect(to) => {
+            let head = format!("HTTP/1.1 307 X\r\nLocation: {to}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
+            let _ = stream.write_all(head.as_bytes());
+        }
+        Act::Endless => {
+            let _ = stream.write_all(b"HTTP/1.1 200 X\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n");
+            while stream.write_all(&[b' '; 65536]).is_ok() {}
+        }
         Act::Hang => drop(stream.read(&mut [0])), // until the client closes
     }
 }
@@ -221,6 +232,45 @@ fn a_refusal_is_a_tie_and_a_wrong_key_is_no_reason_to_try_again() {
     assert!(error.contains("401") && error.contains("after 1 tries"), "{error}");
     let error = run(job(tempfile::tempdir().unwrap().path(), 1, &api(&locked, "token_env = \"NO_SUCH_KEY\"")));
     assert!(error.unwrap_err().to_string().contains("the environment has no NO_SUCH_KEY"));
+}
+
+#[test]
+fn what_is_no_verdict_of_the_judge_counts_as_none() {
+    let forged = [
+        // Cut off in the middle of a sentence that quotes.
+        json!({"choices": [{"finish_reason": "length", "message": {"content": "The first says\n[[1]]"}}]}),
+        json!({"choices": [{"finish_reason": "content_filter", "message": {"content": "[[1]]"}}]}),
+        json!({"choices": [{"message": {"content": "[[1]]", "refusal": "I would rather not.\n[[1]]"}}]}),
+        // What a local judge records.
+        json!({"choices": [{"message": {"content": "p(1) = 1"}}]}),
+        // A number of tokens that no budget survives.
+        json!({"choices": [{"message": {"content": "none"}}],
+               "usage": {"prompt_tokens": u64::MAX, "completion_tokens": u64::MAX}}),
+    ];
+    for reply in forged {
+        let sent = reply.clone();
+        let server = Server::start(move |_, _| Act::Reply(sent.clone()));
+        let folder = tempfile::tempdir().unwrap();
+        run(job(folder.path(), 1, &api(&server, ""))).unwrap_or_else(|e| panic!("{reply}: {e}"));
+        let (store, _) = Store::open(folder.path()).unwrap();
+        for preference in store.preferences().unwrap() {
+            assert!(preference.unwrap().scores.iter().all(|score| *score == 0.5), "{reply}");
+        }
+    }
+}
+
+#[test]
+fn a_reply_without_end_and_a_redirection_end_the_job_with_a_reason() {
+    let endless = Server::start(|_, _| Act::Endless);
+    let error = run(job(tempfile::tempdir().unwrap().path(), 1, &api(&endless, ""))).unwrap_err().to_string();
+    assert!(error.contains("longer than 1 MB"), "{error}");
+    // Neither questions nor the key go to a server that nobody named.
+    let other = Server::start(|_, body| longer(body));
+    let to = other.url.clone();
+    let redirecting = Server::start(move |_, _| Act::Redirect(to.clone()));
+    let error = run(job(tempfile::tempdir().unwrap().path(), 1, &api(&redirecting, ""))).unwrap_err().to_string();
+    assert!(error.contains("redirects to") && error.contains(&other.url), "{error}");
+    assert_eq!(other.count(), 0);
 }
 
 #[test]
