@@ -35,6 +35,9 @@ pub fn ratings(file: &Path) -> Result<RatingReport> {
             })
         };
         let (first, second) = (index_of(of("model_a")?), index_of(of("model_b")?));
+        if first == second {
+            return Err(row_error(file, &place, "has the same model twice; a game has two"));
+        }
         let outcome = match of("winner")? {
             "model_a" => 1.0,
             "model_b" => 0.0,

@@ -23,3 +23,13 @@ pub fn text<'a>(row: &'a Value, columns: &[&str]) -> std::result::Result<&'a str
     let found = columns.iter().find_map(|c| row.get(c).and_then(Value::as_str));
     found.ok_or_else(|| format!("has none of the columns {}", columns.join(", ")))
 }
+
+/// A label: text or number in the first of `columns` that the row has.
+pub fn label(row: &Value, columns: &[&str]) -> std::result::Result<String, String> {
+    let found = columns.iter().find_map(|c| match row.get(c)? {
+        Value::String(text) => Some(text.trim().to_string()),
+        Value::Number(number) => Some(number.to_string()),
+        _ => None,
+    });
+    found.ok_or_else(|| format!("has none of the columns {}", columns.join(", ")))
+}

@@ -1,6 +1,8 @@
 //! Preferences of a judge that is shown two answers in both orders, from the probabilities of its verdict tokens (OAIF,
 //! Guo et al. 2024; RLAIF, Lee et al. 2023).
 
+use std::cmp::Ordering;
+
 /// A judge's preference for the first of two answers, in both orders.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct BothOrders {
@@ -22,14 +24,42 @@ impl BothOrders {
         0.5 * (self.shown_first + self.shown_second)
     }
 
-    /// Whether the judge prefers the same answer in both orders.
+    /// Whether the judge's choice is the same in both orders: one of the answers, or a tie.
     pub fn consistent(&self) -> bool {
-        (self.shown_first > 0.5) == (self.shown_second > 0.5)
+        choice(self.shown_first) == choice(self.shown_second)
     }
 }
 
-/// Position bias: share of verdicts, over both orders, for the answer shown first. 0.5 without bias.
+/// The choice that a probability is: greater for the first answer, less for the second, equal for a tie. `None` if it is
+/// not a number.
+pub fn choice(first: f64) -> Option<Ordering> {
+    first.partial_cmp(&0.5)
+}
+
+/// Position bias: share of verdicts, over both orders, for the answer shown first; a tie counts half. 0.5 without bias.
 pub fn first_position_rate(verdicts: &[BothOrders]) -> f64 {
-    let of = |v: &BothOrders| f64::from(v.shown_first > 0.5) + f64::from(v.shown_second <= 0.5);
+    let share = |chosen: Option<Ordering>, first: Ordering| match chosen {
+        Some(Ordering::Equal) | None => 0.5,
+        Some(chosen) => f64::from(chosen == first),
+    };
+    let of = |v: &BothOrders| {
+        share(choice(v.shown_first), Ordering::Greater) + share(choice(v.shown_second), Ordering::Less)
+    };
     verdicts.iter().map(of).sum::<f64>() / (2.0 * verdicts.len().max(1) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tie_is_neither_answer() {
+        let both = |shown_first, shown_second| BothOrders { shown_first, shown_second };
+        assert!(both(0.5, 0.5).consistent() && both(0.9, 0.6).consistent() && both(0.1, 0.2).consistent());
+        assert!(!both(0.5, 0.4).consistent() && !both(0.9, 0.5).consistent() && !both(0.9, 0.1).consistent());
+        assert_eq!(first_position_rate(&[both(0.5, 0.5)]), 0.5);
+        assert_eq!(first_position_rate(&[both(0.9, 0.5)]), 0.75);
+        assert_eq!(first_position_rate(&[both(0.9, 0.1)]), 1.0);
+        assert_eq!(first_position_rate(&[both(0.9, 0.8)]), 0.5);
+    }
 }
