@@ -58,7 +58,7 @@ pub use objective::{
 };
 pub use reference::ReferenceHandle;
 pub use reward::{Judged, Reward, RewardError, RewardFn, RewardHandle, Sample};
-pub use reward_model::{RewardModel, RewardModels, save_normalisation};
+pub use reward_model::{Reading, RewardModel, RewardModels, save_normalisation};
 pub use role::{RoleLoad, RoleStats};
 pub use snapshot::{ModelSnapshot, Restored};
 pub use trained::{LoraInit, StepReport, TrainedConfig, UpdateBatch};

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rehearsal_learn::reward::{Ensemble, Normalisation};
+use rehearsal_lm::generate::Finish;
 use rehearsal_lm::{Checkpoint, Decoder, HeadKind, Message, Precision, Text};
 use serde_json::Value;
 
@@ -15,8 +16,9 @@ pub const NORMALISATION_KEY: &str = "reward_normalisation";
 
 /// A frozen model with a score head.
 ///
-/// If its tokenizer is the policy's, it reads the policy's token ids. Otherwise it encodes the text with its own
-/// tokenizer: the conversation through its chat template if it has one, else prompt and completion concatenated.
+/// If its tokenizer is the policy's, it reads the policy's token ids. Otherwise it encodes the text with its own tokenizer, as
+/// in its training: the prompt by its chat template if it has one, the completion, and the token that ends a turn if the
+/// completion ended by itself. The score is read at the last of them.
 pub struct RewardModel {
     name: String,
     decoder: Decoder,
@@ -25,6 +27,20 @@ pub struct RewardModel {
     normalisation: Normalisation,
     /// The model's tokenizer, if it is not the policy's.
     text: Option<Text>,
+    /// Token that ends a turn of the assistant.
+    end_of_turn: Option<u32>,
+    reading: Reading,
+}
+
+/// How a reward model with a tokenizer of its own reads a completion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Reading {
+    /// As it was trained.
+    #[default]
+    AsTrained,
+    /// The whole conversation by the chat template, whatever the template prints after the last turn; or prompt and
+    /// completion concatenated, without an end. Jobs of version 0.1 were begun with this.
+    WholeText,
 }
 
 impl RewardModel {
@@ -52,7 +68,15 @@ impl RewardModel {
         let compute = devices.get(placement)?;
         let decoder = checkpoint.frozen(&compute.device, precision.dtype())?;
         let normalisation = normalisation(&checkpoint.config).map_err(|reason| wrong(&reason))?;
-        Ok(Self { name: name.into(), decoder, compute, micro_batch_tokens, normalisation, text })
+        let end_of_turn = checkpoint.text.end_of_turn(&checkpoint.architecture.eos);
+        let (name, reading) = (name.into(), Reading::default());
+        Ok(Self { name, decoder, compute, micro_batch_tokens, normalisation, text, end_of_turn, reading })
+    }
+
+    /// The same model with another reading of texts.
+    pub fn with_reading(mut self, reading: Reading) -> Self {
+        self.reading = reading;
+        self
     }
 
     fn scores(&self, samples: &[Sample]) -> Result<Vec<f64>> {
@@ -65,13 +89,9 @@ impl RewardModel {
 impl RewardModel {
     fn tokens(&self, sample: &Sample) -> Result<Tokens> {
         let Some(text) = &self.text else { return Ok(sample.ids.clone()) };
-        let whole = match text.template() {
-            Some(template) if !sample.messages.is_empty() => {
-                let mut messages = (*sample.messages).clone();
-                messages.push(Message { role: "assistant".into(), content: sample.completion.clone() });
-                text.encode_plain(&template.render(&messages, false)?)?
-            }
-            _ => text.encode(&format!("{}{}", sample.prompt, sample.completion))?,
+        let whole = match self.reading {
+            Reading::AsTrained => self.as_trained(text, sample)?,
+            Reading::WholeText => whole_text(text, sample)?,
         };
         let context = self.decoder.architecture().context;
         if whole.len() > context {
@@ -85,6 +105,27 @@ impl RewardModel {
         }
         Ok(Tokens { prompt: Arc::default(), completion: Arc::new(whole) })
     }
+
+    fn as_trained(&self, text: &Text, sample: &Sample) -> Result<Vec<u32>> {
+        let mut whole = match text.template() {
+            Some(_) if !sample.messages.is_empty() => text.encode_chat(&sample.messages)?,
+            _ => text.encode(&sample.prompt)?,
+        };
+        whole.extend(text.encode_plain(&sample.completion)?);
+        whole.extend(self.end_of_turn.filter(|_| sample.finish == Finish::Eos));
+        Ok(whole)
+    }
+}
+
+fn whole_text(text: &Text, sample: &Sample) -> Result<Vec<u32>> {
+    Ok(match text.template() {
+        Some(template) if !sample.messages.is_empty() => {
+            let mut messages = (*sample.messages).clone();
+            messages.push(Message { role: "assistant".into(), content: sample.completion.clone() });
+            text.encode_plain(&template.render(&messages, false)?)?
+        }
+        _ => text.encode(&format!("{}{}", sample.prompt, sample.completion))?,
+    })
 }
 
 /// An ensemble of reward models as one reward.

@@ -53,6 +53,18 @@ pub struct LoraInit {
 }
 
 impl LoraInit {
+    /// A model with the adapters that training starts from merged into its weights.
+    ///
+    /// # Errors
+    ///
+    /// As reading the adapters.
+    pub fn merged(&self, base: &Checkpoint) -> Result<Checkpoint> {
+        let merged = self.load(base, &Device::Cpu)?.merged(base, &Device::Cpu)?;
+        let mut model = base.clone();
+        model.parameters.extend(merged);
+        Ok(model)
+    }
+
     /// Loads or draws the adapters of a model at the start of training.
     pub(crate) fn load(&self, base: &Checkpoint, device: &Device) -> Result<Lora> {
         Ok(match &self.adapter {
@@ -292,6 +304,7 @@ impl Trained {
         let scale = clip_scale(grad_norm, self.config.max_grad_norm);
         let trained = self.lora.as_ref().map_or(decoder.variables(), Lora::variables);
         self.optimizer.step(trained, &gradients, batch.learning_rate, scale)?;
+        check_finite(trained.iter().map(|(name, var)| (name, var.as_detached_tensor())))?;
         if let Some(lora) = &self.lora {
             lora.apply(&self.checkpoint, &decoder)?;
         }
@@ -358,12 +371,20 @@ impl Trained {
     }
 
     fn write(&self, directory: &std::path::Path, dtype: DType) -> Result<()> {
-        self.checkpoint.save(&self.decoder.parameters(), directory, dtype)?;
+        let parameters = self.decoder.parameters();
+        check_finite(parameters.iter().map(|(name, tensor)| (name, tensor.clone())))?;
+        self.checkpoint.save(&parameters, directory, dtype)?;
         match &self.lora {
             Some(lora) => Ok(lora.save(&self.checkpoint, &directory.join("adapter"))?),
             None => Ok(()),
         }
     }
+}
+
+/// Checks that weights are numbers.
+fn check_finite<'a>(weights: impl Iterator<Item = (&'a String, candle_core::Tensor)>) -> Result<()> {
+    let weights = weights.map(|(name, tensor)| (name.clone(), tensor)).collect();
+    if global_norm(&weights)?.is_finite() { Ok(()) } else { Err(Error::Diverged) }
 }
 
 /// Copies of the variables' current values.

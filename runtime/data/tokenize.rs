@@ -67,7 +67,7 @@ impl RowTokenizer<'_> {
                     return Err(Unusable::Bad("has an empty completion".into()));
                 }
                 let mut completion = self.text.encode_plain(text).map_err(|e| Unusable::Bad(e.to_string()))?;
-                completion.extend(self.end_of_turn());
+                completion.extend(self.text.end_of_turn(self.eos));
                 let (n, room) = (tokens.len() + completion.len(), self.tokens_max.saturating_sub(tokens.len()));
                 if n > self.tokens_max {
                     if !self.truncate || room == 0 {
@@ -78,19 +78,6 @@ impl RowTokenizer<'_> {
                 Ok(Tokens { prompt: tokens.clone(), completion: Arc::new(completion) })
             })
             .collect()
-    }
-
-    /// Token that ends a turn of the assistant: the first end-of-sequence token that the chat template renders after
-    /// one, or the model's first.
-    fn end_of_turn(&self) -> Option<u32> {
-        let turn = [Message::user("a"), Message { role: "assistant".into(), content: "b".into() }];
-        let from_template = || {
-            let template = self.text.template()?;
-            let (open, whole) = (template.render(&turn[..1], true).ok()?, template.render(&turn, false).ok()?);
-            let rest = self.text.encode_plain(whole.strip_prefix(&open)?).ok()?;
-            rest.into_iter().find(|t| self.eos.contains(t))
-        };
-        from_template().or(self.eos.first().copied())
     }
 
     /// Tokens of a conversation, with the turns of the assistant marked.

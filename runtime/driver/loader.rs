@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::DType;
-use rehearsal_actors::MaskedSequence;
+use rehearsal_actors::{MaskedSequence, Placement};
 use rehearsal_lm::{Checkpoint, HeadKind};
 
 use crate::config::ModelSource;
@@ -18,6 +18,8 @@ pub struct Loader<'a> {
     /// The sections that every job has.
     pub common: &'a Common,
     rewards: &'a [Box<dyn RewardSource>],
+    /// Version of the arithmetic that the job was begun with.
+    results: u32,
     models: ModelCache,
     policy: Arc<Checkpoint>,
     loaded: Loaded,
@@ -43,7 +45,7 @@ pub struct Loaded {
 
 impl<'a> Loader<'a> {
     /// Loads the policy's start.
-    pub fn new(common: &'a Common, rewards: &'a [Box<dyn RewardSource>]) -> Result<Self> {
+    pub fn new(common: &'a Common, rewards: &'a [Box<dyn RewardSource>], results: u32) -> Result<Self> {
         let mut models = ModelCache::default();
         let policy = models.load(&common.model.policy())?;
         let mut fingerprint = vec![("model.policy, its weights".to_string(), policy.fingerprint()?)];
@@ -61,7 +63,7 @@ impl<'a> Loader<'a> {
             fingerprint,
             prompt_tokens: 0,
         };
-        Ok(Self { common, rewards, models, policy, loaded })
+        Ok(Self { common, rewards, results, models, policy, loaded })
     }
 
     /// What was read, once the algorithm has its own.
@@ -74,7 +76,8 @@ impl<'a> Loader<'a> {
         self.loaded.policy.clone()
     }
 
-    /// The reference; the policy's own copy where it is the same model.
+    /// The reference: the named model, or the policy as it starts, with `lora.adapter`. The policy's own copy where it is the
+    /// same model.
     pub fn reference(&mut self) -> Result<Arc<Checkpoint>> {
         let reference = self.models.load(&self.common.model.reference())?;
         let (a, b) = (self.policy.architecture.vocab, reference.architecture.vocab);
@@ -84,7 +87,13 @@ impl<'a> Loader<'a> {
             return Err(rehearsal_lm::Error::Config(message).into());
         }
         self.loaded.fingerprint.push(("model.reference, its weights".into(), reference.fingerprint()?));
-        if Arc::ptr_eq(&reference, &self.policy) { Ok(self.policy()) } else { frozen(self.common, &reference) }
+        if !Arc::ptr_eq(&reference, &self.policy) {
+            return frozen(self.common, &reference);
+        }
+        match self.common.trained(Placement::Cpu).lora.filter(|lora| lora.adapter.is_some() && self.results >= 2) {
+            Some(start) => frozen(self.common, &Arc::new(start.merged(&self.policy)?)),
+            None => Ok(self.policy()),
+        }
     }
 
     /// The policy's start under a score head: a reward model to train.

@@ -1,6 +1,7 @@
 //! Starts a job: its roles, then its run.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use rehearsal_actors::Devices;
 use serde_json::Value;
@@ -9,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::algorithm::{Algorithm, LoadedAlgorithm};
 use super::command::Command;
+use super::interval::Interval;
 use super::journal::Journal;
 use super::loader::Loaded;
 use super::roles::Roles;
@@ -33,6 +35,8 @@ pub struct Setup {
     /// The host's reward, which takes the place of rules.
     pub host: Option<HostScores>,
     pub devices: Devices,
+    /// Version of the arithmetic that the job was begun with.
+    pub results: u32,
     pub meters: Arc<Meters>,
     pub readiness: Readiness,
     pub events: broadcast::Sender<Event>,
@@ -43,11 +47,12 @@ pub struct Setup {
 
 /// Starts the roles of an algorithm.
 pub async fn start(setup: Setup, algorithm: Box<dyn LoadedAlgorithm>) -> Result<(Run, Box<dyn Algorithm>)> {
-    let Setup { common, algorithm: name, mut roles, loaded, host, devices, meters, readiness, .. } = setup;
+    let Setup { common, algorithm: name, mut roles, loaded, host, devices, results, meters, readiness, .. } = setup;
     let Setup { events, commands, status, cancel, .. } = setup;
     let (mut guards, mut budget) = (Vec::new(), None);
     let context = RewardContext {
         devices: devices.clone(),
+        results,
         placement: common.placement.reward(),
         dtype: common.model.dtype,
         micro_batch_tokens: common.optimizer.micro_batch_tokens,
@@ -69,6 +74,7 @@ pub async fn start(setup: Setup, algorithm: Box<dyn LoadedAlgorithm>) -> Result<
         prompt_tokens,
     };
     let algorithm = algorithm.start(&mut starter).await?;
+    let interval = Interval::new(common.checkpoint);
     let run = Run {
         journal: Journal::new(&common.job.directory),
         common,
@@ -88,6 +94,8 @@ pub async fn start(setup: Setup, algorithm: Box<dyn LoadedAlgorithm>) -> Result<
         skipped: 0,
         restarts_restored: 0,
         saved: None,
+        interval,
+        stalled: Duration::ZERO,
         writing: None,
         last: Value::Null,
         budget,

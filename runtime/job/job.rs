@@ -187,6 +187,8 @@ pub(super) enum Begin {
 struct Opened {
     algorithm: Box<dyn LoadedAlgorithm>,
     loaded: Loaded,
+    /// Version of the arithmetic that the job was begun with.
+    results: u32,
     store: Store,
     repairs: Vec<Repair>,
 }
@@ -269,16 +271,21 @@ impl Job {
     /// good.
     async fn open(&self, begin: Begin) -> Result<Opened> {
         let (config, reward) = (self.config.clone(), self.reward.is_some());
-        let (kept, chain) = (self.kept.clone(), self.chain.clone());
+        let (mut kept, chain) = (self.kept.clone(), self.chain.clone());
         blocking(move || {
             let directory = config.common.job.directory.clone();
-            let has_store = directory.join("store").is_dir();
-            if begin == Begin::Again && !has_store {
+            let exists = Store::exists(&directory);
+            if begin == Begin::Again && !exists {
                 return Err(Error::NothingToResume(directory));
             }
-            let (algorithm, loaded) = load(&config, reward)?;
+            if exists {
+                kept.origin.results = kept.results(&directory)?;
+            }
+            let results = kept.origin.results;
+            let (algorithm, loaded) = load(&config, reward, results)?;
             let (mut store, repairs) = Store::open(&directory)?;
-            let begun = Fingerprint::is_in(&store)?;
+            // Checkpoints without settings are what is left of a job whose database was lost.
+            let begun = Fingerprint::is_in(&store)? || !store.checkpoints()?.is_empty();
             let fingerprint = Fingerprint::new(&config, loaded.fingerprint.clone());
             match begin {
                 Begin::New if begun => return Err(Error::Exists(directory)),
@@ -293,10 +300,10 @@ impl Job {
                 _ => {
                     kept.save(&directory)?;
                     // Last: a job that was killed before this may simply be run again.
-                    fingerprint.save(&mut store)?;
+                    fingerprint.save(&mut store, &directory)?;
                 }
             }
-            Ok(Opened { algorithm, loaded, store, repairs })
+            Ok(Opened { algorithm, loaded, results, store, repairs })
         })
         .await
     }
@@ -341,7 +348,7 @@ impl Job {
     ) -> Result<(Running, Live)> {
         let span = self.span();
         let Job { config, reward, recorder, name, events, .. } = self;
-        let Opened { algorithm, loaded, store, repairs } = opened;
+        let Opened { algorithm, loaded, results, store, repairs } = opened;
         let mut common = config.common.clone();
         common.job.steps = loaded.steps.unwrap_or(common.job.steps);
         if let Some(message) = slow_build() {
@@ -375,6 +382,7 @@ impl Job {
             loaded,
             host: reward,
             devices,
+            results,
             meters,
             readiness,
             events,
@@ -445,10 +453,10 @@ fn slow_build() -> Option<String> {
 }
 
 /// Loads the algorithm and everything else that is read. A host's reward takes the place of rules.
-fn load(config: &Config, host_reward: bool) -> Result<(Box<dyn LoadedAlgorithm>, Loaded)> {
+fn load(config: &Config, host_reward: bool, results: u32) -> Result<(Box<dyn LoadedAlgorithm>, Loaded)> {
     let rewards: Vec<_> =
         config.rewards.iter().filter(|source| !(host_reward && source.yields_to_host())).cloned().collect();
-    let mut loader = Loader::new(&config.common, &rewards)?;
+    let mut loader = Loader::new(&config.common, &rewards, results)?;
     let algorithm = config.algorithm.load(&mut loader)?;
     Ok((algorithm, loader.finish()))
 }

@@ -2,9 +2,9 @@
 //! and where its configuration came from.
 
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 
+use rehearsal_store::{Disk, replace};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{At, Error, Result};
@@ -13,10 +13,13 @@ use crate::error::{At, Error, Result};
 pub const ORIGIN_FILE: &str = "origin.json";
 
 /// Version of the layout of a job's directory that this program writes; it reads all up to it.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// Version of the arithmetic, which a fix that changes results raises. A job keeps the version that it was begun with.
-const RESULTS: u32 = 1;
+///
+/// - 2: a reward model with another tokenizer than the policy's reads completions as it was trained; the reference of a
+///   policy that starts from `lora.adapter` is the policy as it starts, and not its base.
+const RESULTS: u32 = 2;
 
 /// Oldest arithmetic that this program can still do, with the release to resume older jobs with.
 const RESULTS_MIN: (u32, &str) = (1, "0.1.0");
@@ -91,24 +94,16 @@ impl Origin {
     /// Writes it into a directory; an earlier one is there until the new one is whole.
     pub fn save(&self, directory: &Path) -> Result<()> {
         let text = serde_json::to_string_pretty(self).map_err(|e| Error::Internal(e.to_string()))?;
-        replace(&directory.join(ORIGIN_FILE), &(text + "\n"))
+        keep(&directory.join(ORIGIN_FILE), &(text + "\n"))
     }
 }
 
-/// Replaces a file durably, in one move.
-pub fn replace(path: &Path, text: &str) -> Result<()> {
+/// Replaces a file durably, in one move; one that has that text stays.
+pub fn keep(path: &Path, text: &str) -> Result<()> {
     if fs::read_to_string(path).is_ok_and(|known| known == text) {
         return Ok(());
     }
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".tmp");
-    let write = || -> std::io::Result<()> {
-        let mut file = fs::File::create(&temporary)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    };
-    write().at(path)
+    replace(&Disk, path, text.as_bytes()).at(path)
 }
 
 #[cfg(test)]

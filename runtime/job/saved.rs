@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use super::config::Config;
-use super::origin::{Origin, replace};
+use super::origin::{Origin, keep};
 use crate::algorithms::Algorithms;
 use crate::config::{ConfigError, Problem};
 use crate::error::{At, Error, Result};
@@ -39,19 +39,27 @@ impl Kept {
     /// Keeps it in a directory, in the place of an earlier one, which is there until the new one is whole.
     pub fn save(&self, directory: &Path) -> Result<()> {
         self.origin.save(directory)?;
-        replace(&directory.join(CONFIG_FILE), &self.source)
+        keep(&directory.join(CONFIG_FILE), &self.source)
     }
 
     /// Keeps it in the directory of a job that has begun: with the arithmetic that the job was begun with.
     pub fn save_again(&self, directory: &Path) -> Result<()> {
-        let results = match Self::of(directory) {
-            Ok(known) => known.origin.results,
-            // Somebody removed the copy; the store still says what the job is.
-            Err(Error::NothingToResume(_)) => self.origin.results,
-            Err(e) => return Err(e),
-        };
+        let results = self.results(directory)?;
         let origin = Origin { results, ..self.origin.clone() };
         Self { origin, source: self.source.clone() }.save(directory)
+    }
+}
+
+impl Kept {
+    /// Version of the arithmetic of the job in a directory: the one that it was begun with, or this program's if there is
+    /// none.
+    pub fn results(&self, directory: &Path) -> Result<u32> {
+        match Self::of(directory) {
+            Ok(known) => Ok(known.origin.results),
+            // Somebody removed the copy; the store still says what the job is.
+            Err(Error::NothingToResume(_)) => Ok(self.origin.results),
+            Err(e) => Err(e),
+        }
     }
 }
 

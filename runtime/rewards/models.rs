@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use rehearsal_actors::{RewardModel, RewardModels};
+use rehearsal_actors::{Reading, RewardModel, RewardModels};
 use rehearsal_learn::reward::Ensemble;
 use rehearsal_lm::Checkpoint;
 
@@ -94,10 +94,12 @@ impl LoadedReward for Loaded {
         Box::pin(async move {
             let (devices, placement, dtype) = (context.devices.clone(), context.placement, context.dtype);
             let tokens = context.micro_batch_tokens;
+            let reading = if context.results < 2 { Reading::WholeText } else { Reading::AsTrained };
             let Loaded { settings, checkpoints, tokenizer } = *self;
             let members = blocking(move || {
                 let one = |checkpoint: &Arc<Checkpoint>| {
                     RewardModel::new("reward model", checkpoint, &tokenizer, placement, dtype, tokens, &devices)
+                        .map(|model| model.with_reading(reading))
                 };
                 checkpoints.iter().map(one).collect::<std::result::Result<Vec<_>, _>>()
             });

@@ -58,6 +58,8 @@ pub trait LoadedReward: Send {
 pub struct RewardContext {
     /// The job's devices.
     pub devices: Devices,
+    /// Version of the arithmetic that the job was begun with.
+    pub results: u32,
     /// Device of reward models and local judges.
     pub placement: Placement,
     /// Precision of reward models and local judges.
