@@ -103,6 +103,11 @@ pub enum Event {
         /// Why, and what to change.
         message: String,
     },
+    /// Checkpoints are made after another number of steps than before, to keep to `checkpoint.overhead`.
+    CheckpointInterval {
+        /// Steps between two.
+        steps: u64,
+    },
     /// Something was repaired or set aside.
     Repaired {
         /// What was repaired.

@@ -89,6 +89,9 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
         Event::DiskFull { message } => line(format!("waiting: {message}")),
         Event::BudgetSpent { message } => line(format!("stopping: {message}")),
         Event::SlowBuild { message } => line(format!("slow: {message}")),
+        Event::CheckpointInterval { steps } => {
+            line(format!("checkpoints are made every {steps} steps from now, to keep to `checkpoint.overhead`"))
+        }
         Event::Repaired { message } => line(format!("repaired: {message}")),
         Event::Paused { step } => line(format!("paused before step {}", step + 1)),
         Event::SampleSkipped { row, reason, .. } => line(format!("a completion of row {row} is left out: {reason}")),

@@ -7,6 +7,7 @@ use rehearsal_actors::JobCheckpoint;
 use rehearsal_store::SavedCheckpoint;
 use tokio::task::JoinHandle;
 
+use super::journal::Log;
 use super::run::Run;
 use super::state::JobState;
 use crate::error::{Error, Result};
@@ -17,6 +18,8 @@ use crate::metrics::table::process;
 pub struct Writing {
     step: u64,
     written: JoinHandle<rehearsal_actors::Result<(SavedCheckpoint, Duration)>>,
+    /// Time that the job has waited for it.
+    stall: Duration,
 }
 
 impl Run {
@@ -49,15 +52,24 @@ impl Run {
             let saved = archivist.checkpoint(&checkpoint).await?;
             Ok((saved, start.elapsed()))
         });
-        self.writing = Some(Writing { step, written });
+        let stall = start.elapsed();
+        self.stalled += stall;
+        self.writing = Some(Writing { step, written, stall });
         Ok(())
     }
 
     /// Waits for the checkpoint that is being written.
     pub(super) async fn settle(&mut self) -> Result<()> {
-        let Some(Writing { step, written }) = self.writing.take() else { return Ok(()) };
+        let Some(Writing { step, written, stall }) = self.writing.take() else { return Ok(()) };
+        let start = Instant::now();
         let lost = |_| rehearsal_actors::Error::Died { role: "archivist", reason: None };
         let (saved, took) = written.await.map_err(lost)??;
+        let waited = start.elapsed();
+        self.stalled += waited;
+        if let Some(steps) = self.interval.checkpoint_took(stall + waited) {
+            self.tell(Event::CheckpointInterval { steps });
+        }
+        self.meters.set(process::CHECKPOINT_INTERVAL, self.interval.steps() as f64);
         self.saved = Some(step);
         self.meters.set(process::DISK_FULL, 0.0);
         self.meters.set(process::CHECKPOINT_SECONDS, took.as_secs_f64());
@@ -97,7 +109,18 @@ impl Run {
                 self.saved = None;
             }
         }
-        self.last = self.journal.cut(self.state.step).await?;
+        let (last, damaged) = self.journal.cut(Log::History, self.state.step).await?;
+        self.last = last;
+        let (_, more) = self.journal.cut(Log::Evaluations, self.state.step).await?;
+        for (damaged, name) in [(damaged, "history"), (more, "evaluations")] {
+            if damaged > 0 {
+                let message = format!(
+                    "{damaged} lines of {name}.jsonl are damaged and were left out; {name}.damaged.jsonl is the file as it \
+                     was"
+                );
+                self.tell(Event::Repaired { message });
+            }
+        }
         self.publish();
         self.write_status().await
     }

@@ -83,9 +83,11 @@ async fn steps(run: &mut Run, algorithm: &mut dyn Algorithm) -> Result<()> {
             return run.settle().await;
         }
         boundary(run).await?;
-        let start = Instant::now();
+        let (start, before) = (Instant::now(), run.stalled);
         let mut step = algorithm.step(run).await?;
-        step.summary.seconds.total = start.elapsed().as_secs_f64();
+        let took = start.elapsed();
+        run.interval.step_took(took.saturating_sub(run.stalled - before));
+        step.summary.seconds.total = took.as_secs_f64();
         run.finish_step(step).await?;
     }
 }
@@ -99,8 +101,8 @@ fn evaluation_due(run: &Run) -> bool {
 
 /// Whether a checkpoint is due between two steps; it is written while the next completions are generated.
 fn checkpoint_due(run: &Run) -> bool {
-    let (step, every) = (run.state.step, run.common.checkpoint.every_steps);
-    step > 0 && (step.is_multiple_of(every) || step >= run.common.job.steps)
+    let step = run.state.step;
+    step > 0 && (run.interval.is_due(step, run.saved) || step >= run.common.job.steps)
 }
 
 /// Between two steps: carries out commands, and waits while the job is paused; an error once it is asked to stop.

@@ -1,14 +1,25 @@
-//! The files in a job's directory that people and other programs read: `history.jsonl` and `status.json`.
+//! The files in a job's directory that people and other programs read: `history.jsonl`, `evaluations.jsonl` and
+//! `status.json`.
 
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
+use rehearsal_store::{Disk, replace};
 use serde_json::{Value, json};
 
 use crate::blocking::blocking;
 use crate::error::{At, Result};
 use crate::status::{JobStatus, STATUS_FILE};
+
+/// A file with a line for each of something.
+#[derive(Debug, Clone, Copy)]
+pub enum Log {
+    /// Steps.
+    History,
+    /// Evaluations.
+    Evaluations,
+}
 
 /// Writes a job's files, off the host's async threads.
 pub struct Journal {
@@ -21,13 +32,16 @@ impl Journal {
         Self { directory: directory.into() }
     }
 
-    fn history(&self) -> PathBuf {
-        self.directory.join("history.jsonl")
+    fn log(&self, log: Log) -> PathBuf {
+        self.directory.join(match log {
+            Log::History => "history.jsonl",
+            Log::Evaluations => "evaluations.jsonl",
+        })
     }
 
-    /// Appends the line of a step.
-    pub async fn append(&self, line: &Value) -> Result<()> {
-        let (path, line) = (self.history(), line.to_string());
+    /// Appends a line, whose `step` is a step of the job.
+    pub async fn append(&self, log: Log, line: &Value) -> Result<()> {
+        let (path, line) = (self.log(log), line.to_string());
         blocking(move || {
             let mut file = fs::File::options().create(true).append(true).open(&path).at(&path)?;
             writeln!(file, "{line}").at(&path)
@@ -35,22 +49,34 @@ impl Journal {
         .await
     }
 
-    /// Drops the lines of steps after `step`, and returns the last one that stays.
-    pub async fn cut(&self, step: u64) -> Result<Value> {
-        let path = self.history();
+    /// Drops the lines of steps after `step`, and returns the last one that stays and how many lines are damaged. Those are
+    /// dropped too, and the file as it was is kept beside it.
+    pub async fn cut(&self, log: Log, step: u64) -> Result<(Value, usize)> {
+        let path = self.log(log);
         blocking(move || {
-            let Ok(text) = fs::read_to_string(&path) else { return Ok(Value::Null) };
-            let (mut kept, mut last) = (String::new(), Value::Null);
-            for line in text.lines() {
-                // A line that a kill cut short is dropped.
-                let Ok(row) = serde_json::from_str::<Value>(line) else { continue };
-                if row["step"].as_u64().is_some_and(|at| at <= step) {
-                    kept.extend([line, "\n"]);
-                    last = row;
+            let bytes = match fs::read(&path) {
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok((Value::Null, 0)),
+                bytes => bytes.at(&path)?,
+            };
+            let (mut kept, mut last, mut damaged) = (Vec::new(), Value::Null, 0);
+            for line in bytes.split_inclusive(|byte| *byte == b'\n') {
+                let row = serde_json::from_slice::<Value>(line).ok().filter(|row| row["step"].is_u64());
+                match row {
+                    Some(row) if row["step"].as_u64() <= Some(step) => {
+                        kept.extend_from_slice(line);
+                        last = row;
+                    }
+                    Some(_) => {}
+                    // A kill cuts the last line short.
+                    None => damaged += usize::from(line.ends_with(b"\n")),
                 }
             }
-            replace(&path, &kept)?;
-            Ok(last)
+            if damaged > 0 {
+                let aside = path.with_extension("damaged.jsonl");
+                fs::copy(&path, &aside).at(&aside)?;
+            }
+            replace(&Disk, &path, &kept).at(&path)?;
+            Ok((last, damaged))
         })
         .await
     }
@@ -58,7 +84,7 @@ impl Journal {
     /// Replaces the status. `status` is called where it may read files.
     pub async fn status(&self, status: impl FnOnce() -> JobStatus + Send + 'static) -> Result<()> {
         let path = self.directory.join(STATUS_FILE);
-        blocking(move || replace(&path, &json!(status()).to_string())).await
+        blocking(move || replace(&Disk, &path, json!(status()).to_string().as_bytes()).at(&path)).await
     }
 
     /// Writes out a batch whose loss or gradient was not finite; returns where.
@@ -68,11 +94,4 @@ impl Journal {
         blocking(move || fs::write(&written, report).at(&written)).await?;
         Ok(path)
     }
-}
-
-/// Replaces a file in one move, so that a reader sees the old or the new one.
-fn replace(path: &Path, text: &str) -> Result<()> {
-    let temporary = path.with_extension("tmp");
-    fs::write(&temporary, text).at(&temporary)?;
-    fs::rename(&temporary, path).at(path)
 }

@@ -4,6 +4,7 @@ mod algorithm;
 mod checkpoints;
 mod command;
 mod drive;
+mod interval;
 mod journal;
 mod loader;
 mod roles;

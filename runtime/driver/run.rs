@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rehearsal_actors::{CriticHandle, Objective, PolicyHandle, StepReport, UpdateBatch};
 use rehearsal_lm::Checkpoint;
@@ -12,7 +13,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::checkpoints::Writing;
 use super::command::Command;
-use super::journal::Journal;
+use super::interval::Interval;
+use super::journal::{Journal, Log};
 use super::roles::{Roles, TrainedModel};
 use super::state::JobState;
 use super::stats::Step;
@@ -26,6 +28,16 @@ use crate::readiness::Readiness;
 use crate::settings::Common;
 use crate::status::{JobStatus, MemoryUse};
 use crate::summary::Evaluation;
+
+/// Evaluations in `status.json`: the newest. All are in `evaluations.jsonl`.
+const EVALUATIONS_SHOWN: usize = 100;
+
+/// An evaluation as a line of JSON.
+fn row(evaluation: &Evaluation) -> Value {
+    let mut row = json!(evaluation.stats);
+    row["step"] = json!(evaluation.step);
+    row
+}
 
 /// A running job.
 pub struct Run {
@@ -58,6 +70,10 @@ pub struct Run {
     pub(super) restarts_restored: u32,
     /// Step of the newest durable checkpoint.
     pub(super) saved: Option<u64>,
+    /// When checkpoints are due.
+    pub(super) interval: Interval,
+    /// Time that the step waited for a checkpoint.
+    pub(super) stalled: Duration,
     /// The checkpoint that is being written.
     pub(super) writing: Option<Writing>,
     /// The last step's line of the history.
@@ -130,7 +146,7 @@ impl Run {
                 self.mid_step = true;
                 Ok(report)
             }
-            Err(error @ rehearsal_actors::Error::NotFinite { .. }) => {
+            Err(error @ (rehearsal_actors::Error::NotFinite { .. } | rehearsal_actors::Error::Diverged)) => {
                 let report = format!("{error}\nlearning rate {learning_rate}\n{objective:#?}\n");
                 let path = self.journal.offending_batch(self.state.step, report).await?;
                 Err(Error::Offending { path, error: Box::new(error.into()) })
@@ -161,7 +177,7 @@ impl Run {
         self.publish();
         self.meters.step(&summary)?;
         self.last = serde_json::to_value(&summary).map_err(|e| Error::Internal(e.to_string()))?;
-        self.journal.append(&self.last).await?;
+        self.journal.append(Log::History, &self.last).await?;
         self.write_status().await?;
         self.tell(Event::Step(Box::new(summary)));
         Ok(())
@@ -170,7 +186,8 @@ impl Run {
     /// Notes an evaluation, and makes it visible.
     pub(super) async fn finish_evaluation(&mut self, evaluation: Evaluation) -> Result<()> {
         self.meters.evaluation(&evaluation)?;
-        self.state.evaluations.push(evaluation.clone());
+        self.journal.append(Log::Evaluations, &row(&evaluation)).await?;
+        self.state.evaluated(evaluation.clone());
         self.tell(Event::Evaluated(Box::new(evaluation)));
         self.write_status().await
     }
@@ -192,11 +209,6 @@ impl Run {
 
     /// Publishes how far the job is: to its handles, and to `status.json` for when it does not run.
     pub(super) async fn write_status(&self) -> Result<()> {
-        let evaluation = |e: &Evaluation| {
-            let mut row = json!(e.stats);
-            row["step"] = json!(e.step);
-            row
-        };
         let mut status = JobStatus {
             process: std::process::id(),
             step: self.state.step,
@@ -205,7 +217,7 @@ impl Run {
             time_ms: crate::time::now_ms(),
             last: self.last.clone(),
             counters: self.state.counters,
-            evaluations: self.state.evaluations.iter().map(evaluation).collect(),
+            evaluations: self.state.evaluations.iter().rev().take(EVALUATIONS_SHOWN).rev().map(row).collect(),
             algorithm: self.algorithm.into(),
             dropped: self.dropped.clone(),
             memory: MemoryUse { predicted: self.budget, measured_peak: None },

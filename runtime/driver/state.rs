@@ -17,7 +17,7 @@ pub struct JobState {
     pub cursor: u64,
     /// Counts since the job began.
     pub counters: Counters,
-    /// Evaluations, in the order of steps.
+    /// The newest evaluations, at most [`EVALUATIONS_KEPT`], in the order of steps.
     pub evaluations: Vec<Evaluation>,
     /// Coefficient of PPO's KL penalty, once it has adapted.
     pub kl_coef: Option<f64>,
@@ -25,7 +25,17 @@ pub struct JobState {
     pub first_answers: Vec<Vec<u32>>,
 }
 
+/// Evaluations that every checkpoint holds. All are in `evaluations.jsonl`.
+const EVALUATIONS_KEPT: usize = 1000;
+
 impl JobState {
+    /// Notes an evaluation.
+    pub fn evaluated(&mut self, evaluation: Evaluation) {
+        self.evaluations.push(evaluation);
+        let surplus = self.evaluations.len().saturating_sub(EVALUATIONS_KEPT);
+        self.evaluations.drain(..surplus);
+    }
+
     /// Counts a step that drew `drawn` prompts or rows and generated `completions` completions.
     pub fn count(&mut self, summary: &StepSummary, drawn: usize, completions: usize) {
         let stat = |name: &str| summary.stat(name).unwrap_or(0.0);

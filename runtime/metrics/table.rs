@@ -147,6 +147,7 @@ pub mod process {
         CHECKPOINT_SECONDS = Metric::histogram("checkpoint_seconds", "Time until a checkpoint was durable.");
         CHECKPOINT_BYTES = Metric::gauge("checkpoint_bytes", "bytes",
             "Bytes written by the last checkpoint, without the shards it shares with earlier ones.");
+        CHECKPOINT_INTERVAL = Metric::gauge("checkpoint_interval", "steps", "Steps between two checkpoints, as of now.");
         CHECKPOINT_STEP = Metric::gauge("checkpoint_step", "step", "Step of the last durable checkpoint.");
         ROLE_BUSY_SECONDS = Metric::gauge("role_busy_seconds", "seconds",
             "Time each role has spent on messages, in this process.").by(ROLES);

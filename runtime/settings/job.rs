@@ -35,15 +35,18 @@ impl Settings for JobSettings {
 /// `[checkpoint]`
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct CheckpointSettings {
-    /// Steps between two checkpoints; 1 or more.
+    /// Steps between two checkpoints; 1 or more. With `overhead`, the most.
     pub every_steps: u64,
+    /// Share of the job's time that checkpoints may take, which chooses the steps between them; 0 leaves that to
+    /// `every_steps`.
+    pub overhead: f64,
     /// Checkpoints to keep; older ones are deleted.
     pub keep: usize,
 }
 
 impl Default for CheckpointSettings {
     fn default() -> Self {
-        Self { every_steps: 50, keep: 2 }
+        Self { every_steps: 50, overhead: 0.0, keep: 2 }
     }
 }
 
@@ -52,6 +55,9 @@ impl Settings for CheckpointSettings {
         let mut s = keys.section("checkpoint");
         let help = "Steps between checkpoints. One is also made at the end and when the job is asked to stop.";
         s.speed().integer("every_steps", &mut self.every_steps, Range::from(1.0), help);
+        let help = "Share of the time that checkpoints may take: from what it measures, the job chooses the steps between two, \
+                    `every_steps` at most. 0: `every_steps` decides. Results do not depend on it.";
+        s.speed().number("overhead", &mut self.overhead, Range::within(0.0, 1.0), help);
         s.speed().integer("keep", &mut self.keep, Range::within(1.0, 1000.0), "Checkpoints kept.");
     }
 }

@@ -23,6 +23,7 @@ mod oracle;
 mod overlap;
 mod own_algorithm;
 mod prometheus;
+mod reliability;
 mod roles;
 mod round_trip;
 mod scorers;
