@@ -516,4 +516,10 @@ fn adapters_go_on_from_adapters() {
     let more = format!("{SFT}{OFFLINE}[lora]\nadapter = \"{}\"\n", adapter.display());
     let (_next, second) = outcome("sft", 2, &more);
     assert_eq!(ends(&first, "loss").1, ends(&second, "loss").0, "the second job begins where the first one ended");
+    // The reference of DPO is the policy as it starts, with the adapter: at first no answer is preferred.
+    let pairs = replace_once(OFFLINE, "every_steps = 8", "every_steps = 0");
+    let (third, _) = outcome("dpo", 2, &format!("{PAIRS}{pairs}[lora]\nadapter = \"{}\"\n", adapter.display()));
+    let history = std::fs::read_to_string(third.path().join("job/history.jsonl")).unwrap();
+    let row: serde_json::Value = serde_json::from_str(history.lines().next().unwrap()).unwrap();
+    assert!((row["loss"].as_f64().unwrap() - 2f64.ln()).abs() < 1e-5, "{row}");
 }

@@ -4,8 +4,9 @@ use std::sync::{Arc, Mutex};
 
 use rehearsal::judge::{Devices, Placement};
 use rehearsal::{Judged, Reward, RewardError, Sample};
-use rehearsal_actors::{RewardModel, RewardModels};
+use rehearsal_actors::{RewardModel, RewardModels, Tokens};
 use rehearsal_learn::reward::Ensemble;
+use rehearsal_lm::generate::Finish;
 use rehearsal_lm::{Batch, Checkpoint, Message, Precision, Sequence};
 
 use crate::support::edit::set;
@@ -66,6 +67,44 @@ fn foreign_reward_model(directory: &std::path::Path) -> Checkpoint {
 }
 
 #[test]
+fn a_reward_model_with_a_tokenizer_of_its_own_scores_as_with_the_policys() {
+    let folder = tempfile::tempdir().unwrap();
+    foreign_reward_model(folder.path());
+    // Like many, a template that prints a line break after the token that ends a turn.
+    let file = folder.path().join("tokenizer_config.json");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text.replace("<|end|>{% endfor %}", "<|end|>\\n{% endfor %}")).unwrap();
+    let model = Checkpoint::open(folder.path()).unwrap();
+    let messages = vec![Message::user("What does the fox do?")];
+    assert!(model.text.template().unwrap().render(&messages, false).unwrap().ends_with("<|end|>\n"));
+    let devices = Devices::new(1).unwrap();
+    let reward = |tokenizer: &str| {
+        let member = RewardModel::new("m", &model, tokenizer, Placement::Cpu, Precision::F32, 4096, &devices).unwrap();
+        RewardModels { members: vec![member], ensemble: Ensemble::Mean, clip: None }
+    };
+    let prompt = Arc::new(model.text.encode_chat(&messages).unwrap());
+    let mut samples = Vec::new();
+    for completion in ["The fox sleeps.", "Go away."] {
+        for finish in [Finish::Eos, Finish::Length] {
+            let mut tokens = model.text.encode_plain(completion).unwrap();
+            tokens.extend(model.architecture.eos.first().filter(|_| finish == Finish::Eos));
+            samples.push(Sample {
+                prompt: messages[0].content.clone(),
+                messages: Arc::new(messages.clone()),
+                completion: completion.into(),
+                ids: Tokens { prompt: prompt.clone(), completion: Arc::new(tokens) },
+                finish,
+                ..Sample::default()
+            });
+        }
+    }
+    let foreign = reward(rehearsal::embedded::model().unwrap().text.tokenizer_json()).score(&samples).unwrap();
+    let own = reward(model.text.tokenizer_json()).score(&samples).unwrap();
+    assert_eq!(foreign, own);
+    assert!(own.iter().map(|j| j.score).collect::<Vec<_>>().windows(2).all(|w| w[0] != w[1]), "all are the same");
+}
+
+#[test]
 fn a_reward_model_with_a_tokenizer_of_its_own_reads_the_conversation() {
     let folder = tempfile::tempdir().unwrap();
     let model = foreign_reward_model(folder.path());
@@ -81,6 +120,7 @@ fn a_reward_model_with_a_tokenizer_of_its_own_reads_the_conversation() {
         prompt: messages[0].content.clone(),
         messages: Arc::new(messages.clone()),
         completion: completion.into(),
+        finish: Finish::Eos,
         ..Sample::default()
     });
     let decoder = model.frozen(&candle_core::Device::Cpu, candle_core::DType::F32).unwrap();
