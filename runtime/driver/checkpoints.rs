@@ -18,8 +18,6 @@ use crate::metrics::table::process;
 pub struct Writing {
     step: u64,
     written: JoinHandle<rehearsal_actors::Result<(SavedCheckpoint, Duration)>>,
-    /// Time that the job has waited for it.
-    stall: Duration,
 }
 
 impl Run {
@@ -52,23 +50,16 @@ impl Run {
             let saved = archivist.checkpoint(&checkpoint).await?;
             Ok((saved, start.elapsed()))
         });
-        let stall = start.elapsed();
-        self.stalled += stall;
-        self.writing = Some(Writing { step, written, stall });
+        self.begun = start.elapsed();
+        self.writing = Some(Writing { step, written });
         Ok(())
     }
 
     /// Waits for the checkpoint that is being written.
     pub(super) async fn settle(&mut self) -> Result<()> {
-        let Some(Writing { step, written, stall }) = self.writing.take() else { return Ok(()) };
-        let start = Instant::now();
+        let Some(Writing { step, written }) = self.writing.take() else { return Ok(()) };
         let lost = |_| rehearsal_actors::Error::Died { role: "archivist", reason: None };
         let (saved, took) = written.await.map_err(lost)??;
-        let waited = start.elapsed();
-        self.stalled += waited;
-        if let Some(steps) = self.interval.checkpoint_took(stall + waited) {
-            self.tell(Event::CheckpointInterval { steps });
-        }
         self.meters.set(process::CHECKPOINT_INTERVAL, self.interval.steps() as f64);
         self.saved = Some(step);
         self.meters.set(process::DISK_FULL, 0.0);

@@ -14,6 +14,7 @@ use super::run::Run;
 use crate::blocking::blocking;
 use crate::error::{At, Error, Result};
 use crate::events::{Event, Outcome};
+use crate::metrics::table::process;
 
 /// The trained model, in the job's directory, once the job is done.
 pub const MODEL_FOLDER: &str = "model";
@@ -83,10 +84,15 @@ async fn steps(run: &mut Run, algorithm: &mut dyn Algorithm) -> Result<()> {
             return run.settle().await;
         }
         boundary(run).await?;
-        let (start, before) = (Instant::now(), run.stalled);
+        let with_checkpoint = run.writing.is_some();
+        let start = Instant::now();
         let mut step = algorithm.step(run).await?;
         let took = start.elapsed();
-        run.interval.step_took(took.saturating_sub(run.stalled - before));
+        // Beginning the checkpoint kept the job waiting too, before the step.
+        if let Some(steps) = run.interval.step_took(took + std::mem::take(&mut run.begun), with_checkpoint) {
+            run.meters.set(process::CHECKPOINT_INTERVAL, steps as f64);
+            run.tell(Event::CheckpointInterval { steps });
+        }
         step.summary.seconds.total = took.as_secs_f64();
         run.finish_step(step).await?;
     }
@@ -100,7 +106,7 @@ fn evaluation_due(run: &Run) -> bool {
 }
 
 /// Whether a checkpoint is due between two steps; it is written while the next completions are generated.
-fn checkpoint_due(run: &Run) -> bool {
+fn checkpoint_due(run: &mut Run) -> bool {
     let step = run.state.step;
     step > 0 && (run.interval.is_due(step, run.saved) || step >= run.common.job.steps)
 }

@@ -8,22 +8,27 @@ use crate::settings::CheckpointSettings;
 
 /// Measurements that a median is taken of.
 const KEPT: usize = 9;
+/// Steps without a checkpoint before the first one.
+const WARM_UP: usize = 3;
+/// Of so many checkpoints that would be made one after the other, one is left out, to see what a step takes without.
+const REFRESH: u64 = 32;
 
 /// The number of steps between two checkpoints.
 pub struct Interval {
     settings: CheckpointSettings,
-    /// Time that each of the last checkpoints kept the job waiting.
-    stalls: VecDeque<Duration>,
-    /// Time of each of the last steps, without those stalls.
-    steps: VecDeque<Duration>,
+    /// Times of the last steps during which no checkpoint was written, and of those during which one was.
+    without: VecDeque<Duration>,
+    with: VecDeque<Duration>,
     steps_between: u64,
+    /// Checkpoints since one was left out.
+    in_a_row: u64,
 }
 
 impl Interval {
     /// As the settings say.
     pub fn new(settings: CheckpointSettings) -> Self {
         let steps_between = if settings.overhead > 0.0 { 1 } else { settings.every_steps };
-        Self { settings, stalls: VecDeque::new(), steps: VecDeque::new(), steps_between }
+        Self { settings, without: VecDeque::new(), with: VecDeque::new(), steps_between, in_a_row: 0 }
     }
 
     /// Steps between two checkpoints, as of now.
@@ -32,27 +37,29 @@ impl Interval {
     }
 
     /// Whether a checkpoint is due after `step` steps, of which the newest checkpoint has `saved`.
-    pub fn is_due(&self, step: u64, saved: Option<u64>) -> bool {
-        if self.settings.overhead > 0.0 {
-            return step >= saved.unwrap_or(0) + self.steps_between;
+    pub fn is_due(&mut self, step: u64, saved: Option<u64>) -> bool {
+        if self.settings.overhead == 0.0 {
+            return step.is_multiple_of(self.settings.every_steps);
         }
-        step.is_multiple_of(self.settings.every_steps)
+        if self.without.len() < WARM_UP || step < saved.unwrap_or(0) + self.steps_between {
+            return false;
+        }
+        let refresh = self.steps_between == 1 && self.in_a_row >= REFRESH;
+        self.in_a_row = if refresh { 0 } else { self.in_a_row + 1 };
+        !refresh
     }
 
-    /// Notes how long a step took, without what it waited for a checkpoint.
-    pub fn step_took(&mut self, time: Duration) {
-        note(&mut self.steps, time);
-    }
-
-    /// Notes how long a checkpoint kept the job waiting. Returns the new number of steps between two, if it has changed.
-    pub fn checkpoint_took(&mut self, stall: Duration) -> Option<u64> {
+    /// Notes how long a step took, and whether a checkpoint was written meanwhile. Returns the new number of steps between
+    /// two, if it has changed.
+    pub fn step_took(&mut self, time: Duration, with_checkpoint: bool) -> Option<u64> {
         if self.settings.overhead == 0.0 {
             return None;
         }
-        note(&mut self.stalls, stall);
-        let step = median(&self.steps)?.as_secs_f64().max(1e-6);
-        let steps = (median(&self.stalls)?.as_secs_f64() / (self.settings.overhead * step)).ceil();
-        let steps = (steps as u64).clamp(1, self.settings.every_steps.max(1));
+        note(if with_checkpoint { &mut self.with } else { &mut self.without }, time);
+        let without = median(&self.without)?.as_secs_f64().max(1e-6);
+        let cost = median(&self.with)?.as_secs_f64() - without;
+        let steps = (cost / (self.settings.overhead * without)).ceil() as u64;
+        let steps = steps.clamp(1, self.settings.every_steps.max(1));
         let changed = steps != self.steps_between;
         self.steps_between = steps;
         changed.then_some(steps)
@@ -81,8 +88,8 @@ mod tests {
     #[test]
     fn a_fixed_interval_stays() {
         let mut interval = Interval::new(CheckpointSettings { every_steps: 10, ..CheckpointSettings::default() });
-        interval.step_took(MS);
-        assert_eq!(interval.checkpoint_took(1000 * MS), None);
+        assert_eq!(interval.step_took(MS, false), None);
+        assert_eq!(interval.step_took(1000 * MS, true), None);
         assert!(interval.is_due(20, Some(10)) && !interval.is_due(21, Some(10)));
     }
 
@@ -90,15 +97,21 @@ mod tests {
     fn the_interval_follows_what_checkpoints_cost() {
         let settings = CheckpointSettings { every_steps: 500, overhead: 0.035, ..CheckpointSettings::default() };
         let mut interval = Interval::new(settings);
-        assert!(interval.is_due(1, None) && !interval.is_due(0, None));
-        for _ in 0..5 {
-            interval.step_took(100 * MS);
+        for _ in 0..WARM_UP {
+            assert!(!interval.is_due(1, None), "it does not know yet what a step takes");
+            interval.step_took(100 * MS, false);
         }
-        assert_eq!(interval.checkpoint_took(3 * MS), None, "3 of 100 ms are less than 3.5 %");
-        assert_eq!(interval.checkpoint_took(35 * MS), Some(10));
+        assert!(interval.is_due(4, None));
+        assert_eq!(interval.step_took(103 * MS, true), None, "3 of 100 ms are less than 3.5 %");
+        let due = (5..5 + 2 * REFRESH).filter(|step| interval.is_due(*step, Some(step - 1))).count() as u64;
+        assert!((2 * REFRESH - 3..2 * REFRESH).contains(&due), "one is left out now and then: {due}");
+        for _ in 0..KEPT {
+            interval.step_took(135 * MS, true);
+        }
+        assert_eq!(interval.steps(), 10);
         assert!(interval.is_due(11, Some(1)) && !interval.is_due(10, Some(1)));
         for _ in 0..KEPT {
-            interval.checkpoint_took(Duration::from_secs(9));
+            interval.step_took(Duration::from_secs(9), true);
         }
         assert_eq!(interval.steps(), 500, "`every_steps` is the most");
     }

@@ -72,8 +72,8 @@ pub struct Run {
     pub(super) saved: Option<u64>,
     /// When checkpoints are due.
     pub(super) interval: Interval,
-    /// Time that the step waited for a checkpoint.
-    pub(super) stalled: Duration,
+    /// Time that the job waited for a checkpoint to begin, since the last step.
+    pub(super) begun: Duration,
     /// The checkpoint that is being written.
     pub(super) writing: Option<Writing>,
     /// The last step's line of the history.

@@ -95,7 +95,7 @@ pub async fn start(setup: Setup, algorithm: Box<dyn LoadedAlgorithm>) -> Result<
         restarts_restored: 0,
         saved: None,
         interval,
-        stalled: Duration::ZERO,
+        begun: Duration::ZERO,
         writing: None,
         last: Value::Null,
         budget,

@@ -124,6 +124,7 @@ impl Store {
             shards.push(Shard { hash, bytes: size, inline: false });
         }
         let manifest = Manifest { step, shards, tensors: tensors.len() as u32, state };
+        // The journal has the manifest; a copy that a power loss has torn is no worse than none.
         self.shards.write_named(&copy_name(step), &manifest_copy(&manifest)?)?;
         self.shards.sync()?;
         let mut batch = WriteBatch::default();

@@ -12,6 +12,8 @@ pub trait Files: Send + Sync {
     fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
     /// Creates or replaces a file and syncs its content. Its name is durable after [`Files::sync_directory`].
     fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()>;
+    /// Creates or replaces a file that need not survive a power loss.
+    fn write_lazily(&self, path: &Path, bytes: &[u8]) -> io::Result<()>;
     /// Opens a file to append to, which is created unless it exists.
     fn append(&self, path: &Path) -> io::Result<Box<dyn Append>>;
     /// Opens a small file that is written again and again, which is created unless it exists.
@@ -73,6 +75,10 @@ impl Files for Disk {
         let mut file = File::create(path)?;
         file.write_all(bytes)?;
         file.sync_all()
+    }
+
+    fn write_lazily(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        fs::write(path, bytes)
     }
 
     fn append(&self, path: &Path) -> io::Result<Box<dyn Append>> {

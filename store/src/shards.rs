@@ -49,10 +49,10 @@ impl Shards {
         Ok(true)
     }
 
-    /// Writes a file that is not a shard. It is durable after [`Shards::sync`].
+    /// Writes a file that is not a shard, and need not survive a power loss.
     pub fn write_named(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let path = self.path(name);
-        replace(&*self.files, &path, bytes).at(&path)
+        self.files.write_lazily(&path, bytes).at(&path)
     }
 
     /// Reads a file that is not a shard.

@@ -125,7 +125,7 @@ impl World {
                 let (mut map, number) = state.index[n].clone();
                 if state.random.below(2) == 0 {
                     map.retain(|key, value| {
-                        (key.iter().map(|b| u64::from(*b)).sum::<u64>() + value.len() as u64) % 2 == 0
+                        (key.iter().map(|b| u64::from(*b)).sum::<u64>() + value.len() as u64).is_multiple_of(2)
                     });
                 }
                 state.index = vec![(map, number)];
@@ -240,6 +240,15 @@ impl Files for World {
         }
         state.inodes[inode].synced = bytes.to_vec();
         Ok(())
+    }
+
+    fn write_lazily(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let state = &mut *self.state();
+        let fault = state.begin()?;
+        let inode = state.create(path);
+        let (len, error) = state.cut(fault, bytes.len());
+        state.inodes[inode].now = bytes[..len].to_vec();
+        error.map_or(Ok(()), Err)
     }
 
     fn append(&self, path: &Path) -> io::Result<Box<dyn Append>> {
