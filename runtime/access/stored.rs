@@ -12,8 +12,8 @@ use rehearsal_store::Store;
 use super::records;
 use super::request::{Generate, Generated, Reply, Request};
 use crate::error::{At, Error, Result};
-use crate::job::saved_config;
-use crate::models::load_model;
+use crate::job::{saved_config, saved_day};
+use crate::models::{dated, load_model};
 use crate::status::{JobStatus, STATUS_FILE};
 
 /// Answers a request. Blocking.
@@ -57,7 +57,7 @@ pub struct Trained {
 /// model before the first checkpoint.
 pub fn model(store: &Store) -> Result<(Checkpoint, Trained)> {
     let config = saved_config(store.directory())?;
-    let mut checkpoint = load_model(&config.common.model.policy())?;
+    let mut checkpoint = dated(load_model(&config.common.model.policy())?, saved_day(store.directory())?);
     let (latest, damaged) = Restored::latest(store)?;
     for note in damaged {
         tracing::warn!("{}", note.0);

@@ -20,6 +20,7 @@ use crate::judge::{
     ApiJudge, ApiSettings, Budget, Endpoint, Judge, JudgeModel, JudgeReward, LocalJudge, Mode, Orders, Prices,
     ReplyFormat, Template,
 };
+use crate::time::today;
 use crate::transformers::CausalModel;
 
 #[derive(Subcommand)]
@@ -176,7 +177,9 @@ impl JudgeOptions {
         if let Some(name) = &self.judge_model {
             let path = Path::new(name);
             let model = if CausalModel::supports(path) {
-                JudgeModel::Transformers(Arc::new(CausalModel::open(path).map_err(Error::Usage)?))
+                JudgeModel::Transformers(Arc::new(
+                    CausalModel::open(path).map_err(Error::Usage)?.with_day(Some(today())),
+                ))
             } else {
                 JudgeModel::Native(Arc::new(saved::model(name)?))
             };

@@ -8,7 +8,8 @@ use rehearsal_store::Store;
 use crate::access::JobReader;
 use crate::config::ModelSource;
 use crate::error::{Error, Result};
-use crate::models::load_model;
+use crate::models::{dated, load_model};
+use crate::time::today;
 
 /// Runs a future to its end.
 pub fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
@@ -29,5 +30,6 @@ pub fn model(name: &str) -> Result<Checkpoint> {
         let scratch = std::env::temp_dir().join(format!("rehearsal-model-{}", std::process::id()));
         return block_on(async { JobReader::open(path).await?.model(&scratch).await });
     }
-    load_model(&if name == "embedded" { ModelSource::Embedded } else { ModelSource::Path(path.into()) })
+    let source = if name == "embedded" { ModelSource::Embedded } else { ModelSource::Path(path.into()) };
+    Ok(dated(load_model(&source)?, Some(today())))
 }

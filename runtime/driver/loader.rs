@@ -44,9 +44,14 @@ pub struct Loaded {
 }
 
 impl<'a> Loader<'a> {
-    /// Loads the policy's start.
-    pub fn new(common: &'a Common, rewards: &'a [Box<dyn RewardSource>], results: u32) -> Result<Self> {
-        let mut models = ModelCache::default();
+    /// Loads the policy's start. Chat templates that print the date print `day`, in days after 1 January 1970.
+    pub fn new(
+        common: &'a Common,
+        rewards: &'a [Box<dyn RewardSource>],
+        results: u32,
+        day: Option<u32>,
+    ) -> Result<Self> {
+        let mut models = ModelCache::new(day);
         let policy = models.load(&common.model.policy())?;
         let mut fingerprint = vec![("model.policy, its weights".to_string(), policy.fingerprint()?)];
         if let Some(adapter) = &common.lora.adapter {

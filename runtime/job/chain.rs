@@ -73,9 +73,11 @@ impl Chain {
     /// Runs or resumes the stages that are not done. `watch` sees each job before it starts.
     pub async fn run(self, resume: bool, cancel: CancellationToken, watch: &mut dyn FnMut(&Job)) -> Result<Outcome> {
         let folder: Option<PathBuf> = self.folder().map(Into::into);
-        let whole = Kept::new(&self.source, &self.base, None);
-        if let Some(folder) = folder.clone().filter(|_| !resume) {
-            create(folder, whole.clone()).await?;
+        let mut whole = Kept::new(&self.source, &self.base, None);
+        match folder.clone() {
+            Some(folder) if resume => whole = blocking(move || whole.adopting(&folder)).await?,
+            Some(folder) => create(folder, whole.clone()).await?,
+            None => {}
         }
         let count = self.stages.len();
         let several = count > 1;
@@ -87,7 +89,9 @@ impl Chain {
             if i + 1 < count && directory.join(MODEL_FOLDER).is_dir() {
                 continue;
             }
-            let kept = Kept::new(&self.source, &self.base, several.then_some(i));
+            // Arithmetic and date are the chain's, whenever a stage begins.
+            let mut kept = Kept::new(&self.source, &self.base, several.then_some(i));
+            (kept.origin.results, kept.origin.day) = (whole.origin.results, whole.origin.day);
             let job = |config: Config| {
                 let job = Job::builder(config).kept(kept.clone());
                 match folder.clone() {

@@ -15,6 +15,7 @@ use super::config::Config;
 use super::fingerprint::Fingerprint;
 use super::handle::JobHandle;
 use super::metrics::{HostRecorder, JobMetrics, MetricsAddress};
+use super::origin::Origin;
 use super::saved::Kept;
 use crate::access::{self, Live};
 use crate::algorithms::Algorithms;
@@ -279,10 +280,10 @@ impl Job {
                 return Err(Error::NothingToResume(directory));
             }
             if exists {
-                kept.origin.results = kept.results(&directory)?;
+                kept = kept.adopting(&directory)?;
             }
             let results = kept.origin.results;
-            let (algorithm, loaded) = load(&config, reward, results)?;
+            let (algorithm, loaded) = load(&config, reward, &kept.origin)?;
             let (mut store, repairs) = Store::open(&directory)?;
             // Checkpoints without settings are what is left of a job whose database was lost.
             let begun = Fingerprint::is_in(&store)? || !store.checkpoints()?.is_empty();
@@ -453,10 +454,10 @@ fn slow_build() -> Option<String> {
 }
 
 /// Loads the algorithm and everything else that is read. A host's reward takes the place of rules.
-fn load(config: &Config, host_reward: bool, results: u32) -> Result<(Box<dyn LoadedAlgorithm>, Loaded)> {
+fn load(config: &Config, host_reward: bool, origin: &Origin) -> Result<(Box<dyn LoadedAlgorithm>, Loaded)> {
     let rewards: Vec<_> =
         config.rewards.iter().filter(|source| !(host_reward && source.yields_to_host())).cloned().collect();
-    let mut loader = Loader::new(&config.common, &rewards, results)?;
+    let mut loader = Loader::new(&config.common, &rewards, origin.results, origin.day)?;
     let algorithm = config.algorithm.load(&mut loader)?;
     Ok((algorithm, loader.finish()))
 }

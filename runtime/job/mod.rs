@@ -15,4 +15,4 @@ pub use config::Config;
 pub use handle::JobHandle;
 pub use job::{Job, JobBuilder};
 pub use saved::CONFIG_FILE;
-pub(crate) use saved::saved_config;
+pub(crate) use saved::{saved_config, saved_day};

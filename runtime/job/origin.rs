@@ -8,6 +8,7 @@ use rehearsal_store::{Disk, replace};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{At, Error, Result};
+use crate::time::today;
 
 /// Name of the file in a job's directory. Jobs of versions before it have two comment lines in `job.toml` instead.
 pub const ORIGIN_FILE: &str = "origin.json";
@@ -18,7 +19,8 @@ const FORMAT: u32 = 2;
 /// Version of the arithmetic, which a fix that changes results raises. A job keeps the version that it was begun with.
 ///
 /// - 2: a reward model with another tokenizer than the policy's reads completions as it was trained; the reference of a
-///   policy that starts from `lora.adapter` is the policy as it starts, and not its base.
+///   policy that starts from `lora.adapter` is the policy as it starts, and not its base; chat templates that print the date
+///   print the day on which the job began.
 const RESULTS: u32 = 2;
 
 /// Oldest arithmetic that this program can still do, with the release to resume older jobs with.
@@ -34,6 +36,10 @@ const STAGE: &str = "# stage = ";
 pub struct Origin {
     pub format: u32,
     pub results: u32,
+    /// The day on which the job began, in days after 1 January 1970: the date that chat templates print. Jobs of results 1
+    /// have none.
+    #[serde(default)]
+    pub day: Option<u32>,
     /// Folder that relative paths of the configuration are relative to.
     pub base: String,
     /// The stage that works in the directory, of several in the document.
@@ -43,7 +49,7 @@ pub struct Origin {
 impl Origin {
     /// Of a job that this program begins.
     pub fn new(base: impl Into<String>, stage: Option<usize>) -> Self {
-        Self { format: FORMAT, results: RESULTS, base: base.into(), stage }
+        Self { format: FORMAT, results: RESULTS, day: Some(today()), base: base.into(), stage }
     }
 
     /// Of a directory, whose copy of the configuration is `copy`. Returns the document without the header of older versions
@@ -60,7 +66,7 @@ impl Origin {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 let find = |key: &str| copy.lines().take(2).find_map(|line| line.strip_prefix(key));
                 let (base, stage) = (find(BASE).unwrap_or("."), find(STAGE).and_then(|n| n.parse().ok()));
-                Self { format: 0, results: 1, base: base.into(), stage }
+                Self { format: 0, results: 1, day: None, base: base.into(), stage }
             }
             Err(e) => return Err(e).at(&path),
         };

@@ -44,22 +44,20 @@ impl Kept {
 
     /// Keeps it in the directory of a job that has begun: with the arithmetic that the job was begun with.
     pub fn save_again(&self, directory: &Path) -> Result<()> {
-        let results = self.results(directory)?;
-        let origin = Origin { results, ..self.origin.clone() };
-        Self { origin, source: self.source.clone() }.save(directory)
+        self.clone().adopting(directory)?.save(directory)
     }
 }
 
 impl Kept {
-    /// Version of the arithmetic of the job in a directory: the one that it was begun with, or this program's if there is
-    /// none.
-    pub fn results(&self, directory: &Path) -> Result<u32> {
+    /// The same with the arithmetic and the date that the job in a directory was begun with, if there is one.
+    pub fn adopting(mut self, directory: &Path) -> Result<Self> {
         match Self::of(directory) {
-            Ok(known) => Ok(known.origin.results),
+            Ok(known) => (self.origin.results, self.origin.day) = (known.origin.results, known.origin.day),
             // Somebody removed the copy; the store still says what the job is.
-            Err(Error::NothingToResume(_)) => Ok(self.origin.results),
-            Err(e) => Err(e),
+            Err(Error::NothingToResume(_)) => {}
+            Err(e) => return Err(e),
         }
+        Ok(self)
     }
 }
 
@@ -119,6 +117,11 @@ pub fn saved_config(directory: &Path) -> Result<Config> {
         return Err(Error::NothingToResume(directory.into()));
     }
     one(read_copy(directory, &copy, &Algorithms::default())?.0, directory)
+}
+
+/// The day on which the job in a directory began; `None` for jobs that print no date.
+pub fn saved_day(directory: &Path) -> Result<Option<u32>> {
+    Ok(Kept::of(directory)?.origin.day)
 }
 
 /// The only stage of a directory.

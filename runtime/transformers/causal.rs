@@ -77,6 +77,14 @@ impl CausalModel {
         Ok(Self { fingerprint: fingerprint(&hasher), text, context: context.unwrap_or(usize::MAX), forward })
     }
 
+    /// The same model, whose chat template prints a date if it prints one.
+    pub fn with_day(mut self, day: Option<u32>) -> Self {
+        if let Some(day) = day {
+            self.text = self.text.with_day(day);
+        }
+        self
+    }
+
     /// First 16 hex digits of a hash of the weights.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint

@@ -51,6 +51,11 @@ impl CausalModel {
         Err(format!("the judge in {} needs {ENCODERS}", path.display()))
     }
 
+    /// The same model.
+    pub fn with_day(self, _: Option<u32>) -> Self {
+        self
+    }
+
     /// Hash of the weights.
     pub fn fingerprint(&self) -> &str {
         match *self {}

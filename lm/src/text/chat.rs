@@ -1,8 +1,11 @@
 //! Chat templates in Jinja, rendered as in `transformers`. They come with models that anybody may have made, so they have
 //! limits: length, steps, and size of what they render.
 
+use std::fmt::Write as _;
 use std::sync::Arc;
 
+use chrono::NaiveDate;
+use chrono::format::{Item, StrftimeItems};
 use minijinja::{Environment, ErrorKind, context};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -108,6 +111,22 @@ fn method(
     minijinja_contrib::pycompat::unknown_method_callback(state, value, name, arguments)
 }
 
+/// A day in a format of C's `strftime`; its time is midnight.
+fn strftime(day: u32, format: &str) -> std::result::Result<String, minijinja::Error> {
+    let wrong = |reason: &str| minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {reason}"));
+    let items: Vec<Item<'_>> = StrftimeItems::new(format).collect();
+    if items.contains(&Item::Error) {
+        return Err(wrong(&format!("`{format}` is no format of a date")));
+    }
+    let days = chrono::Days::new(u64::from(day));
+    let date = NaiveDate::from_ymd_opt(1970, 1, 1).and_then(|epoch| epoch.checked_add_days(days));
+    let date = date.and_then(|date| date.and_hms_opt(0, 0, 0)).ok_or_else(|| wrong("the day is out of range"))?;
+    let mut text = String::new();
+    // A time zone, say, cannot be written.
+    write!(text, "{}", date.format_with_items(items.iter())).map_err(|_| wrong("it has no time zone"))?;
+    Ok(text)
+}
+
 /// The source without `{% generation %}` and `{% endgeneration %}`, by which transformers marks what an assistant has said;
 /// they print nothing.
 fn without_generation(source: &str) -> String {
@@ -156,6 +175,15 @@ impl ChatTemplate {
         Ok(Self { environment: Arc::new(environment), bos: bos.into(), eos: eos.into() })
     }
 
+    /// The same template with a date for its function `strftime_now`: so many days after 1 January 1970. Without one the
+    /// function is not defined.
+    pub fn with_day(mut self, day: u32) -> Self {
+        let mut environment = (*self.environment).clone();
+        environment.add_function("strftime_now", move |format: String| strftime(day, &format));
+        self.environment = Arc::new(environment);
+        self
+    }
+
     /// The template of a `tokenizer_config.json`: a string, or the entry named `default` of a list.
     pub(crate) fn from_config(config: &Value) -> Result<Option<Self>> {
         let source = match &config["chat_template"] {
@@ -196,6 +224,19 @@ mod tests {
             "{% for m in messages %}\n  {%- generation -%}\n {{ m.content }} {% endgeneration %}\n{% endfor %}";
         assert_eq!(rendered(spaced).unwrap(), "Hello ");
         assert_eq!(rendered("{{ 'abc'.count('') }} {{ 'abab'.count('ab') }}").unwrap(), "4 2");
+    }
+
+    #[test]
+    fn the_date_is_the_one_that_was_given() {
+        let source = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}none{% endif %}";
+        let template = ChatTemplate::new(source, "", "").unwrap();
+        assert_eq!(template.render(&[], true).unwrap(), "none");
+        assert_eq!(template.with_day(20_784).render(&[], true).unwrap(), "27 Nov 2026");
+        for format in ["%Q", "%Z %z"] {
+            let source = format!("{{{{ strftime_now('{format}') }}}}");
+            let error = ChatTemplate::new(&source, "", "").unwrap().with_day(1).render(&[], true).unwrap_err();
+            assert!(error.to_string().contains("strftime_now"), "{error}");
+        }
     }
 
     #[test]

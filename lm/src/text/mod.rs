@@ -96,6 +96,12 @@ impl Text {
         self.template.as_ref()
     }
 
+    /// The same with a date for the chat template, as [`ChatTemplate::with_day`].
+    pub fn with_day(mut self, day: u32) -> Self {
+        self.template = self.template.map(|template| template.with_day(day));
+        self
+    }
+
     /// The text with every special token that is written out in it broken up by a space, so that it is encoded as text.
     pub fn without_special(&self, text: &str) -> String {
         let mut safe = text.to_string();
