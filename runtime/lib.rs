@@ -56,7 +56,7 @@ pub mod exporter;
 mod features;
 mod futures;
 mod heap;
-#[cfg(feature = "prometheus")]
+#[cfg(any(feature = "label", feature = "prometheus"))]
 mod http;
 mod job;
 pub mod judge;

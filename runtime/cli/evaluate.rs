@@ -177,9 +177,7 @@ impl JudgeOptions {
         if let Some(name) = &self.judge_model {
             let path = Path::new(name);
             let model = if CausalModel::supports(path) {
-                JudgeModel::Transformers(Arc::new(
-                    CausalModel::open(path).map_err(Error::Usage)?.with_day(Some(today())),
-                ))
+                JudgeModel::Transformers(Arc::new(CausalModel::open(path, Some(today())).map_err(Error::Usage)?))
             } else {
                 JudgeModel::Native(Arc::new(saved::model(name)?))
             };

@@ -26,3 +26,17 @@ macro_rules! note {
 }
 
 pub(super) use {note, say};
+
+#[cfg(test)]
+mod tests {
+    use super::printable;
+
+    #[test]
+    fn escape_sequences_do_not_reach_the_terminal() {
+        assert_eq!(printable("a\tb\nc é"), "a\tb\nc é");
+        // Clears the screen, sets the title, and the same by a single character.
+        for command in ["\u{1b}[2J", "\u{1b}]0;title\u{7}", "\u{9b}2J", "over\rwritten"] {
+            assert!(printable(command).chars().all(|c| !c.is_control()), "{command:?}");
+        }
+    }
+}

@@ -17,7 +17,7 @@ pub struct JobState {
     pub cursor: u64,
     /// Counts since the job began.
     pub counters: Counters,
-    /// The newest evaluations, at most [`EVALUATIONS_KEPT`], in the order of steps.
+    /// The newest evaluations, at most 1,000, in the order of steps.
     pub evaluations: Vec<Evaluation>,
     /// Coefficient of PPO's KL penalty, once it has adapted.
     pub kl_coef: Option<f64>,

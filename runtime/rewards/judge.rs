@@ -163,7 +163,7 @@ impl RewardSource for JudgeSource {
     fn load(&self, inputs: &mut RewardInputs<'_>) -> Result<Box<dyn LoadedReward>> {
         let model = match &self.model {
             Some(ModelSource::Path(path)) if CausalModel::supports(path) => Some(JudgeModel::Transformers(Arc::new(
-                CausalModel::open(path).map_err(Error::Usage)?.with_day(inputs.models.day()),
+                CausalModel::open(path, inputs.models.day()).map_err(Error::Usage)?,
             ))),
             Some(source) => {
                 Some(JudgeModel::Native(inputs.models.load(source).map_err(|e| match ENCODERS.enabled {

@@ -51,10 +51,15 @@ impl CausalModel {
         Directory::open(path).is_ok_and(|directory| MODEL_TYPES.contains(&directory.model_type()))
     }
 
-    /// Reads a Hugging Face directory (`config.json`, `tokenizer.json`, `*.safetensors`) or a `.gguf` file.
-    pub fn open(path: &Path) -> Result<Self, String> {
+    /// Reads a Hugging Face directory (`config.json`, `tokenizer.json`, `*.safetensors`) or a `.gguf` file. A chat template
+    /// that prints the date prints `day`, in days after 1 January 1970.
+    pub fn open(path: &Path, day: Option<u32>) -> Result<Self, String> {
         let read = if is_gguf(path) { Self::read_gguf(path) } else { Self::read_directory(path) };
-        read.map_err(|reason| format!("the judge in {}: {reason}", path.display()))
+        let mut model = read.map_err(|reason| format!("the judge in {}: {reason}", path.display()))?;
+        if let Some(day) = day {
+            model.text = model.text.with_day(day);
+        }
+        Ok(model)
     }
 
     fn read_directory(path: &Path) -> Result<Self, BoxError> {
@@ -75,14 +80,6 @@ impl CausalModel {
         let content = Content::read(&mut reader)?;
         let forward = Mutex::new(gguf_forward(&architecture, content, &mut reader)?);
         Ok(Self { fingerprint: fingerprint(&hasher), text, context: context.unwrap_or(usize::MAX), forward })
-    }
-
-    /// The same model, whose chat template prints a date if it prints one.
-    pub fn with_day(mut self, day: Option<u32>) -> Self {
-        if let Some(day) = day {
-            self.text = self.text.with_day(day);
-        }
-        self
     }
 
     /// First 16 hex digits of a hash of the weights.

@@ -47,13 +47,8 @@ impl CausalModel {
     }
 
     /// Fails.
-    pub fn open(path: &Path) -> Result<Self, String> {
+    pub fn open(path: &Path, _: Option<u32>) -> Result<Self, String> {
         Err(format!("the judge in {} needs {ENCODERS}", path.display()))
-    }
-
-    /// The same model.
-    pub fn with_day(self, _: Option<u32>) -> Self {
-        self
     }
 
     /// Hash of the weights.

@@ -104,7 +104,7 @@ fn a_gguf_judge_thinks_what_its_weights_think_here() {
         let path = folder.path().join(format!("{family}.gguf"));
         write(&path, &architecture, &parameters);
         assert!(CausalModel::supports(&path));
-        let model = Arc::new(CausalModel::open(&path).unwrap_or_else(|e| panic!("{e}")));
+        let model = Arc::new(CausalModel::open(&path, None).unwrap_or_else(|e| panic!("{e}")));
         let devices = Devices::new(1).unwrap();
         let judge =
             LocalJudge::new(JudgeModel::Transformers(model), Default::default(), Default::default(), &devices).unwrap();
@@ -136,6 +136,6 @@ fn a_gguf_that_cannot_judge_says_which_can() {
     architecture.model_type = "mamba".into();
     let path = folder.path().join("mamba.gguf");
     write(&path, &architecture, &parameters);
-    let error = CausalModel::open(&path).err().unwrap();
+    let error = CausalModel::open(&path, None).err().unwrap();
     assert!(error.contains("`mamba`") && error.contains("qwen2") && error.contains("mamba.gguf"), "{error}");
 }

@@ -384,8 +384,9 @@ fn models_that_cannot_be_trained_judge_as_they_do_in_transformers() {
     for (kind, want) in wanted.as_object().unwrap() {
         let directory = folder.path().join(kind);
         assert!(CausalModel::supports(&directory));
-        let model =
-            JudgeModel::Transformers(Arc::new(CausalModel::open(&directory).unwrap_or_else(|e| panic!("{kind}: {e}"))));
+        let model = JudgeModel::Transformers(Arc::new(
+            CausalModel::open(&directory, None).unwrap_or_else(|e| panic!("{kind}: {e}")),
+        ));
         let devices = rehearsal::judge::Devices::new(1).unwrap();
         let judge = LocalJudge::new(model, Default::default(), Default::default(), &devices).unwrap();
         // Asked twice: nothing of the first question is left for the second.

@@ -378,6 +378,19 @@ mod tests {
     }
 
     #[test]
+    fn a_size_that_no_model_has_is_refused_before_anything_is_sized_by_it() {
+        for (key, value) in [
+            ("max_position_embeddings", 100_000_000_000u64),
+            ("vocab_size", u64::MAX),
+            ("hidden_size", 1 << 40),
+            ("num_hidden_layers", 1_000_000),
+        ] {
+            let error = Architecture::from_json(&config(json!({ key: value }))).err().unwrap().to_string();
+            assert!(error.contains(key) || error.contains("layers"), "{error}");
+        }
+    }
+
+    #[test]
     fn a_wrong_value_is_named() {
         let error = Architecture::from_json(&config(json!({"num_key_value_heads": 3}))).unwrap_err().to_string();
         assert!(error.contains("num_key_value_heads 3"), "{error}");
