@@ -93,8 +93,7 @@ impl Durable {
     fn fold(&self) -> Result<()> {
         let number = self.state.borrow().number;
         // Damage that is met here is mended first.
-        let pages: Result<Vec<Entry>> = Pages::new(self, b"").collect();
-        let entries = pages?.into_iter().map(Ok);
+        let entries = Pages::new(self, b"").collect::<Result<_>>()?;
         self.state.borrow_mut().journal.fold(number, entries)
     }
 
@@ -129,8 +128,9 @@ impl Durable {
         let mut state = self.state.borrow_mut();
         let found = state.journal.read()?.unwrap_or_default();
         if state.rebuild(&found, &*self.index_files)? {
-            state.journal.go_on(&found)?;
+            return state.journal.go_on(&found);
         }
+        state.journal.close();
         Ok(())
     }
 }
@@ -203,7 +203,7 @@ impl State {
     }
 
     /// Makes the index from base and journal. Where they are damaged, what can still be read of the old index is taken too.
-    /// Returns whether they are whole; if not, the next write begins a new base.
+    /// Returns whether they are whole; if not, the next write has to begin a new base.
     fn rebuild(&mut self, found: &Found, files: &dyn IndexFiles) -> Result<bool> {
         self.index = None;
         let missing = found.missing_after(found.base_number);
@@ -234,9 +234,6 @@ impl State {
         self.number = self.number.max(found.last);
         index.apply(&WriteBatch::default(), Some(self.number))?;
         self.index = Some(index);
-        if !whole {
-            self.journal.close();
-        }
         Ok(whole)
     }
 
@@ -452,12 +449,15 @@ mod tests {
         assert_eq!((kv.verify().unwrap(), kv.repairs()), (vec![], vec![]));
     }
 
+    /// Twenty entries in a map that has been closed.
+    fn closed(directory: &Path) -> Vec<Entry> {
+        all(&numbered(directory, 20))
+    }
+
     #[test]
     fn a_lost_database_is_made_again() {
         let directory = tempfile::tempdir().unwrap();
-        let kv = numbered(directory.path(), 20);
-        let content = all(&kv);
-        drop(kv);
+        let content = closed(directory.path());
         fs::remove_dir_all(directory.path().join("store")).unwrap();
         assert_eq!(all(&open(directory.path())), content);
     }
@@ -465,9 +465,7 @@ mod tests {
     #[test]
     fn a_directory_without_a_journal_is_taken_over() {
         let directory = tempfile::tempdir().unwrap();
-        let kv = numbered(directory.path(), 20);
-        let content = all(&kv);
-        drop(kv);
+        let content = closed(directory.path());
         // An older build wrote the number of the last write alone.
         fs::write(directory.path().join("store.sentinel"), 20u64.to_be_bytes()).unwrap();
         for name in ["store.base", "store.journal"] {

@@ -180,12 +180,11 @@ impl Journal {
     }
 
     /// Writes all entries, as of write `number`, as the new base, and begins an empty journal.
-    pub fn fold(&mut self, number: u64, entries: impl Iterator<Item = Result<Entry>>) -> Result<()> {
+    pub fn fold(&mut self, number: u64, entries: Vec<Entry>) -> Result<()> {
         let header = header(number, self.boot);
         let mut base = header.to_vec();
         let (mut batch, mut bytes) = (WriteBatch::default(), 0);
-        for entry in entries {
-            let (key, value) = entry?;
+        for (key, value) in entries {
             bytes += key.len() + value.len();
             batch.put(key, value);
             if bytes >= FRAME_BYTES {

@@ -86,12 +86,17 @@ impl Store {
         let lock = lock(directory)?;
         let index = Box::new(sled_kv::SledFiles::new(directory));
         let kv = durable::Durable::open(directory, Arc::new(Disk), index, journal::boot())?;
-        let mut store = Self::assemble(Box::new(kv), directory, Arc::new(Disk), Some(lock))?;
-        let mut repairs = store.repairs();
-        if !repairs.is_empty() || store.checkpoints()?.is_empty() {
-            repairs.extend(store.restore_manifests()?);
+        Self::assemble(Box::new(kv), directory, Arc::new(Disk), Some(lock))?.recovered()
+    }
+
+    /// The store with the checkpoints that its database has lost, where copies of their manifests are left, and messages on
+    /// all repairs.
+    fn recovered(mut self) -> Result<(Self, Vec<Repair>)> {
+        let mut repairs = self.repairs();
+        if !repairs.is_empty() || self.checkpoints()?.is_empty() {
+            repairs.extend(self.restore_manifests()?);
         }
-        Ok((store, repairs))
+        Ok((self, repairs))
     }
 
     /// Whether a directory holds a store, or what is left of one.
@@ -103,14 +108,9 @@ impl Store {
         directory.join("store").is_dir() || journal::exists(directory) || has_copy(&directory.join("checkpoints"))
     }
 
-    /// A store over any key-value map and any files, without a lock, for tests. Shards are in `directory`.
-    pub fn with_parts(kv: Box<dyn KeyValue>, directory: &Path, files: Arc<dyn Files>) -> Result<Self> {
-        Self::assemble(kv, directory, files, None)
-    }
-
     /// A store over any key-value map, without a lock, for tests. Shards are files in `directory`.
     pub fn with_kv(kv: Box<dyn KeyValue>, directory: &Path) -> Result<Self> {
-        Self::with_parts(kv, directory, Arc::new(Disk))
+        Self::assemble(kv, directory, Arc::new(Disk), None)
     }
 
     fn assemble(kv: Box<dyn KeyValue>, directory: &Path, files: Arc<dyn Files>, lock: Option<File>) -> Result<Self> {

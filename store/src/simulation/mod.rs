@@ -57,11 +57,7 @@ fn open(world: &World) -> Result<Store> {
     let index = Box::new(SimulatedIndex(world.clone()));
     let files = Arc::new(world.clone());
     let kv = Durable::open(Path::new(DIRECTORY), files.clone(), index, world.boot())?;
-    let mut store = Store::assemble(Box::new(kv), Path::new(DIRECTORY), files, None)?;
-    if !store.repairs().is_empty() || store.checkpoints()?.is_empty() {
-        store.restore_manifests()?;
-    }
-    Ok(store)
+    Ok(Store::assemble(Box::new(kv), Path::new(DIRECTORY), files, None)?.recovered()?.0)
 }
 
 /// Writes again while the disk is full, as jobs do.

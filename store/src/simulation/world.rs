@@ -105,6 +105,26 @@ impl World {
         self.state().fault = None;
     }
 
+    /// Creates or replaces a file, whose content is not synced.
+    fn put(&self, path: &Path, bytes: &[u8]) -> io::Result<Inode> {
+        let state = &mut *self.state();
+        let fault = state.begin()?;
+        let inode = state.create(path);
+        let (len, error) = state.cut(fault, bytes.len());
+        state.inodes[inode].now = bytes[..len].to_vec();
+        error.map_or(Ok(inode), Err)
+    }
+
+    /// Opens a file, which is created unless it exists.
+    fn open(&self, path: &Path) -> io::Result<OpenFile> {
+        let state = &mut *self.state();
+        if state.dead.is_some() {
+            return Err(died());
+        }
+        let inode = state.inode(path).unwrap_or_else(|_| state.create(path));
+        Ok(OpenFile { world: self.clone(), inode })
+    }
+
     pub fn is_dead(&self) -> bool {
         self.state().dead.is_some()
     }
@@ -230,43 +250,21 @@ impl Files for World {
     }
 
     fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        let state = &mut *self.state();
-        let fault = state.begin()?;
-        let inode = state.create(path);
-        let (len, error) = state.cut(fault, bytes.len());
-        state.inodes[inode].now = bytes[..len].to_vec();
-        if let Some(error) = error {
-            return Err(error);
-        }
-        state.inodes[inode].synced = bytes.to_vec();
+        let inode = self.put(path, bytes)?;
+        self.state().inodes[inode].synced = bytes.to_vec();
         Ok(())
     }
 
     fn write_lazily(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        let state = &mut *self.state();
-        let fault = state.begin()?;
-        let inode = state.create(path);
-        let (len, error) = state.cut(fault, bytes.len());
-        state.inodes[inode].now = bytes[..len].to_vec();
-        error.map_or(Ok(()), Err)
+        self.put(path, bytes).map(|_| ())
     }
 
     fn append(&self, path: &Path) -> io::Result<Box<dyn Append>> {
-        let state = &mut *self.state();
-        if state.dead.is_some() {
-            return Err(died());
-        }
-        let inode = state.inode(path).unwrap_or_else(|_| state.create(path));
-        Ok(Box::new(OpenFile { world: self.clone(), inode }))
+        Ok(Box::new(self.open(path)?))
     }
 
     fn slot(&self, path: &Path) -> io::Result<Box<dyn Slot>> {
-        let state = &mut *self.state();
-        if state.dead.is_some() {
-            return Err(died());
-        }
-        let inode = state.inode(path).unwrap_or_else(|_| state.create(path));
-        Ok(Box::new(OpenFile { world: self.clone(), inode }))
+        Ok(Box::new(self.open(path)?))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
