@@ -1,6 +1,7 @@
 //! Reading of a model's files.
 
 use std::fs::{self, File};
+use std::io::Read as _;
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -16,8 +17,9 @@ pub fn open(path: &Path) -> Result<File> {
 
 /// The whole content of a file.
 pub fn read(path: &Path) -> Result<Vec<u8>> {
-    open(path)?;
-    fs::read(path).map_err(|source| Error::Read { path: path.into(), source })
+    let mut bytes = Vec::new();
+    open(path)?.read_to_end(&mut bytes).map_err(|source| Error::Read { path: path.into(), source })?;
+    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -127,8 +127,8 @@ fn strftime(day: u32, format: &str) -> std::result::Result<String, minijinja::Er
     Ok(text)
 }
 
-/// The source without `{% generation %}` and `{% endgeneration %}`, by which transformers marks what an assistant has said;
-/// they print nothing.
+/// The source without `{% generation %}` and `{% endgeneration %}`, which mark the tokens that transformers computes the loss
+/// on; they print nothing.
 fn without_generation(source: &str) -> String {
     let (mut kept, mut rest) = (String::new(), source);
     while let Some(start) = rest.find("{%") {
