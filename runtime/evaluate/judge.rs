@@ -148,12 +148,12 @@ mod tests {
         }
 
         fn ask(&self, questions: &[Question]) -> std::result::Result<Vec<Reply>, RewardError> {
-            let says = |said: &Option<f64>| Reply {
+            let reply = |first: &Option<f64>| Reply {
                 raw: String::new(),
-                verdict: said.map(JudgeVerdict::Pair),
+                verdict: first.map(JudgeVerdict::Pair),
                 usage: Usage::default(),
             };
-            Ok(questions.iter().zip(self.0.iter().cycle()).map(|(_, said)| says(said)).collect())
+            Ok(questions.iter().zip(self.0.iter().cycle()).map(|(_, first)| reply(first)).collect())
         }
     }
 
