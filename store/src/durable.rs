@@ -91,10 +91,19 @@ impl Durable {
 
     /// Writes all entries as the journal's new base.
     fn fold(&self) -> Result<()> {
-        let number = self.state.borrow().number;
-        // Damage that is met here is mended first.
-        let entries = Pages::new(self, b"").collect::<Result<_>>()?;
-        self.state.borrow_mut().journal.fold(number, entries)
+        let state = self.state.borrow();
+        let mut base = state.journal.begin_base(state.number)?;
+        drop(state);
+        // Damage that is met here is mended meanwhile.
+        let written = Pages::new(self, b"").try_for_each(|entry| base.push(entry?));
+        let journal = &mut self.state.borrow_mut().journal;
+        match written {
+            Ok(()) => journal.end_base(base),
+            Err(e) => {
+                journal.drop_base(base);
+                Err(e)
+            }
+        }
     }
 
     /// Reads; where the index is damaged, once more after it has been made again.

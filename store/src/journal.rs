@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::IoContext;
-use crate::files::{Append, Files, replace};
+use crate::files::{Append, Files, beside, replace};
 use crate::frame::{self, Frames};
 use crate::kv::{Entry, WriteBatch};
 use crate::{Error, Result};
@@ -130,7 +130,8 @@ impl Journal {
         Ok(Some(found))
     }
 
-    /// Goes on with the journal that [`Journal::read`] has read, without what a killed process left half-written.
+    /// Goes on with the journal that [`Journal::read`] has read, without what a killed process left half-written. What was
+    /// read is durable from now on: the process may have been killed before its sync.
     pub fn go_on(&mut self, found: &Found) -> Result<()> {
         let path = self.path(JOURNAL);
         let end = found.journal_frames.end as u64;
@@ -138,6 +139,8 @@ impl Journal {
         if end < self.len {
             file.truncate(end).at(&path)?;
         }
+        file.sync().at(&path)?;
+        self.files.sync_directory(&self.directory).at(&self.directory)?;
         (self.file, self.len) = (Some(file), end);
         Ok(())
     }
@@ -168,7 +171,7 @@ impl Journal {
         let bytes = frame::encode(number, batch)?;
         let closed = || Error::Database { path: path.clone(), reason: "the journal is not open".into() };
         let file = self.file.as_mut().ok_or_else(closed)?;
-        if let Err(e) = file.append(&bytes) {
+        if let Err(e) = file.append(&bytes).and_then(|()| file.sync()) {
             // What cannot be taken back is left behind with the file.
             if file.truncate(self.len).is_err() {
                 self.file = None;
@@ -179,33 +182,77 @@ impl Journal {
         Ok(())
     }
 
-    /// Writes all entries, as of write `number`, as the new base, and begins an empty journal.
-    pub fn fold(&mut self, number: u64, entries: Vec<Entry>) -> Result<()> {
-        let header = header(number, self.boot);
-        let mut base = header.to_vec();
-        let (mut batch, mut bytes) = (WriteBatch::default(), 0);
-        for (key, value) in entries {
-            bytes += key.len() + value.len();
-            batch.put(key, value);
-            if bytes >= FRAME_BYTES {
-                base.extend(frame::encode(number, &std::mem::take(&mut batch))?);
-                bytes = 0;
-            }
+    /// Begins a new base, of all entries as of write `number`.
+    pub fn begin_base(&self, number: u64) -> Result<NewBase> {
+        let path = beside(&self.path(BASE));
+        let mut base = NewBase {
+            file: self.files.create(&path).at(&path)?,
+            path,
+            number,
+            batch: WriteBatch::default(),
+            bytes: 0,
+            len: 0,
+        };
+        base.write(&header(number, self.boot))?;
+        Ok(base)
+    }
+
+    /// Puts a new base in the place of the old one, and begins an empty journal.
+    pub fn end_base(&mut self, mut new: NewBase) -> Result<()> {
+        if !new.batch.0.is_empty() {
+            new.end_frame()?;
         }
-        base.extend(frame::encode(number, &batch)?);
-        if !batch.0.is_empty() {
-            base.extend(frame::encode(number, &WriteBatch::default())?); // an empty batch ends the base
-        }
+        new.end_frame()?; // an empty batch ends the base
+        new.file.sync().at(&new.path)?;
         self.file = None;
-        for (name, content) in [(BASE, base.as_slice()), (JOURNAL, header.as_slice())] {
-            let path = self.path(name);
-            replace(&*self.files, &path, content).at(&path)?;
-            self.files.sync_directory(&self.directory).at(&self.directory)?;
-        }
-        let path = self.path(JOURNAL);
-        self.file = Some(self.files.append(&path).at(&path)?);
-        (self.base_len, self.len) = (base.len() as u64, header.len() as u64);
+        let (base, journal) = (self.path(BASE), self.path(JOURNAL));
+        self.files.rename(&new.path, &base).at(&base)?;
+        self.files.sync_directory(&self.directory).at(&self.directory)?;
+        let header = header(new.number, self.boot);
+        replace(&*self.files, &journal, &header).at(&journal)?;
+        self.files.sync_directory(&self.directory).at(&self.directory)?;
+        self.file = Some(self.files.append(&journal).at(&journal)?);
+        (self.base_len, self.len) = (new.len, header.len() as u64);
         Ok(())
+    }
+
+    /// Gives up a new base, and frees its space.
+    pub fn drop_base(&self, new: NewBase) {
+        let path = new.path.clone();
+        drop(new);
+        let _ = self.files.remove(&path); // the next one replaces it
+    }
+}
+
+/// A base that is being written, beside the one that is in use.
+pub struct NewBase {
+    file: Box<dyn Append>,
+    path: PathBuf,
+    number: u64,
+    /// Entries of the next frame, and the bytes of their keys and values.
+    batch: WriteBatch,
+    bytes: usize,
+    /// Bytes written.
+    len: u64,
+}
+
+impl NewBase {
+    /// Adds an entry.
+    pub fn push(&mut self, (key, value): Entry) -> Result<()> {
+        self.bytes += key.len() + value.len();
+        self.batch.put(key, value);
+        if self.bytes >= FRAME_BYTES { self.end_frame() } else { Ok(()) }
+    }
+
+    fn end_frame(&mut self) -> Result<()> {
+        let frame = frame::encode(self.number, &std::mem::take(&mut self.batch))?;
+        self.bytes = 0;
+        self.write(&frame)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.len += bytes.len() as u64;
+        self.file.append(bytes).at(&self.path)
     }
 }
 

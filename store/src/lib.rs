@@ -45,7 +45,7 @@ mod sled_kv;
 
 pub use checkpoint::{CheckpointSummary, LoadedCheckpoint, OwnedTensor, SavedCheckpoint, TensorBytes};
 pub use error::{Error, Result};
-pub use files::{Disk, Files, replace};
+pub use files::{Disk, Files, replace, replace_directory, replace_durably};
 pub use header::ModelCounters;
 pub use kv::{KeyValue, MemoryKv, WriteBatch};
 pub use ledger::{CachedReply, Exchange, Preference, Prompt, Query, Turn, Usage};
@@ -82,7 +82,7 @@ impl Store {
     ///
     /// [`Error::InUse`] or [`Error::Locked`] if another process uses the directory, and I/O errors.
     pub fn open(directory: &Path) -> Result<(Self, Vec<Repair>)> {
-        fs::create_dir_all(directory).at(directory)?;
+        Disk.create_directory(directory).at(directory)?;
         let lock = lock(directory)?;
         let index = Box::new(sled_kv::SledFiles::new(directory));
         let kv = durable::Durable::open(directory, Arc::new(Disk), index, journal::boot())?;

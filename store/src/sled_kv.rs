@@ -18,7 +18,7 @@ use crate::kv::{Entry, WriteBatch};
 use crate::{Error, Result};
 
 const NUMBER: &[u8] = b"!sequence";
-const CACHE_BYTES: u64 = 64 << 20;
+const CACHE_BYTES: u64 = 8 << 20;
 
 /// The directory of the database.
 pub struct SledFiles {

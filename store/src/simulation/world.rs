@@ -263,6 +263,11 @@ impl Files for World {
         Ok(Box::new(self.open(path)?))
     }
 
+    fn create(&self, path: &Path) -> io::Result<Box<dyn Append>> {
+        let inode = self.put(path, b"")?;
+        Ok(Box::new(OpenFile { world: self.clone(), inode }))
+    }
+
     fn slot(&self, path: &Path) -> io::Result<Box<dyn Slot>> {
         Ok(Box::new(self.open(path)?))
     }
@@ -327,13 +332,19 @@ impl Append for OpenFile {
         let state = &mut *self.world.state();
         let fault = state.begin()?;
         let (len, error) = state.cut(fault, bytes.len());
+        state.inodes[self.inode].now.extend_from_slice(&bytes[..len]);
+        error.map_or(Ok(()), Err)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        let state = &mut *self.world.state();
+        let fault = state.begin()?;
+        let (done, error) = state.cut(fault, 1);
         let content = &mut state.inodes[self.inode];
-        content.now.extend_from_slice(&bytes[..len]);
-        if let Some(error) = error {
-            return Err(error);
+        if done == 1 {
+            content.synced = content.now.clone();
         }
-        content.synced = content.now.clone();
-        Ok(())
+        error.map_or(Ok(()), Err)
     }
 
     fn truncate(&mut self, len: u64) -> io::Result<()> {
