@@ -66,6 +66,7 @@ pub mod label;
 mod listen;
 mod memory;
 pub mod metrics;
+mod model_directory;
 mod models;
 mod readiness;
 pub mod rewards;

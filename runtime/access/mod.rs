@@ -217,8 +217,7 @@ impl JobReader {
     ///
     /// # Errors
     ///
-    /// Errors of writing. A running job replaces the directory as a whole and so refuses one that holds something else
-    /// ([`Error::NotAModelDirectory`]); the export of a job that does not run writes the model's files into it.
+    /// Errors of writing, and [`Error::NotAModelDirectory`] if the directory holds something else: it is replaced as a whole.
     pub async fn export(&self, directory: impl AsRef<Path>, dtype: WeightType) -> Result<u64> {
         let path = directory.as_ref();
         // The process that runs the job may have another working directory.

@@ -13,6 +13,7 @@ use super::records;
 use super::request::{Generate, Generated, Reply, Request};
 use crate::error::{At, Error, Result};
 use crate::job::{saved_config, saved_day};
+use crate::model_directory::Writing;
 use crate::models::{dated, load_model};
 use crate::status::{JobStatus, STATUS_FILE};
 
@@ -24,7 +25,9 @@ pub fn answer(store: &Store, request: Request) -> Result<Reply> {
         Request::Generate(request) => Reply::Generated(generate(store, &request)?),
         Request::Export { directory, dtype } => {
             let (model, trained) = model(store)?;
-            model.save(&model.parameters, &directory, dtype.into())?;
+            let writing = Writing::begin(&directory)?;
+            model.save(&model.parameters, writing.path(), dtype.into())?;
+            writing.end()?;
             Reply::Exported { step: trained.step }
         }
         Request::Checkpoints => records::checkpoints(store)?,

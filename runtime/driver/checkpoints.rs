@@ -17,7 +17,7 @@ use crate::metrics::table::process;
 /// A checkpoint that is being written.
 pub struct Writing {
     step: u64,
-    written: JoinHandle<rehearsal_actors::Result<(SavedCheckpoint, Duration)>>,
+    written: JoinHandle<Result<(SavedCheckpoint, Duration)>>,
 }
 
 impl Run {
@@ -45,8 +45,9 @@ impl Run {
             state: self.state.encode()?,
             keep: self.common.checkpoint.keep,
         };
-        let (archivist, step) = (self.roles.archivist.clone(), checkpoint.step);
+        let (archivist, journal, step) = (self.roles.archivist.clone(), self.journal.clone(), checkpoint.step);
         let written = tokio::spawn(async move {
+            journal.sync().await?;
             let saved = archivist.checkpoint(&checkpoint).await?;
             Ok((saved, start.elapsed()))
         });

@@ -1,6 +1,5 @@
 //! What every algorithm has in common: evaluations and checkpoints when they are due, the end, pauses, recovery.
 
-use std::fs;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -15,6 +14,7 @@ use crate::blocking::blocking;
 use crate::error::{At, Error, Result};
 use crate::events::{Event, Outcome};
 use crate::metrics::table::process;
+use crate::model_directory::Writing;
 
 /// The trained model, in the job's directory, once the job is done.
 pub const MODEL_FOLDER: &str = "model";
@@ -165,30 +165,18 @@ impl Run {
 
     /// Writes the trained model as a Hugging Face directory; an earlier one is replaced as a whole.
     async fn export(&self, directory: PathBuf, dtype: DType) -> Result<()> {
-        let (path, known) = (directory.clone(), ["config.json", "adapter"]);
-        blocking(move || {
-            let Ok(mut files) = fs::read_dir(&path) else { return Ok(()) };
-            let is_model = known.iter().any(|name| path.join(name).exists());
-            if is_model || files.next().is_none() { Ok(()) } else { Err(Error::NotAModelDirectory(path)) }
-        })
-        .await?;
         self.write_model(directory, dtype, None).await
     }
 
-    async fn write_model(&self, last: PathBuf, dtype: DType, normalisation: Option<Normalisation>) -> Result<()> {
-        let mut temporary = last.clone().into_os_string();
-        temporary.push(".tmp");
-        let temporary = PathBuf::from(temporary);
+    async fn write_model(&self, directory: PathBuf, dtype: DType, normalisation: Option<Normalisation>) -> Result<()> {
+        let writing = blocking(move || Writing::begin(&directory)).await?;
         let trained = || Error::Internal("the algorithm has started no model to train".into());
-        self.roles.trained.first().ok_or_else(trained)?.export(temporary.clone(), dtype).await?;
+        self.roles.trained.first().ok_or_else(trained)?.export(writing.path().to_path_buf(), dtype).await?;
         blocking(move || {
             if let Some(normalisation) = normalisation {
-                save_normalisation(&temporary, &normalisation).at(&temporary)?;
+                save_normalisation(writing.path(), &normalisation).at(writing.path())?;
             }
-            if last.exists() {
-                fs::remove_dir_all(&last).at(&last)?;
-            }
-            fs::rename(&temporary, &last).at(&last)
+            writing.end()
         })
         .await
     }

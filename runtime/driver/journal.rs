@@ -5,7 +5,7 @@ use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use rehearsal_store::{Disk, replace};
+use rehearsal_store::{Disk, Files as _, replace};
 use serde_json::{Value, json};
 
 use crate::blocking::blocking;
@@ -22,6 +22,7 @@ pub enum Log {
 }
 
 /// Writes a job's files, off the host's async threads.
+#[derive(Clone)]
 pub struct Journal {
     directory: PathBuf,
 }
@@ -45,6 +46,18 @@ impl Journal {
         blocking(move || {
             let mut file = fs::File::options().create(true).append(true).open(&path).at(&path)?;
             writeln!(file, "{line}").at(&path)
+        })
+        .await
+    }
+
+    /// Makes all lines durable: those of steps that a checkpoint has are not written again.
+    pub async fn sync(&self) -> Result<()> {
+        let (directory, logs) = (self.directory.clone(), [Log::History, Log::Evaluations].map(|log| self.log(log)));
+        blocking(move || {
+            for path in logs.iter().filter(|path| path.exists()) {
+                fs::File::open(path).and_then(|file| file.sync_data()).at(path)?;
+            }
+            Disk.sync_directory(&directory).at(&directory)
         })
         .await
     }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use rehearsal_store::Store;
+use rehearsal_store::{Disk, Files as _, Store};
 use tokio_util::sync::CancellationToken;
 
 use super::config::Config;
@@ -129,7 +129,7 @@ async fn create(folder: PathBuf, kept: Kept) -> Result<()> {
         if fs::metadata(folder.join(CONFIG_FILE)).is_ok_and(|copy| copy.len() > 0) {
             return Err(Error::Exists(folder));
         }
-        fs::create_dir_all(&folder).at(&folder)?;
+        Disk.create_directory(&folder).at(&folder)?;
         kept.save(&folder)
     })
     .await

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use rehearsal_store::{Disk, Store, replace};
+use rehearsal_store::{Disk, Store, replace_durably};
 
 use super::config::Config;
 use super::saved;
@@ -66,7 +66,7 @@ impl Fingerprint {
         let all: Lines = self.settings.iter().chain(&self.content).cloned().collect();
         let text = serde_json::to_string_pretty(&all).map_err(|e| Error::Internal(e.to_string()))?;
         let path = directory.join(COPY);
-        replace(&Disk, &path, text.as_bytes()).at(&path)?;
+        replace_durably(&Disk, &path, text.as_bytes()).at(&path)?;
         Ok(store.put_job(KEY, &all)?)
     }
 

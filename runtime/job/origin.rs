@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use rehearsal_store::{Disk, replace};
+use rehearsal_store::{Disk, replace_durably};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{At, Error, Result};
@@ -104,12 +104,9 @@ impl Origin {
     }
 }
 
-/// Replaces a file durably, in one move; one that has that text stays.
+/// Replaces a file durably, in one move.
 pub fn keep(path: &Path, text: &str) -> Result<()> {
-    if fs::read_to_string(path).is_ok_and(|known| known == text) {
-        return Ok(());
-    }
-    replace(&Disk, path, text.as_bytes()).at(path)
+    replace_durably(&Disk, path, text.as_bytes()).at(path)
 }
 
 #[cfg(test)]
