@@ -14,7 +14,7 @@ use crate::support::edit::replace_once;
 use crate::support::{Remains, resume, rewarded_by, run, runtime, toml};
 
 /// What the server does with a request.
-enum Act {
+pub enum Act {
     Reply(Value),
     Status(u16),
     Raw(&'static str),
@@ -26,7 +26,7 @@ enum Act {
 }
 
 /// A server on loopback that answers by a script and counts.
-struct Server {
+pub struct Server {
     url: String,
     requests: Arc<AtomicU64>,
     bodies: Arc<Mutex<Vec<Value>>>,
@@ -36,7 +36,7 @@ struct Server {
 }
 
 impl Server {
-    fn start(act: impl Fn(u64, &Value) -> Act + Send + Sync + 'static) -> Self {
+    pub fn start(act: impl Fn(u64, &Value) -> Act + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}/v1/chat/completions", listener.local_addr().unwrap());
         let server = Self {
@@ -88,7 +88,7 @@ fn read(stream: &TcpStream) -> Option<(String, Value)> {
     }
     let mut body = vec![0; length];
     reader.read_exact(&mut body).ok()?;
-    Some((head, serde_json::from_slice(&body).unwrap_or(Value::Null)))
+    Some((head, serde_json::from_slice(&body).ok()?))
 }
 
 fn answer(mut stream: TcpStream, act: Act) {
@@ -120,7 +120,7 @@ fn says(text: &str) -> Act {
 }
 
 /// Prefers the longer of two quoted answers, wherever it stands.
-fn longer(body: &Value) -> Act {
+pub fn longer(body: &Value) -> Act {
     let text = body["messages"][1]["content"].as_str().unwrap();
     let (first, second) = text.split_once("\n\nAnswer 2:").unwrap();
     let first = first.split_once("Answer 1:").unwrap().1;
@@ -137,7 +137,7 @@ fn job(folder: &std::path::Path, steps: u64, judge: &str) -> Config {
     Config::from_toml(&text, std::path::Path::new(".")).unwrap_or_else(|e| panic!("{e}"))
 }
 
-fn api(server: &Server, more: &str) -> String {
+pub fn api(server: &Server, more: &str) -> String {
     format!("[judge]\nurl = \"{}\"\napi_model = \"m\"\ntimeout_seconds = 10\nconcurrency = 3\n{more}\n", server.url)
 }
 

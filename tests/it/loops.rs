@@ -1,76 +1,14 @@
 //! Every algorithm on the embedded model: it learns, and it survives being killed.
 
-use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use rehearsal::lm::random::Stream;
 use rehearsal::{Chain, Config, Evaluation, Outcome, RewardFn, Sample};
 
 use crate::support::edit::replace_once;
+use crate::support::jobs::{CHAIN, LORA, OFFLINE, PAIRS, PPO, RANKINGS, ROLLOUTS, SFT, data, job};
 use crate::support::watch::{Kill, Phase, Victim, spread};
 use crate::support::{Remains, rehearsal, run, run_with, runtime, stderr};
-
-/// Questions with a good answer, which ends politely, and a bad one; some of the answers also ranked by four.
-fn data(folder: &Path) {
-    let random = Stream::new(1, 2);
-    let animals = ["dog", "cat", "wolf", "horse", "bird", "fox", "bear", "cow"];
-    let deeds = ["runs to the river", "sings to the moon", "sleeps in the barn", "eats the apple"];
-    let (mut demonstrations, mut preferences, mut rankings) = (String::new(), String::new(), String::new());
-    for i in 0..64u64 {
-        let pick = |n: usize, k: u64| (random.uniform(4 * i + k) * n as f64) as usize;
-        let (animal, deed) = (animals[pick(animals.len(), 0)], deeds[pick(deeds.len(), 1)]);
-        let prompt = format!("What does the {animal} do?");
-        let (good, bad) = (format!("The {animal} {deed}. Thank you."), format!("The {animal} {deed}. Go away."));
-        let line = serde_json::json!({"prompt": prompt, "completion": good});
-        let _ = writeln!(demonstrations, "{line}");
-        let line = serde_json::json!({"prompt": prompt, "chosen": good, "rejected": bad});
-        let _ = writeln!(preferences, "{line}");
-        let completions = [&good, &bad, &format!("The {animal}."), &format!("The {animal} {deed}.")];
-        let line = serde_json::json!({"prompt": prompt, "completions": completions, "ranks": [1, 3, 2, 2]});
-        let _ = writeln!(rankings, "{line}");
-    }
-    std::fs::write(folder.join("demonstrations.jsonl"), demonstrations).unwrap();
-    std::fs::write(folder.join("preferences.jsonl"), preferences).unwrap();
-    std::fs::write(folder.join("rankings.jsonl"), rankings).unwrap();
-}
-
-const OFFLINE: &str = "
-[evaluation]
-every_steps = 8
-[checkpoint]
-every_steps = 3
-[optimizer]
-learning_rate = 5e-4
-ema_decay = 0.5
-";
-
-const ROLLOUTS: &str = "
-[rollout]
-prompts_per_step = 4
-completions_per_prompt = 4
-max_new_tokens = 16
-temperature = 1.0
-[reward]
-rules = [\"distinct_words\", \"ends_properly\"]
-weights = [0.1, 1.0]
-[evaluation]
-every_steps = 6
-prompts = 6
-[checkpoint]
-every_steps = 2
-[optimizer]
-learning_rate = 1e-4
-";
-
-/// A job's file and its directory.
-fn job(folder: &Path, algorithm: &str, steps: u64, more: &str) -> (PathBuf, PathBuf) {
-    data(folder);
-    let (file, directory) = (folder.join("job.toml"), folder.join("job"));
-    let text = format!("[job]\ndirectory = \"job\"\nalgorithm = \"{algorithm}\"\nsteps = {steps}\nseed = 3\n{more}");
-    std::fs::write(&file, text).unwrap();
-    (file, directory)
-}
 
 fn config(folder: &Path, algorithm: &str, steps: u64, more: &str) -> Config {
     Config::load(&job(folder, algorithm, steps, more).0).unwrap_or_else(|e| panic!("{e}"))
@@ -102,8 +40,6 @@ fn survives(algorithm: &str, steps: u64, more: &str) {
     Remains::of(&directory).assert_same(&want);
 }
 
-const SFT: &str = "[data]\ntrain = [\"demonstrations.jsonl\"]\n";
-
 #[test]
 fn sft_lowers_the_held_out_loss() {
     let (_folder, outcome) = outcome("sft", 24, &format!("{SFT}{OFFLINE}"));
@@ -115,8 +51,6 @@ fn sft_lowers_the_held_out_loss() {
 fn sft_killed_ends_the_same() {
     survives("sft", 40, &format!("{SFT}{OFFLINE}"));
 }
-
-const RANKINGS: &str = "[data]\ntrain = [\"rankings.jsonl\", \"preferences.jsonl\"]\n";
 
 #[test]
 fn a_reward_model_learns_the_order_and_is_normalised() {
@@ -133,8 +67,6 @@ fn a_reward_model_learns_the_order_and_is_normalised() {
 fn a_reward_model_killed_ends_the_same() {
     survives("reward_model", 40, &format!("{RANKINGS}{OFFLINE}"));
 }
-
-const PAIRS: &str = "[data]\ntrain = [\"preferences.jsonl\"]\n";
 
 #[test]
 fn dpo_prefers_the_chosen_and_rpo_keeps_them_likely() {
@@ -190,22 +122,6 @@ fn reward_aware_losses_need_scores_and_say_so() {
 fn dpo_killed_ends_the_same() {
     survives("dpo", 40, &format!("{PAIRS}{OFFLINE}"));
 }
-
-const PPO: &str = "
-[ppo]
-kl_target = 0.5
-kl_horizon = 100
-entropy_coef = 0.01
-score_placement = \"one_past\"
-pretraining = \"demonstrations.jsonl\"
-pretraining_weight = 0.2
-pretraining_rows = 2
-[critic]
-learning_rate = 2e-4
-[update]
-epochs = 2
-minibatches = 2
-";
 
 #[test]
 fn ppo_killed_in_all_its_phases_ends_the_same() {
@@ -310,32 +226,6 @@ fn accumulated_micro_batches_are_the_large_batch() {
         }
     }
 }
-
-const CHAIN: &str = "
-[job]
-directory = \"chain\"
-seed = 3
-[checkpoint]
-every_steps = 2
-[optimizer]
-learning_rate = 3e-4
-[[stage]]
-algorithm = \"sft\"
-steps = 8
-[stage.data]
-train = [\"demonstrations.jsonl\"]
-[[stage]]
-algorithm = \"reward_model\"
-steps = 10
-[stage.data]
-train = [\"preferences.jsonl\"]
-[[stage]]
-algorithm = \"ppo\"
-steps = 8
-[stage.rollout]
-prompts_per_step = 4
-max_new_tokens = 16
-";
 
 #[test]
 fn a_chain_killed_in_any_stage_ends_the_same() {
@@ -483,8 +373,6 @@ fn a_library_runs_a_chain() {
     let outcome = runtime().block_on(chain.run(false, Default::default(), &mut |_| jobs += 1)).unwrap();
     assert_eq!((outcome.step, jobs), (8, 3));
 }
-
-const LORA: &str = "[lora]\nrank = 4\nalpha = 16\n";
 
 #[test]
 fn adapters_learn_leave_the_base_alone_and_survive_kills() {

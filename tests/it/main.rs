@@ -15,6 +15,7 @@ mod golden;
 mod gpu;
 mod handle;
 mod judges;
+mod kills;
 mod label;
 mod ledger;
 mod loops;

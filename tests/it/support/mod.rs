@@ -1,6 +1,7 @@
 //! Small jobs on the embedded model, in the process and as the real program.
 
 pub mod edit;
+pub mod jobs;
 pub mod parts;
 pub mod small;
 pub mod watch;

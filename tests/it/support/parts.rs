@@ -33,10 +33,16 @@ pub enum Part {
     Cxx,
     /// Rights to mount a small disk.
     Mount,
+    /// `strace`, and the right to trace.
+    Strace,
+    /// `/dev/fuse`, and rights to mount and to hide a file of `/proc`.
+    Fuse,
+    /// Emulators of other processors (`qemu-x86_64`).
+    Qemu,
 }
 
 impl Part {
-    pub const ALL: [(Self, &str); 12] = [
+    pub const ALL: [(Self, &str); 15] = [
         (Self::Prometheus, "prometheus"),
         (Self::Chromium, "chromium"),
         (Self::Python, "python"),
@@ -49,6 +55,9 @@ impl Part {
         (Self::Nvrtc, "nvrtc"),
         (Self::Cxx, "cxx"),
         (Self::Mount, "mount"),
+        (Self::Strace, "strace"),
+        (Self::Fuse, "fuse"),
+        (Self::Qemu, "qemu"),
     ];
 
     fn name(self) -> &'static str {

@@ -80,6 +80,8 @@ pub struct Watched {
     log: BufReader<PipeReader>,
     /// An event that was read and not yet handed out.
     peeked: Option<Seen>,
+    /// The last line of the log that was read.
+    last: String,
 }
 
 impl Watched {
@@ -91,7 +93,7 @@ impl Watched {
         // The command holds the writer's end; the log must end with the child.
         let child = command.spawn().unwrap();
         drop(command);
-        Self { child, log: BufReader::new(reader), peeked: None }
+        Self { child, log: BufReader::new(reader), peeked: None, last: String::new() }
     }
 
     pub fn id(&self) -> u32 {
@@ -105,7 +107,8 @@ impl Watched {
         }
         let mut line = Vec::new();
         while self.log.read_until(b'\n', &mut line).unwrap() > 0 {
-            let seen = Seen::of(&String::from_utf8_lossy(&line));
+            self.last = String::from_utf8_lossy(&line).into_owned();
+            let seen = Seen::of(&self.last);
             if seen.is_some() {
                 return seen;
             }
@@ -134,10 +137,21 @@ impl Watched {
         self.child.wait().unwrap();
     }
 
-    /// Reads the log to its end.
-    pub fn end(mut self) -> std::process::ExitStatus {
-        while self.next().is_some() {}
+    /// SIGKILL, unless it ends by itself before: how it ended.
+    pub fn kill_or_end(mut self) -> std::process::ExitStatus {
+        self.child.kill().unwrap();
         self.child.wait().unwrap()
+    }
+
+    /// Reads the log to its end.
+    pub fn end(self) -> std::process::ExitStatus {
+        self.end_with_log().0
+    }
+
+    /// Reads the log to its end, and returns its last line too.
+    pub fn end_with_log(mut self) -> (std::process::ExitStatus, String) {
+        while self.next().is_some() {}
+        (self.child.wait().unwrap(), std::mem::take(&mut self.last))
     }
 }
 

@@ -1,0 +1,110 @@
+//! Power cuts under the real program on a disk that loses what was not synced, sled's log included.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::cases::{self, Case, Prepared};
+use super::disk::Disk;
+use super::{Random, number, remains, seed, whole};
+use crate::support::parts::{Part, skip};
+use crate::support::program;
+
+/// The program, in a system that was started anew: with a number of its own for the boot.
+fn after_boot(arguments: [&str; 2], boot: &Path) -> Command {
+    let script = r#"mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@""#;
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script]).arg(boot).arg(program().get_program()).args(arguments);
+    command.stdout(Stdio::null()).stderr(Stdio::inherit());
+    command
+}
+
+/// Waits for a process; whether it ended in this time.
+fn ends_within(child: &mut Child, time: Duration) -> bool {
+    let until = Instant::now() + time;
+    while Instant::now() < until {
+        if child.try_wait().unwrap().is_some() {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    false
+}
+
+/// Cuts the power of a job again and again; how often.
+fn campaign(case: &Case, cuts: u32, index: u64) -> Option<u32> {
+    let (want, time, _) = whole(case);
+    let mut random = Random::new(seed(), 1000 + index);
+    let mut done = 0;
+    while done < cuts {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().join("disk");
+        std::fs::create_dir(&place).unwrap();
+        let mut disk = Disk::new();
+        let mut boots = 0;
+        let mut session = match disk.mount(&place) {
+            Ok(session) => session,
+            Err(e) => {
+                skip(Part::Fuse, format_args!("a FUSE file system cannot be mounted: {e}"));
+                return None;
+            }
+        };
+        let job = case.prepare(&place);
+        for file in std::fs::read_dir(&place).unwrap() {
+            std::fs::File::open(file.unwrap().path()).unwrap().sync_all().unwrap();
+        }
+        std::fs::File::open(&place).unwrap().sync_all().unwrap();
+        loop {
+            boots += 1;
+            let boot = folder.path().join("boot");
+            std::fs::write(&boot, format!("00000000-0000-0000-0000-{boots:012}\n")).unwrap();
+            let resumes = job.directory.join("job.toml").exists() && holds_a_job(&job);
+            let arguments = match resumes {
+                true => ["resume", job.directory.to_str().unwrap()],
+                false => ["run", job.file.to_str().unwrap()],
+            };
+            let mut child = after_boot(arguments, &boot).spawn().unwrap();
+            if done >= cuts || ends_within(&mut child, time.mul_f64(1.5 * random.share())) {
+                let status = child.wait().unwrap();
+                assert!(
+                    status.success(),
+                    "{}, seed {}, boot {boots}: {arguments:?} ended with {status}",
+                    case.name,
+                    seed()
+                );
+                break;
+            }
+            disk.cut();
+            child.kill().unwrap();
+            child.wait().unwrap();
+            done += 1;
+            session.umount_and_join().unwrap();
+            disk = disk.survived(&mut random);
+            session = disk.mount(&place).unwrap();
+        }
+        for (got, want) in remains(&job).iter().zip(&want) {
+            got.assert_same(want);
+        }
+        session.umount_and_join().unwrap();
+    }
+    Some(done)
+}
+
+/// Whether there is anything to resume, as the program itself sees it.
+fn holds_a_job(job: &Prepared) -> bool {
+    !job.stages.is_empty()
+        || program().args(["status", job.directory.to_str().unwrap()]).output().unwrap().status.success()
+}
+
+#[test]
+fn power_cuts_change_nothing() {
+    let cases = cases::all();
+    let wanted = ["SFT", "online DPO", "PPO, LoRA", "chain of SFT, reward model, PPO"];
+    let cases: Vec<&Case> = cases.iter().filter(|case| wanted.contains(&case.name)).collect();
+    let cuts = number("REHEARSAL_CUTS", cases.len() as u64) as usize;
+    for (i, case) in cases.iter().enumerate() {
+        let share = cuts / cases.len() + usize::from(i < cuts % cases.len());
+        let Some(done) = campaign(case, share as u32, i as u64) else { return };
+        println!("| {} | {done} power cuts |", case.name);
+    }
+}
