@@ -93,6 +93,13 @@ pub enum Event {
         /// Which file could not be written.
         message: String,
     },
+    /// The job has been waiting for long; told again each time that it has waited twice as long.
+    Waiting {
+        /// Whom it waits for, and for what: `reward: score by people`.
+        wait: String,
+        /// How long it has waited.
+        seconds: f64,
+    },
     /// A judge has been asked all that it may be: the job stops with a checkpoint.
     BudgetSpent {
         /// What was spent, and the key that limits it.

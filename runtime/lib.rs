@@ -99,7 +99,7 @@ pub use rehearsal_lm as lm;
 pub use rehearsal_store as store;
 pub use rewards::{BlockingScorerFn, OnFailure, Scorer, ScorerFn, ScorerPolicy};
 pub use settings::Common;
-pub use status::{JobStatus, MemoryUse};
+pub use status::{JobStatus, MemoryUse, Waiting};
 pub use summary::{Answer, Counters, Evaluation, Seconds, StepSummary};
 pub use tokio_util::sync::CancellationToken;
 

@@ -36,6 +36,18 @@ pub struct JobStatus {
     pub dropped: Dropped,
     /// Memory of the process.
     pub memory: MemoryUse,
+    /// What a running job has been waiting for for longer than `limits.notice_seconds`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub waiting: Vec<Waiting>,
+}
+
+/// A long wait.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Waiting {
+    /// Whom the job waits for, and for what: `reward: score by people`.
+    pub wait: String,
+    /// How long it has waited.
+    pub seconds: f64,
 }
 
 /// Bytes of memory.

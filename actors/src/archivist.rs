@@ -211,38 +211,43 @@ impl ArchivistHandle {
     pub async fn checkpoint(&self, checkpoint: &JobCheckpoint) -> Result<SavedCheckpoint> {
         self.with_room(|| {
             let checkpoint = Box::new(checkpoint.clone());
-            self.link.ask(|_permit, reply| ArchivistMsg::Checkpoint { checkpoint, _permit, reply })
+            self.link.ask("checkpoint", |_permit, reply| ArchivistMsg::Checkpoint { checkpoint, _permit, reply })
         })
         .await
     }
 
     /// Reads the newest undamaged checkpoint, if there is one, and a note for each newer one that is damaged.
     pub async fn restore(&self) -> Result<(Option<Restored>, Vec<Repair>)> {
-        self.link.ask(|_permit, reply| ArchivistMsg::Restore { _permit, reply }).await
+        self.link.ask("restore", |_permit, reply| ArchivistMsg::Restore { _permit, reply }).await
     }
 
     /// Reads the logged rollouts and scores of a step.
     pub async fn replay(&self, step: u64) -> Result<Replay> {
-        self.link.ask(|_permit, reply| ArchivistMsg::Replay { step, _permit, reply }).await
+        self.link.ask("replay", |_permit, reply| ArchivistMsg::Replay { step, _permit, reply }).await
     }
 
     /// Looks up cached replies of judges by the hashes of their requests, in the order of `keys`.
     pub async fn cached_replies(&self, keys: Vec<String>) -> Result<Vec<Option<CachedReply>>> {
-        self.link.ask(|_permit, reply| ArchivistMsg::CachedReplies { keys, _permit, reply }).await
+        self.link.ask("known replies", |_permit, reply| ArchivistMsg::CachedReplies { keys, _permit, reply }).await
     }
 
     /// Caches replies of judges by the hashes of their requests, and adds `spent` to the job's usage.
     pub async fn cache_replies(&self, entries: Vec<(String, CachedReply)>, spent: Usage) -> Result<()> {
         self.with_room(|| {
             let entries = entries.clone();
-            self.link.ask(|_permit, reply| ArchivistMsg::CacheReplies { entries, spent, _permit, reply })
+            self.link.ask("save replies", |_permit, reply| ArchivistMsg::CacheReplies {
+                entries,
+                spent,
+                _permit,
+                reply,
+            })
         })
         .await
     }
 
     /// The usage of all requests that the job has made to judges.
     pub async fn spent(&self) -> Result<Usage> {
-        self.link.ask(|_permit, reply| ArchivistMsg::Spent { _permit, reply }).await
+        self.link.ask("budget", |_permit, reply| ArchivistMsg::Spent { _permit, reply }).await
     }
 
     /// Runs `read` on the store, on the archivist's thread, between two of its other requests. Long reads delay the job:
@@ -252,7 +257,7 @@ impl ArchivistHandle {
         read: impl FnOnce(&Store) -> rehearsal_store::Result<T> + Send + 'static,
     ) -> Result<T> {
         self.link
-            .ask(|_permit, reply| {
+            .ask("read", |_permit, reply| {
                 let read: ReadStore = Box::new(move |store| answer(reply, read(store).map_err(Error::from)));
                 ArchivistMsg::Read { read, _permit }
             })
@@ -282,7 +287,7 @@ impl ArchivistHandle {
     ) -> Result<()> {
         self.with_room(|| {
             let (rollouts, scores, preferences) = (rollouts.clone(), scores.clone(), preferences.clone());
-            self.link.ask(|_permit, reply| ArchivistMsg::Log { rollouts, scores, preferences, _permit, reply })
+            self.link.ask("log", |_permit, reply| ArchivistMsg::Log { rollouts, scores, preferences, _permit, reply })
         })
         .await
     }
@@ -292,6 +297,7 @@ impl ArchivistHandle {
             match request().await {
                 Err(Error::Store(full @ StoreError::DiskFull { .. })) => {
                     (self.on_full_disk)(&full);
+                    let _wait = self.link.wait("space on the disk");
                     tokio::time::sleep(FULL_DISK_RETRY).await;
                 }
                 other => return other,

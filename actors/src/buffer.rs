@@ -111,19 +111,24 @@ impl BufferHandle {
     /// [`Error::BufferFull`] if the buffer holds as many completions as it may.
     pub async fn insert(&self, prompt: u32, completion: ScoredCompletion) -> Result<()> {
         self.link
-            .ask(|_permit, reply| BufferMsg::Insert { prompt, completion: Box::new(completion), _permit, reply })
+            .ask("insert", |_permit, reply| BufferMsg::Insert {
+                prompt,
+                completion: Box::new(completion),
+                _permit,
+                reply,
+            })
             .await
     }
 
     /// Removes the complete groups in the order of prompts. Returns them, and the number of completions that were dropped
     /// because their policy was too many updates older than `policy_version`.
     pub async fn take(&self, policy_version: u64) -> Result<(Vec<Group>, usize)> {
-        self.link.ask(|_permit, reply| BufferMsg::Take { policy_version, _permit, reply }).await
+        self.link.ask("take", |_permit, reply| BufferMsg::Take { policy_version, _permit, reply }).await
     }
 
     /// Removes everything, for a restart from a checkpoint.
     pub async fn clear(&self) -> Result<()> {
-        self.link.ask(|_permit, reply| BufferMsg::Clear { _permit, reply }).await
+        self.link.ask("clear", |_permit, reply| BufferMsg::Clear { _permit, reply }).await
     }
 }
 role_status!(BufferHandle);

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::Device;
 use parking_lot::FairMutex;
 
-use crate::{Error, Result};
+use crate::{Error, Result, Waits};
 
 /// A device as the configuration names it: `cpu` or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -51,6 +51,7 @@ impl fmt::Display for Placement {
 pub struct Devices {
     open: Arc<Mutex<BTreeMap<Placement, SharedDevice>>>,
     pool: Arc<rayon::ThreadPool>,
+    waits: Waits,
 }
 
 /// A device that roles share. Clones share its lock and its thread pool.
@@ -63,6 +64,7 @@ pub(crate) struct SharedDevice {
     /// Held by the role that computes. Fair, so that no job waits for more than one request of each other role.
     lock: Arc<FairMutex<()>>,
     pool: Arc<rayon::ThreadPool>,
+    waits: Waits,
 }
 
 impl Devices {
@@ -72,14 +74,19 @@ impl Devices {
         let pool =
             rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("rehearsal-cpu-{i}")).build();
         let pool = pool.map_err(|e| Error::Placement { given: "cpu".into(), reason: e.to_string() })?;
-        Ok(Self { open: Arc::default(), pool: Arc::new(pool) })
+        Ok(Self { open: Arc::default(), pool: Arc::new(pool), waits: Waits::default() })
+    }
+
+    /// The same devices for a job whose waits for them are noted in `waits`.
+    pub fn noting(&self, waits: Waits) -> Self {
+        Self { waits, ..self.clone() }
     }
 
     /// The device of a placement.
     pub(crate) fn get(&self, placement: Placement) -> Result<SharedDevice> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(shared) = open.get(&placement) {
-            return Ok(shared.clone());
+            return Ok(SharedDevice { waits: self.waits.clone(), ..shared.clone() });
         }
         let device = match placement {
             Placement::Cpu => Device::Cpu,
@@ -89,7 +96,8 @@ impl Devices {
                 cuda(n).map_err(|e| Error::Placement { given: placement.to_string(), reason: reason(e) })?
             }
         };
-        let shared = SharedDevice { device, placement, lock: Arc::new(FairMutex::new(())), pool: self.pool.clone() };
+        let (lock, pool, waits) = (Arc::new(FairMutex::new(())), self.pool.clone(), self.waits.clone());
+        let shared = SharedDevice { device, placement, lock, pool, waits };
         open.insert(placement, shared.clone());
         Ok(shared)
     }
@@ -112,8 +120,13 @@ impl Devices {
 impl SharedDevice {
     /// Runs `f` on the job's thread pool while no other role computes on the device.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
-        let _guard = self.lock.lock();
-        self.pool.install(f)
+        let guard = self.lock.try_lock().or_else(|| {
+            let _wait = self.waits.enter("device", self.placement.to_string());
+            Some(self.lock.lock())
+        });
+        let result = self.pool.install(f);
+        drop(guard);
+        result
     }
 }
 

@@ -17,7 +17,7 @@ use crate::role::{Build, Link, StateMachine, local_message};
 use crate::trained::{Trained, check_head};
 use crate::{
     ArchivistHandle, BufferHandle, CriticHandle, Devices, Error, Placement, PolicyHandle, ReferenceHandle, Result,
-    Reward, RewardHandle, TrainedConfig,
+    Reward, RewardHandle, TrainedConfig, Waits,
 };
 
 /// Capacity of a role's mailbox in messages; senders wait when it is full.
@@ -85,6 +85,7 @@ pub struct Director {
     paused: watch::Sender<bool>,
     job: String,
     deadline: Duration,
+    waits: Waits,
 }
 
 /// Number of directors started so far: it keeps the names of jobs apart in ractor's process-wide registry.
@@ -107,7 +108,12 @@ impl Director {
         let arguments = State { roles: BTreeMap::new(), restarts_max, events, publish };
         let started = Actor::spawn(Some(format!("{job}-director")), DirectorActor, arguments).await;
         let (actor, _) = started.map_err(|e| Error::Start { role: "director", reason: e.to_string() })?;
-        Ok(Self { actor, status, paused: watch::channel(false).0, job, deadline })
+        Ok(Self { actor, status, paused: watch::channel(false).0, job, deadline, waits: Waits::default() })
+    }
+
+    /// What is waited for, of roles and by them.
+    pub fn waits(&self) -> Waits {
+        self.waits.clone()
     }
 
     /// Starts the policy: a trained model with a language-model head.
@@ -118,7 +124,7 @@ impl Director {
         devices: Devices,
     ) -> Result<PolicyHandle> {
         check_head(&checkpoint, HeadKind::Language, "policy")?;
-        let link = Link::new("policy", MAILBOX_CAPACITY, self.deadline);
+        let link = Link::new("policy", MAILBOX_CAPACITY, self.deadline, self.waits.clone());
         self.spawn(&link, Trained::build(checkpoint, config, devices), "policy").await?;
         Ok(PolicyHandle { link })
     }
@@ -131,7 +137,7 @@ impl Director {
         devices: Devices,
     ) -> Result<CriticHandle> {
         check_head(&checkpoint, HeadKind::Score, "critic")?;
-        let link = Link::new("critic", MAILBOX_CAPACITY, self.deadline);
+        let link = Link::new("critic", MAILBOX_CAPACITY, self.deadline, self.waits.clone());
         self.spawn(&link, Trained::build(checkpoint, config, devices), "critic").await?;
         Ok(CriticHandle { link })
     }
@@ -145,7 +151,7 @@ impl Director {
         precision: rehearsal_lm::Precision,
         devices: Devices,
     ) -> Result<ReferenceHandle> {
-        let link = Link::new("reference", MAILBOX_CAPACITY, self.deadline);
+        let link = Link::new("reference", MAILBOX_CAPACITY, self.deadline, self.waits.clone());
         self.spawn(
             &link,
             ReferenceHandle::build(checkpoint, placement, micro_batch_tokens, precision, devices),
@@ -157,7 +163,7 @@ impl Director {
 
     /// Starts the reward, whose requests may take as long as its [timeout](Reward::timeout).
     pub async fn reward(&self, reward: Arc<dyn Reward>) -> Result<RewardHandle> {
-        let link = Link::new("reward", MAILBOX_CAPACITY, reward.timeout().unwrap_or(self.deadline));
+        let link = Link::new("reward", MAILBOX_CAPACITY, reward.timeout().unwrap_or(self.deadline), self.waits.clone());
         let (name, is_relative, placements) = (reward.name().into(), reward.is_relative(), reward.placements().into());
         let (batch, may_be_abandoned) = (reward.batch(), reward.may_be_abandoned());
         self.spawn(&link, RewardHandle::build(reward), "reward").await?;
@@ -167,14 +173,14 @@ impl Director {
     /// Starts the buffer for prompts of `group_size` completions each. It holds at most `rollouts_max` completions, and drops
     /// those whose policy is more than `staleness_max` updates old.
     pub async fn buffer(&self, group_size: usize, rollouts_max: usize, staleness_max: u64) -> Result<BufferHandle> {
-        let link = Link::new("buffer", MAILBOX_CAPACITY, self.deadline);
+        let link = Link::new("buffer", MAILBOX_CAPACITY, self.deadline, self.waits.clone());
         self.spawn(&link, BufferHandle::build(group_size, rollouts_max, staleness_max), "buffer").await?;
         Ok(BufferHandle { link })
     }
 
     /// Starts the archivist, which takes over an open store. `on_full_disk` is called before each wait for free space.
     pub async fn archivist(&self, store: Store, on_full_disk: OnFullDisk) -> Result<ArchivistHandle> {
-        let link = Link::new("archivist", MAILBOX_CAPACITY, self.deadline);
+        let link = Link::new("archivist", MAILBOX_CAPACITY, self.deadline, self.waits.clone());
         self.spawn(&link, ArchivistHandle::build(store), "archivist").await?;
         Ok(ArchivistHandle { link, on_full_disk })
     }
@@ -226,13 +232,20 @@ impl Director {
     }
 
     /// Waits until roles have been restarted `restarts` times in all, or until one is not restarted any more.
-    pub async fn wait_for_restarts(&self, restarts: u32) {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Timeout`] if that takes longer than a request may.
+    pub async fn wait_for_restarts(&self, restarts: u32) -> Result<()> {
+        let _wait = self.waits.enter("director", "restart of a role");
         let mut status = self.status.clone();
         let done = |all: &BTreeMap<&'static str, RoleStatus>| {
             let given_up = all.values().any(|s| matches!(s, RoleStatus::GaveUp { .. }));
             given_up || restarts_of(all) >= restarts
         };
-        let _ = status.wait_for(done).await; // a director that has stopped restarts nothing
+        let late = |_| Error::Timeout { role: "director", after: self.deadline };
+        // A director that has stopped restarts nothing.
+        tokio::time::timeout(self.deadline, status.wait_for(done)).await.map(drop).map_err(late)
     }
 
     /// Number of restarts of all roles so far.

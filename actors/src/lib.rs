@@ -44,6 +44,7 @@ mod snapshot;
 #[cfg(test)]
 mod tests;
 mod trained;
+mod waits;
 
 pub use archivist::{ArchivistHandle, JobCheckpoint, Replay};
 pub use buffer::{BufferHandle, Group, ScoredCompletion};
@@ -62,6 +63,7 @@ pub use reward_model::{Reading, RewardModel, RewardModels, save_normalisation};
 pub use role::{RoleLoad, RoleStats};
 pub use snapshot::{ModelSnapshot, Restored};
 pub use trained::{LoraInit, StepReport, TrainedConfig, UpdateBatch};
+pub use waits::{Wait, WaitName, Waits};
 
 use std::sync::Arc;
 

@@ -37,7 +37,7 @@ impl PolicyHandle {
     ) -> Result<u64> {
         let options = Box::new(options);
         self.link
-            .ask(|_permit, reply| TrainedMsg::Generate {
+            .ask("generate", |_permit, reply| TrainedMsg::Generate {
                 requests,
                 options,
                 keep_tokens,
@@ -52,12 +52,14 @@ impl PolicyHandle {
     /// Log-probabilities of each completion's tokens under the current weights at a temperature: one list per completion,
     /// in order.
     pub async fn logprobs(&self, tokens: Vec<Tokens>, temperature: f64) -> Result<Vec<Vec<f32>>> {
-        self.link.ask(|_permit, reply| TrainedMsg::Logprobs { tokens, temperature, _permit, reply }).await
+        self.link
+            .ask("log-probabilities", |_permit, reply| TrainedMsg::Logprobs { tokens, temperature, _permit, reply })
+            .await
     }
 
     /// For each sequence, the sum of the log-probabilities of the tokens in its loss mask, at temperature 1.
     pub async fn likelihoods(&self, sequences: Vec<MaskedSequence>) -> Result<Vec<f64>> {
-        self.link.ask(|_permit, reply| TrainedMsg::Likelihoods { sequences, _permit, reply }).await
+        self.link.ask("likelihoods", |_permit, reply| TrainedMsg::Likelihoods { sequences, _permit, reply }).await
     }
 }
 
@@ -71,12 +73,12 @@ impl CriticHandle {
     /// Values of each completion's tokens: one list per completion, in order. A token's value is the estimate for the state
     /// before it.
     pub async fn values(&self, tokens: Vec<Tokens>) -> Result<Vec<Vec<f32>>> {
-        self.link.ask(|_permit, reply| TrainedMsg::Values { tokens, _permit, reply }).await
+        self.link.ask("values", |_permit, reply| TrainedMsg::Values { tokens, _permit, reply }).await
     }
 
     /// Scores of whole sequences, in order, read at the last token that is not padding.
     pub async fn scores(&self, tokens: Vec<Tokens>) -> Result<Vec<f32>> {
-        self.link.ask(|_permit, reply| TrainedMsg::Scores { tokens, _permit, reply }).await
+        self.link.ask("scores", |_permit, reply| TrainedMsg::Scores { tokens, _permit, reply }).await
     }
 }
 
@@ -92,29 +94,29 @@ macro_rules! trained {
             /// gradient norm is not finite, and the errors of the objective.
             pub async fn step(&self, batch: UpdateBatch, cancel: CancellationToken) -> Result<StepReport> {
                 let batch = Box::new(batch);
-                self.link.ask(|_permit, reply| TrainedMsg::Step { batch, cancel, _permit, reply }).await
+                self.link.ask("update", |_permit, reply| TrainedMsg::Step { batch, cancel, _permit, reply }).await
             }
 
             /// The current weights and optimizer state. They share storage with the model.
             pub async fn snapshot(&self) -> Result<ModelSnapshot> {
-                self.link.ask(|_permit, reply| TrainedMsg::Snapshot { _permit, reply }).await
+                self.link.ask("snapshot", |_permit, reply| TrainedMsg::Snapshot { _permit, reply }).await
             }
 
             /// Restores weights and optimizer state from a snapshot.
             pub async fn restore(&self, snapshot: ModelSnapshot) -> Result<()> {
                 let snapshot = Box::new(snapshot);
-                self.link.ask(|_permit, reply| TrainedMsg::Restore { snapshot, _permit, reply }).await
+                self.link.ask("restore", |_permit, reply| TrainedMsg::Restore { snapshot, _permit, reply }).await
             }
 
             /// Returns to the weights and the optimizer state at the start of training.
             pub async fn reset(&self) -> Result<()> {
-                self.link.ask(|_permit, reply| TrainedMsg::Reset { _permit, reply }).await
+                self.link.ask("reset", |_permit, reply| TrainedMsg::Reset { _permit, reply }).await
             }
 
             /// Writes the weights, or their moving average if there is one, as a Hugging Face directory in the given type.
             /// Adapters are merged into the weights, and also written to `adapter/` in PEFT's format.
             pub async fn export(&self, directory: PathBuf, dtype: DType) -> Result<()> {
-                self.link.ask(|_permit, reply| TrainedMsg::Export { directory, dtype, _permit, reply }).await
+                self.link.ask("export", |_permit, reply| TrainedMsg::Export { directory, dtype, _permit, reply }).await
             }
         }
         role_status!($handle);

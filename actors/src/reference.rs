@@ -54,7 +54,9 @@ impl ReferenceHandle {
 
     /// Log-probabilities of each completion's tokens at a temperature: one list per completion, in order.
     pub async fn logprobs(&self, tokens: Vec<Tokens>, temperature: f64) -> Result<Vec<Vec<f32>>> {
-        self.link.ask(|_permit, reply| ReferenceMsg::Logprobs { tokens, temperature, _permit, reply }).await
+        self.link
+            .ask("log-probabilities", |_permit, reply| ReferenceMsg::Logprobs { tokens, temperature, _permit, reply })
+            .await
     }
 }
 role_status!(ReferenceHandle);

@@ -268,7 +268,9 @@ impl RewardHandle {
 
     /// Scores completions: one finite score for each sample, in order.
     pub async fn score(&self, samples: Vec<Sample>) -> Result<Vec<Judged>> {
-        self.link.ask(|_permit, reply| RewardMsg::Score { samples, _permit, reply }).await
+        self.link
+            .ask(&format!("score by {}", self.name), |_permit, reply| RewardMsg::Score { samples, _permit, reply })
+            .await
     }
 }
 role_status!(RewardHandle);

@@ -11,7 +11,7 @@ use ractor::rpc::CallResult;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, Message, RpcReplyPort};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use crate::{Error, Result};
+use crate::{Error, Result, Wait, Waits};
 
 /// Port that the reply to a request is sent to.
 pub(crate) type Reply<T> = RpcReplyPort<Result<T>>;
@@ -73,18 +73,19 @@ pub(crate) struct Link<Msg> {
     permits: Arc<Semaphore>,
     capacity: usize,
     deadline: Duration,
+    waits: Waits,
 }
 
 impl<Msg> Clone for Link<Msg> {
     fn clone(&self) -> Self {
-        Self { slot: self.slot.clone(), permits: self.permits.clone(), ..*self }
+        Self { slot: self.slot.clone(), permits: self.permits.clone(), waits: self.waits.clone(), ..*self }
     }
 }
 
 impl<Msg: Message> Link<Msg> {
-    pub fn new(role: &'static str, capacity: usize, deadline: Duration) -> Self {
+    pub fn new(role: &'static str, capacity: usize, deadline: Duration, waits: Waits) -> Self {
         let slot = Slot { actor: RwLock::new(None), last_failure: Mutex::new(None), stats: RoleStats::default() };
-        Self { role, slot: Arc::new(slot), permits: Arc::new(Semaphore::new(capacity)), capacity, deadline }
+        Self { role, slot: Arc::new(slot), permits: Arc::new(Semaphore::new(capacity)), capacity, deadline, waits }
     }
 
     /// Number of messages sent and not yet handled.
@@ -96,14 +97,22 @@ impl<Msg: Message> Link<Msg> {
         &self.slot.stats
     }
 
-    /// Sends a message and waits for the reply. All failures of ractor become this crate's errors here.
-    pub async fn ask<T: Send + 'static>(&self, message: impl FnOnce(Permit, Reply<T>) -> Msg) -> Result<T> {
+    /// Notes a wait of the role's handle.
+    pub fn wait(&self, what: &str) -> Wait {
+        self.waits.enter(self.role, what)
+    }
+
+    /// Sends a message and waits for the reply to `what`. All failures of ractor become this crate's errors here.
+    pub async fn ask<T: Send + 'static>(&self, what: &str, message: impl FnOnce(Permit, Reply<T>) -> Msg) -> Result<T> {
+        let _wait = self.wait(what);
+        let late = || Error::Timeout { role: self.role, after: self.deadline };
         let died = || Error::Died { role: self.role, reason: self.slot.failure() };
-        let permit = self.permits.clone().acquire_owned().await.map_err(|_| died())?;
+        let permit = tokio::time::timeout(self.deadline, self.permits.clone().acquire_owned());
+        let permit = permit.await.map_err(|_| late())?.map_err(|_| died())?;
         let actor = self.slot.actor.read().unwrap_or_else(PoisonError::into_inner).clone().ok_or_else(died)?;
         match actor.call(|reply| message(Permit(permit), reply), Some(self.deadline)).await {
             Ok(CallResult::Success(answer)) => answer,
-            Ok(CallResult::Timeout) => Err(Error::Timeout { role: self.role, after: self.deadline }),
+            Ok(CallResult::Timeout) => Err(late()),
             Ok(CallResult::SenderError) | Err(_) => Err(died()),
         }
     }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use crate::role::{Build, Link, Permit, Reply, StateMachine, answer, local_message};
-use crate::{BufferHandle, Director, DirectorEvent, Error, Result, RoleStatus};
+use crate::{BufferHandle, Director, DirectorEvent, Error, Result, RoleStatus, Waits};
 
 enum CountMsg {
     Add { n: u64, _permit: Permit, reply: Reply<u64> },
@@ -58,7 +58,7 @@ impl Fixture {
     async fn new(capacity: usize, deadline: Duration, restarts_max: u32) -> Self {
         let (sender, events) = mpsc::unbounded_channel();
         let director = Director::start(restarts_max, deadline, sender).await.unwrap();
-        let link = Link::new("count", capacity, deadline);
+        let link = Link::new("count", capacity, deadline, Waits::default());
         let builds = Arc::new(AtomicUsize::new(0));
         let build: Build<Count> = {
             let builds = builds.clone();
@@ -72,16 +72,16 @@ impl Fixture {
     }
 
     async fn add(&self, n: u64) -> Result<u64> {
-        self.link.ask(|_permit, reply| CountMsg::Add { n, _permit, reply }).await
+        self.link.ask("add", |_permit, reply| CountMsg::Add { n, _permit, reply }).await
     }
 
     /// Keeps the role busy until `open` is set.
     async fn wait(&self, open: Arc<AtomicBool>) -> Result<()> {
-        self.link.ask(|_permit, reply| CountMsg::Wait { open, _permit, reply }).await
+        self.link.ask("wait", |_permit, reply| CountMsg::Wait { open, _permit, reply }).await
     }
 
     async fn panic(&self) -> Result<()> {
-        self.link.ask(|_permit, reply| CountMsg::Panic { _permit, reply }).await
+        self.link.ask("panic", |_permit, reply| CountMsg::Panic { _permit, reply }).await
     }
 }
 
@@ -102,7 +102,7 @@ async fn a_role_that_panics_is_restarted_up_to_its_limit() {
     f.add(7).await.unwrap();
     let error = f.panic().await.unwrap_err();
     assert!(error.is_death(), "{error}");
-    f.director.wait_for_restarts(1).await;
+    f.director.wait_for_restarts(1).await.unwrap();
     assert_eq!(f.add(1).await.unwrap(), 1, "the restarted role has a new state");
     assert_eq!(f.builds.load(Ordering::SeqCst), 2);
     let event = f.events.recv().await.unwrap();
@@ -112,7 +112,7 @@ async fn a_role_that_panics_is_restarted_up_to_its_limit() {
     );
 
     f.panic().await.unwrap_err();
-    f.director.wait_for_restarts(2).await;
+    f.director.wait_for_restarts(2).await.unwrap();
     assert!(matches!(f.director.status()["count"], RoleStatus::GaveUp { restarts: 2, .. }));
     let failure = f.director.failure().unwrap().to_string();
     assert!(failure.contains("stopped 2 times") && failure.contains("the counter failed"), "{failure}");
@@ -168,7 +168,7 @@ async fn a_busy_role_does_not_block_the_async_threads() {
 async fn a_role_that_cannot_start_says_why() {
     let (sender, _events) = mpsc::unbounded_channel();
     let director = Director::start(0, LONG, sender).await.unwrap();
-    let link: Link<CountMsg> = Link::new("count", 1, LONG);
+    let link: Link<CountMsg> = Link::new("count", 1, LONG, Waits::default());
     let build: Build<Count> = Arc::new(|| Err(Error::Checkpoint("no such device".into())));
     let error = director.spawn(&link, build, "count").await.unwrap_err().to_string();
     assert!(error.contains("no such device"), "{error}");

@@ -87,6 +87,7 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
             line(format!("the {role} died ({reason}) and was restarted; the job continues from the last checkpoint"))
         }
         Event::DiskFull { message } => line(format!("waiting: {message}")),
+        Event::Waiting { wait, seconds } => line(format!("waiting for {seconds:.0} s: {wait}")),
         Event::BudgetSpent { message } => line(format!("stopping: {message}")),
         Event::SlowBuild { message } => line(format!("slow: {message}")),
         Event::CheckpointInterval { steps } => {

@@ -9,7 +9,7 @@ use super::saved;
 use crate::access::{JobReader, Verified};
 use crate::error::Result;
 use crate::memory::MemoryBudget;
-use crate::status::{JobStatus, MemoryUse};
+use crate::status::{JobStatus, MemoryUse, Waiting};
 
 /// Prints progress, newest metrics, memory and checkpoints.
 pub fn status(directory: &Path) -> Result<ExitCode> {
@@ -17,7 +17,11 @@ pub fn status(directory: &Path) -> Result<ExitCode> {
         let job = JobReader::open(directory).await?;
         show(&job.status().await?);
         if job.is_running() {
-            say!("running as process {}", job.status().await?.process);
+            let status = job.status().await?;
+            say!("running as process {}", status.process);
+            for Waiting { wait, seconds } in &status.waiting {
+                say!("  waiting for {seconds:.0} s: {wait}");
+            }
         } else {
             say!("not running");
         }

@@ -129,7 +129,7 @@ async fn boundary(run: &mut Run) -> Result<()> {
 /// Waits until every death is dealt with and returns to the last checkpoint, however often a role dies meanwhile.
 async fn recover(run: &mut Run) -> Result<()> {
     loop {
-        run.roles.director.wait_for_restarts(run.restarts_restored + 1).await;
+        run.roles.director.wait_for_restarts(run.restarts_restored + 1).await?;
         if let Some(failure) = run.roles.director.failure() {
             return Err(failure.into());
         }

@@ -2,9 +2,11 @@
 //! `status.json`.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use rehearsal_actors::Waits;
 use rehearsal_store::{Disk, Files as _, replace};
 use serde_json::{Value, json};
 
@@ -25,12 +27,30 @@ pub enum Log {
 #[derive(Clone)]
 pub struct Journal {
     directory: PathBuf,
+    waits: Waits,
+    /// Work on a file fails when it takes longer.
+    deadline: Duration,
 }
 
 impl Journal {
     /// The files of a job's directory.
-    pub fn new(directory: &Path) -> Self {
-        Self { directory: directory.into() }
+    pub fn new(directory: &Path, waits: Waits, deadline: Duration) -> Self {
+        Self { directory: directory.into(), waits, deadline }
+    }
+
+    /// Work on files, which may wait for a disk, a server or, where the system has no more threads, for ever.
+    async fn work<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let _wait = self.waits.enter("files", what);
+        let late =
+            || io::Error::new(io::ErrorKind::TimedOut, format!("{what} took longer than `limits.request_seconds`"));
+        match tokio::time::timeout(self.deadline, blocking(work)).await {
+            Ok(done) => done,
+            Err(_) => Err(late()).at(&self.directory),
+        }
     }
 
     fn log(&self, log: Log) -> PathBuf {
@@ -43,7 +63,7 @@ impl Journal {
     /// Appends a line, whose `step` is a step of the job.
     pub async fn append(&self, log: Log, line: &Value) -> Result<()> {
         let (path, line) = (self.log(log), line.to_string());
-        blocking(move || {
+        self.work("append to a log", move || {
             let mut file = fs::File::options().create(true).append(true).open(&path).at(&path)?;
             writeln!(file, "{line}").at(&path)
         })
@@ -53,7 +73,7 @@ impl Journal {
     /// Makes all lines durable: those of steps that a checkpoint has are not written again.
     pub async fn sync(&self) -> Result<()> {
         let (directory, logs) = (self.directory.clone(), [Log::History, Log::Evaluations].map(|log| self.log(log)));
-        blocking(move || {
+        self.work("sync the logs", move || {
             for path in logs.iter().filter(|path| path.exists()) {
                 fs::File::open(path).and_then(|file| file.sync_data()).at(path)?;
             }
@@ -66,9 +86,9 @@ impl Journal {
     /// dropped too, and the file as it was is kept beside it.
     pub async fn cut(&self, log: Log, step: u64) -> Result<(Value, usize)> {
         let path = self.log(log);
-        blocking(move || {
+        self.work("cut a log", move || {
             let bytes = match fs::read(&path) {
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok((Value::Null, 0)),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((Value::Null, 0)),
                 bytes => bytes.at(&path)?,
             };
             let (mut kept, mut last, mut damaged) = (Vec::new(), Value::Null, 0);
@@ -97,14 +117,15 @@ impl Journal {
     /// Replaces the status. `status` is called where it may read files.
     pub async fn status(&self, status: impl FnOnce() -> JobStatus + Send + 'static) -> Result<()> {
         let path = self.directory.join(STATUS_FILE);
-        blocking(move || replace(&Disk, &path, json!(status()).to_string().as_bytes()).at(&path)).await
+        self.work("write the status", move || replace(&Disk, &path, json!(status()).to_string().as_bytes()).at(&path))
+            .await
     }
 
     /// Writes out a batch whose loss or gradient was not finite; returns where.
     pub async fn offending_batch(&self, step: u64, report: String) -> Result<PathBuf> {
         let path = self.directory.join(format!("offending-batch-{step}.txt"));
         let written = path.clone();
-        blocking(move || fs::write(&written, report).at(&written)).await?;
+        self.work("write a report", move || fs::write(&written, report).at(&written)).await?;
         Ok(path)
     }
 }

@@ -14,6 +14,7 @@ mod start;
 mod starter;
 mod state;
 mod stats;
+mod waits;
 
 pub use algorithm::{Algorithm, AlgorithmSettings, LoadedAlgorithm};
 pub(crate) use command::{Command, CommandReply};
@@ -29,3 +30,4 @@ pub(crate) use start::{Setup, start};
 pub use starter::Starter;
 pub use state::JobState;
 pub use stats::{Stats, Step, Updates, mean};
+pub(crate) use waits::watch_waits;

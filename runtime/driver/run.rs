@@ -221,6 +221,7 @@ impl Run {
             algorithm: self.algorithm.into(),
             dropped: self.dropped.clone(),
             memory: MemoryUse { predicted: self.budget, measured_peak: None },
+            waiting: Vec::new(),
         };
         let publish = self.status.clone();
         let status = move || {

@@ -76,7 +76,7 @@ pub async fn start(setup: Setup, algorithm: Box<dyn LoadedAlgorithm>) -> Result<
     let algorithm = algorithm.start(&mut starter).await?;
     let interval = Interval::new(common.checkpoint);
     let run = Run {
-        journal: Journal::new(&common.job.directory),
+        journal: Journal::new(&common.job.directory, roles.director.waits(), common.limits.request),
         common,
         algorithm: name,
         state: JobState::default(),

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rehearsal_actors::{Devices, Director, DirectorEvent, Reward};
 use rehearsal_store::{Repair, Store};
 use tokio::sync::{broadcast, mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
 
@@ -20,7 +20,7 @@ use super::saved::Kept;
 use crate::access::{self, Live};
 use crate::algorithms::Algorithms;
 use crate::blocking::blocking;
-use crate::driver::{Algorithm, Loaded, LoadedAlgorithm, Loader, Roles, Run, Setup, drive, start};
+use crate::driver::{Algorithm, Loaded, LoadedAlgorithm, Loader, Roles, Run, Setup, drive, start, watch_waits};
 use crate::error::{Error, Result};
 use crate::events::{Event, Outcome};
 use crate::heap;
@@ -198,7 +198,8 @@ struct Opened {
 struct Running {
     run: Run,
     algorithm: Box<dyn Algorithm>,
-    watcher: JoinHandle<()>,
+    /// Tasks that watch the job; they end with it.
+    _watchers: JoinSet<()>,
     _metrics: JobMetrics,
     span: Span,
     #[cfg(unix)]
@@ -365,7 +366,11 @@ impl Job {
         let meters = metrics.meters.clone();
         let (director_events, restarts) = mpsc::unbounded_channel();
         let director = Director::start(common.limits.restarts_max, common.limits.request, director_events).await?;
-        let watcher = tokio::spawn(watch_restarts(restarts, events.clone(), meters.clone()));
+        let (publish, status) = watch::channel(JobStatus::default());
+        let mut watchers = JoinSet::new();
+        watchers.spawn(watch_restarts(restarts, events.clone(), meters.clone()));
+        let (waits, notice) = (director.waits(), common.limits.notice);
+        watchers.spawn(watch_waits(waits.clone(), notice, events.clone(), meters.clone(), publish.clone()));
         let full_disk = {
             let (events, meters) = (events.clone(), meters.clone());
             Arc::new(move |error: &rehearsal_store::Error| {
@@ -375,14 +380,13 @@ impl Job {
         };
         let archivist = director.archivist(store, full_disk).await?;
         let (commands, given) = mpsc::unbounded_channel();
-        let (publish, status) = watch::channel(JobStatus::default());
         let setup = Setup {
             common,
             algorithm: config.algorithm_name(),
             roles: Roles::new(director, archivist.clone()),
             loaded,
             host: reward,
-            devices,
+            devices: devices.noting(waits),
             results,
             meters,
             readiness,
@@ -407,7 +411,7 @@ impl Job {
         let running = Running {
             run,
             algorithm,
-            watcher,
+            _watchers: watchers,
             _metrics: metrics,
             span,
             #[cfg(unix)]
@@ -433,7 +437,6 @@ impl Running {
         #[cfg(unix)]
         drop(self.socket.take());
         self.run.roles.director.stop().await;
-        self.watcher.abort();
         self.run.tell(match &result {
             Ok(outcome) => Event::Finished(outcome.clone()),
             Err(e) => Event::Failed { kind: e.kind(), message: e.to_string() },

@@ -19,8 +19,8 @@ pub struct Endpoint {
     pub concurrency: usize,
 }
 
-/// Timeout of a reward that waits without limit: a hundred years.
-pub const NO_TIMEOUT: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+/// Longest wait for people, and for a server that is to be waited for: 30 days.
+pub const LONGEST_WAIT: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Request settings of an [`ApiJudge`](super::ApiJudge).
 #[derive(Debug, Clone, PartialEq)]

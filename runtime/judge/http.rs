@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
-use super::endpoint::{Endpoint, NO_TIMEOUT};
+use super::endpoint::{Endpoint, LONGEST_WAIT};
 
 /// Longest pause between two attempts.
 const BACKOFF_MAX: Duration = Duration::from_secs(60);
@@ -141,9 +141,9 @@ impl RetryingClient {
         Ok(Self { endpoint, http, runtime: Some(runtime.map_err(|e| e.to_string())?), stop })
     }
 
-    /// [`NO_TIMEOUT`] if retries are without limit.
+    /// [`LONGEST_WAIT`] if retries are without limit.
     pub fn timeout(&self) -> Option<Duration> {
-        self.endpoint.wait.then_some(NO_TIMEOUT)
+        self.endpoint.wait.then_some(LONGEST_WAIT)
     }
 
     /// Bearer token from the environment, if one is configured.

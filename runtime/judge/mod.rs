@@ -21,7 +21,7 @@ mod without_http;
 #[cfg(feature = "http")]
 pub use api::ApiJudge;
 pub use cache::{Budget, ReplyCache};
-pub use endpoint::{ApiSettings, Endpoint, NO_TIMEOUT, Prices};
+pub use endpoint::{ApiSettings, Endpoint, LONGEST_WAIT, Prices};
 #[cfg(feature = "http")]
 pub use http::{HttpScorer, RequestError};
 pub use local::{JudgeModel, LocalJudge};

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::queue::{Item, ItemId, Label, LabelValue};
 use super::service::LabelService;
 use super::store::{LabelStore, judge_name, preference};
-use crate::judge::{NO_TIMEOUT, ReplyCache, same_prompt};
+use crate::judge::{LONGEST_WAIT, ReplyCache, same_prompt};
 
 /// Interval at which a waiting job checks whether it is cancelled.
 const CANCEL_POLL: Duration = Duration::from_millis(200);
@@ -55,7 +55,7 @@ impl Reward for PeopleReward {
     }
 
     fn timeout(&self) -> Option<Duration> {
-        Some(NO_TIMEOUT)
+        Some(LONGEST_WAIT)
     }
 
     fn score(&self, samples: &[Sample]) -> Result<Vec<Judged>, RewardError> {

@@ -4,6 +4,11 @@ use super::{Label, Metric};
 
 /// The actor that a series belongs to.
 const ROLES: Label = Label { key: "role", values: &["policy", "reference", "reward", "critic", "buffer", "archivist"] };
+/// Whom a job waits for.
+pub const WAITED_FOR: Label = Label {
+    key: "whom",
+    values: &["policy", "reference", "reward", "critic", "buffer", "archivist", "device", "files", "director"],
+};
 /// The phase of a step.
 const PHASES: Label = Label {
     key: "phase",
@@ -153,6 +158,9 @@ pub mod process {
             "Time each role has spent on messages, in this process.").by(ROLES);
         MAILBOX_DEPTH = Metric::gauge("mailbox_depth", "messages", "Messages in the queue of each role.").by(ROLES);
         DISK_FULL = Metric::gauge("disk_full", "0 or 1", "1 while the job waits for space on its disk.");
+        WAIT_SECONDS = Metric::gauge("wait_seconds", "seconds",
+            "How long the job has been waiting for someone; the oldest wait for each, 0 where it waits for nothing.")
+            .by(WAITED_FOR);
         JOB_STEPS = Metric::gauge("job_steps", "steps", "Steps of the whole job.");
     }
 }

@@ -232,7 +232,7 @@ impl Reward for HostReward {
 
     fn timeout(&self) -> Option<Duration> {
         // Each sample has its own deadlines.
-        Some(crate::judge::NO_TIMEOUT)
+        Some(crate::judge::LONGEST_WAIT)
     }
 
     fn batch(&self) -> Option<usize> {

@@ -9,6 +9,8 @@ use crate::config::{Keys, Range, Settings};
 pub struct LimitsSettings {
     /// A role replies within this time, or the request fails.
     pub request: Duration,
+    /// A wait of this length is told.
+    pub notice: Duration,
     /// Restarts of each role, at most; one more death ends the job.
     pub restarts_max: u32,
     /// Completions that the buffer holds, at most.
@@ -23,6 +25,7 @@ impl Default for LimitsSettings {
     fn default() -> Self {
         Self {
             request: Duration::from_secs(3600),
+            notice: Duration::from_secs(60),
             restarts_max: 3,
             rollouts_max: 65_536,
             staleness_max: 0,
@@ -36,6 +39,8 @@ impl Settings for LimitsSettings {
         let mut s = keys.section("limits");
         let help = "A role replies within this time, or the request fails.";
         s.speed().seconds("request_seconds", &mut self.request, Range::from(1.0), help);
+        let help = "A wait of this length is told: by an event, the status and the log of the program.";
+        s.speed().seconds("notice_seconds", &mut self.notice, Range::from(1.0), help);
         let help = "Times a role that died is started again.";
         s.speed().integer("restarts_max", &mut self.restarts_max, Range::within(0.0, 1000.0), help);
         let help = "Completions the rollout buffer holds at most.";

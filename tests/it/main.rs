@@ -32,3 +32,4 @@ mod served_judge;
 mod service;
 mod support;
 mod tutorials;
+mod waits;

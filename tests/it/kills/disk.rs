@@ -70,6 +70,8 @@ struct State {
     pending: Vec<Change>,
     /// No power: every request fails.
     off: bool,
+    /// Syncs take until this is over.
+    stalled: bool,
 }
 
 /// The disk; clones are the same one.
@@ -80,7 +82,8 @@ impl Disk {
     pub fn new() -> Self {
         let root = Node::new(FileType::Directory, 0o755);
         let nodes = BTreeMap::from([(1, root)]);
-        let state = State { nodes, names: Names::new(), synced: Names::new(), pending: Vec::new(), off: false };
+        let state =
+            State { nodes, names: Names::new(), synced: Names::new(), pending: Vec::new(), off: false, stalled: false };
         Self(Arc::new(Mutex::new(state)))
     }
 
@@ -97,6 +100,11 @@ impl Disk {
         self.state().off = true;
     }
 
+    /// Makes syncs wait, or lets them go on.
+    pub fn stall(&self, stalled: bool) {
+        self.state().stalled = stalled;
+    }
+
     /// What is on the disk when the power is back.
     pub fn survived(&self, random: &mut Random) -> Self {
         let state = self.state();
@@ -110,7 +118,7 @@ impl Disk {
         for node in nodes.values_mut() {
             node.lose(random);
         }
-        let state = State { nodes, synced: names.clone(), names, pending: Vec::new(), off: false };
+        let state = State { nodes, synced: names.clone(), names, pending: Vec::new(), off: false, stalled: false };
         Self(Arc::new(Mutex::new(state)))
     }
 }
@@ -368,6 +376,9 @@ impl Filesystem for Disk {
     }
 
     fn fsync(&self, _: &Request, number: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        while self.state().stalled {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         let mut state = self.state();
         answer(reply, state.node(number).map(|node| node.synced = node.now.clone()));
     }

@@ -2,7 +2,7 @@
 //! resumes, exports and cleans up, out of memory, on a full disk, and by power cuts. `scripts/kills.sh` makes thousands.
 
 mod cases;
-mod disk;
+pub mod disk;
 mod power;
 mod ways;
 
