@@ -178,3 +178,79 @@ mod tests {
         assert_eq!((groups.len(), groups[0].prompt, stale), (1, 1, 2));
     }
 }
+
+#[cfg(test)]
+mod properties {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Debug, Clone)]
+    enum Operation {
+        Insert { prompt: u32, index: usize, policy_version: u64 },
+        Take { policy_version: u64 },
+        Clear,
+    }
+
+    fn operation() -> impl Strategy<Value = Operation> {
+        prop_oneof![
+            12 => (0u32..5, 0usize..4, 0u64..4)
+                .prop_map(|(prompt, index, policy_version)| Operation::Insert { prompt, index, policy_version }),
+            3 => (0u64..5).prop_map(|policy_version| Operation::Take { policy_version }),
+            1 => Just(Operation::Clear),
+        ]
+    }
+
+    fn completion(index: usize, policy_version: u64) -> ScoredCompletion {
+        let finish = rehearsal_lm::generate::Finish::Length;
+        let completion = Completion { id: index as u64, tokens: vec![index as u32], logprobs: vec![0.0], finish };
+        let (text, judged) = (String::new(), Judged::new(0.0, ""));
+        ScoredCompletion { index, policy_version, completion, text, judged, ref_logprobs: Vec::new() }
+    }
+
+    proptest! {
+        #[test]
+        fn what_goes_in_comes_out_once_whole_fresh_and_in_order(
+            operations in proptest::collection::vec(operation(), 0..60),
+            (group_size, rollouts_max, staleness_max) in (1usize..4, 1usize..12, 0u64..3),
+        ) {
+            let mut buffer = Buffer { groups: BTreeMap::new(), group_size, rollouts_max, staleness_max };
+            let mut model: Vec<(u32, ScoredCompletion)> = Vec::new();
+            for operation in operations {
+                match operation {
+                    Operation::Insert { prompt, index, policy_version } => {
+                        let completion = completion(index, policy_version);
+                        let inserted = buffer.insert(prompt, completion.clone());
+                        prop_assert_eq!(inserted.is_ok(), model.len() < rollouts_max);
+                        if inserted.is_ok() {
+                            model.push((prompt, completion));
+                        }
+                    }
+                    Operation::Take { policy_version } => {
+                        let (groups, stale) = buffer.take(policy_version);
+                        let (mut wanted, mut wanted_stale) = (Vec::new(), 0);
+                        for prompt in 0..5 {
+                            let of = |(p, _): &(u32, ScoredCompletion)| *p == prompt;
+                            let mut group: Vec<_> = model.iter().filter(|e| of(e)).map(|(_, c)| c.clone()).collect();
+                            if group.len() < group_size {
+                                continue;
+                            }
+                            model.retain(|e| !of(e));
+                            if group.iter().any(|c| c.policy_version + staleness_max < policy_version) {
+                                wanted_stale += group.len();
+                                continue;
+                            }
+                            group.sort_by_key(|c| c.index);
+                            wanted.push(Group { prompt, completions: group });
+                        }
+                        prop_assert_eq!((groups, stale), (wanted, wanted_stale));
+                    }
+                    Operation::Clear => {
+                        buffer.groups.clear();
+                        model.clear();
+                    }
+                }
+            }
+        }
+    }
+}

@@ -46,4 +46,22 @@ mod tests {
         assert_eq!(lengths(&['a', 'a', 'a', 'b', 'a'], 80, size), [3, 1, 1]);
         assert_eq!(lengths(&['a', 'a', 'a', 'a', 'b'], 75, size), [2, 2, 1]);
     }
+
+    proptest::proptest! {
+        #[test]
+        fn every_item_is_in_one_micro_batch_which_is_as_full_as_it_may_be(
+            items in proptest::collection::vec(0usize..50, 0..40),
+            tokens_max in 1usize..120,
+        ) {
+            let batches: Vec<&[usize]> = micro_batches(&items, tokens_max, |_, n| *n).collect();
+            assert_eq!(batches.concat(), items);
+            for (i, batch) in batches.iter().enumerate() {
+                let tokens: usize = batch.iter().sum();
+                assert!(!batch.is_empty() && (tokens <= tokens_max || batch.len() == 1));
+                if let Some(next) = batches.get(i + 1) {
+                    assert!(tokens + next[0] > tokens_max, "{batch:?} has room for {}", next[0]);
+                }
+            }
+        }
+    }
 }

@@ -107,7 +107,8 @@ impl<Msg: Message> Link<Msg> {
         let _wait = self.wait(what);
         let late = || Error::Timeout { role: self.role, after: self.deadline };
         let died = || Error::Died { role: self.role, reason: self.slot.failure() };
-        let permit = tokio::time::timeout(self.deadline, self.permits.clone().acquire_owned());
+        // Those before it have a deadline of their own.
+        let permit = tokio::time::timeout(2 * self.deadline, self.permits.clone().acquire_owned());
         let permit = permit.await.map_err(|_| late())?.map_err(|_| died())?;
         let actor = self.slot.actor.read().unwrap_or_else(PoisonError::into_inner).clone().ok_or_else(died)?;
         match actor.call(|reply| message(Permit(permit), reply), Some(self.deadline)).await {

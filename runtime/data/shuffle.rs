@@ -33,4 +33,26 @@ mod tests {
         }
         assert_ne!(at_once[..10], at_once[10..20]);
     }
+
+    proptest::proptest! {
+        #[test]
+        fn draws_that_go_on_from_a_cursor_are_those_of_one_run(
+            seed in proptest::prelude::any::<u64>(),
+            total in 1usize..50,
+            parts in proptest::collection::vec(0usize..30, 0..12),
+        ) {
+            let draws = parts.iter().sum();
+            let (mut cursor, mut in_parts) = (0, Vec::new());
+            for n in parts {
+                in_parts.extend(order(seed, cursor, n, total));
+                cursor += n as u64;
+            }
+            assert_eq!(in_parts, order(seed, 0, draws, total));
+            for epoch in in_parts.chunks_exact(total) {
+                let mut epoch = epoch.to_vec();
+                epoch.sort();
+                assert!(epoch.into_iter().eq(0..total));
+            }
+        }
+    }
 }

@@ -380,3 +380,75 @@ mod tests {
         assert!(progress.agreement.fleiss.is_some() && progress.done == 2);
     }
 }
+
+#[cfg(test)]
+mod properties {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Debug, Clone)]
+    enum Operation {
+        Next(u8),
+        /// A label of the item that a labeller has on show.
+        Label(u8),
+        Wait(u64),
+    }
+
+    fn operation() -> impl Strategy<Value = Operation> {
+        prop_oneof![
+            4 => (0u8..4).prop_map(Operation::Next),
+            4 => (0u8..4).prop_map(Operation::Label),
+            1 => (0..2 * LEASE_MS).prop_map(Operation::Wait),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn no_item_is_on_show_to_more_than_it_needs_and_nobody_judges_twice(
+            operations in proptest::collection::vec(operation(), 0..80),
+            (items, needed) in (1usize..5, 1usize..4),
+        ) {
+            let mut queue = LabelQueue::new(needed);
+            for n in 0..items {
+                let prompt = Prompt::Text(n.to_string());
+                queue.add(Item { prompt, completions: vec!["a".into(), "b".into()] }, Vec::new()).unwrap();
+            }
+            let mut now = 1;
+            // By labeller: the item that they have on show, and until when it is theirs.
+            let mut shown: BTreeMap<u8, (ItemId, u64)> = BTreeMap::new();
+            for operation in operations {
+                now += 1;
+                match operation {
+                    Operation::Wait(ms) => now += ms,
+                    Operation::Next(who) => {
+                        let name = format!("labeller {who}");
+                        let Some((id, order)) = queue.next(&name, now) else {
+                            continue;
+                        };
+                        prop_assert!(queue.labels(id).iter().all(|label| label.labeller != name));
+                        prop_assert_eq!(order.iter().copied().collect::<BTreeSet<_>>(), BTreeSet::from([0, 1]));
+                        let others = |(other, (item, until)): (&u8, &(ItemId, u64))| {
+                            *other != who && *item == id && *until > now
+                        };
+                        let others = shown.iter().filter(|entry| others(*entry)).count();
+                        prop_assert!(queue.labels(id).len() + others < needed, "item {id} needs no more");
+                        shown.insert(who, (id, now + LEASE_MS));
+                    }
+                    Operation::Label(who) => {
+                        let Some((id, _)) = shown.remove(&who) else { continue };
+                        let value = LabelValue::Ranks(vec![1, 2]);
+                        let label = queue.make_label(&format!("labeller {who}"), id, value, now).unwrap();
+                        let labels = queue.with_label(id, &label);
+                        queue.set_labels(id, labels);
+                        shown.retain(|_, (item, _)| *item != id); // the leases of the item end
+                    }
+                }
+                for id in 0..items as u64 {
+                    let names: BTreeSet<&str> = queue.labels(id).iter().map(|l| l.labeller.as_str()).collect();
+                    prop_assert_eq!(names.len(), queue.labels(id).len());
+                }
+            }
+        }
+    }
+}

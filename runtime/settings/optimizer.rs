@@ -88,7 +88,8 @@ impl Settings for OptimizerSettings {
             "micro_batch_tokens",
             &mut self.micro_batch_tokens,
             Range::from(1.0),
-            "Tokens that go through forward and backward pass at a time: memory against speed.",
+            "Tokens that go through forward and backward pass at a time: memory against speed. Gradients are summed in the order \
+             of these parts, so another value rounds differently.",
         );
         s.speed().flag(
             "gradient_checkpointing",

@@ -35,6 +35,8 @@ mod journal;
 mod key;
 mod kv;
 mod ledger;
+#[cfg(test)]
+mod properties;
 mod record;
 mod rollout;
 mod sentinel;

@@ -250,3 +250,82 @@ mod tests {
         assert!(Sampling { temperature: f64::NAN, ..Default::default() }.validate().is_err());
     }
 }
+
+#[cfg(test)]
+mod properties {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The filters as `transformers` defines them, token by token and in f64.
+    fn plainly(s: &Sampling, logits: &[f32]) -> Vec<f64> {
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(b.cmp(a)));
+        let softmax = |kept: &dyn Fn(usize) -> bool| -> Vec<f64> {
+            let top = f64::from(logits[order[0]]);
+            let e = |i: usize| if kept(i) { ((f64::from(logits[i]) - top) / s.temperature).exp() } else { 0.0 };
+            let sum: f64 = (0..logits.len()).map(e).sum();
+            (0..logits.len()).map(|i| e(i) / sum).collect()
+        };
+        let threshold = match s.top_k {
+            0 => f32::NEG_INFINITY,
+            k => logits[order[k.min(order.len()) - 1]],
+        };
+        let p = softmax(&|i| logits[i] >= threshold);
+        let mut in_nucleus = vec![s.top_p >= 1.0; logits.len()];
+        let mut above = 0.0;
+        for &i in &order {
+            if above < s.top_p {
+                in_nucleus[i] = true;
+            }
+            above += p[i];
+        }
+        let p = softmax(&|i| logits[i] >= threshold && in_nucleus[i]);
+        let least = p.iter().copied().fold(0.0, f64::max) * s.min_p;
+        softmax(&|i| logits[i] >= threshold && in_nucleus[i] && p[i] >= least)
+    }
+
+    /// Logits that differ by enough that no filter's threshold falls between two by rounding.
+    fn logits() -> impl Strategy<Value = Vec<f32>> {
+        let grid = proptest::collection::hash_set(-60i32..60, 2..40);
+        grid.prop_map(|set| set.into_iter().map(|n| n as f32 / 8.0).collect())
+    }
+
+    fn sampling() -> impl Strategy<Value = Sampling> {
+        let (top_p, min_p) = (prop_oneof![Just(1.0), 0.05f64..0.999], prop_oneof![Just(0.0), 0.01f64..0.5]);
+        (0.3f64..3.0, 0usize..45, top_p, min_p).prop_map(|(temperature, top_k, top_p, min_p)| Sampling {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn filters_keep_what_their_definitions_keep(sampling in sampling(), logits in logits()) {
+            let (p, wanted) = (sampling.distribution(&logits), plainly(&sampling, &logits));
+            let total: f64 = p.iter().map(|p| f64::from(*p)).sum();
+            prop_assert!((total - 1.0).abs() < 1e-5, "{total}");
+            for (i, (p, wanted)) in p.iter().zip(&wanted).enumerate() {
+                // Where the sum is within rounding of a threshold, one token more or less is kept.
+                prop_assert!((f64::from(*p) - wanted).abs() < 1e-4, "token {i}: {p} and {wanted}");
+            }
+        }
+
+        #[test]
+        fn only_what_is_kept_and_not_banned_is_drawn(
+            sampling in sampling(),
+            logits in logits(),
+            banned in proptest::collection::vec(0u32..40, 0..3),
+            u in 0.0f64..1.0,
+        ) {
+            prop_assume!(banned.len() < logits.len());
+            let token = sampling.draw(&logits, &banned, u, &mut Scratch::default());
+            prop_assert!((token as usize) < logits.len() && !banned.contains(&token));
+            if banned.is_empty() {
+                prop_assert!(sampling.distribution(&logits)[token as usize] > 0.0);
+            }
+        }
+    }
+}

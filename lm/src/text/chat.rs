@@ -132,13 +132,13 @@ fn strftime(day: u32, format: &str) -> std::result::Result<String, minijinja::Er
 fn without_generation(source: &str) -> String {
     let (mut kept, mut rest) = (String::new(), source);
     while let Some(start) = rest.find("{%") {
-        let Some(len) = rest[start..].find("%}") else { break };
-        let tag = rest[start + 2..start + len].trim_matches(['-', '+', ' ', '\n', '\t']);
-        let end = start + len + 2;
+        let begin = start + 2;
+        let Some(len) = rest[begin..].find("%}") else { break };
+        let (inner, end) = (&rest[begin..begin + len], begin + len + 2);
+        let tag = inner.trim_matches(['-', '+', ' ', '\n', '\t']);
         if tag == "generation" || tag == "endgeneration" {
             kept.push_str(&rest[..start]);
             // A comment keeps what the tag does to the white space around it.
-            let inner = &rest[start + 2..start + len];
             let sign = |c: Option<char>| c.filter(|c| matches!(c, '-' | '+')).map(String::from).unwrap_or_default();
             kept.push_str(&format!("{{#{}{}#}}", sign(inner.chars().next()), sign(inner.chars().last())));
         } else {

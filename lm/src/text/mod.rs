@@ -4,6 +4,8 @@ mod chat;
 
 pub use chat::{ChatTemplate, Message, compile, render, sandbox};
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::Tokenizer;
@@ -50,8 +52,7 @@ fn expansion(tokenizer: &[u8]) -> std::result::Result<(), String> {
         decoder: Value,
         post_processor: Value,
     }
-    // What is no JSON is reported when it is parsed.
-    let parts: Parts = serde_json::from_slice(tokenizer).unwrap_or_default();
+    let parts: Parts = serde_json::from_slice(tokenizer).map_err(|e| e.to_string())?;
     for (name, part) in [
         ("normalizer", parts.normalizer),
         ("pre_tokenizer", parts.pre_tokenizer),
@@ -65,12 +66,20 @@ fn expansion(tokenizer: &[u8]) -> std::result::Result<(), String> {
     Ok(())
 }
 
+/// Calls `tokenizers`, which panics at some kinds of damage in `tokenizer.json`.
+fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|e| e.to_string()),
+        Err(_) => Err("it is damaged, or of a kind that is not known".into()),
+    }
+}
+
 impl Text {
     /// Parses `tokenizer.json` and `tokenizer_config.json`; `template` overrides the chat template of the latter.
     pub fn from_json(tokenizer: &[u8], config: Option<&[u8]>, template: Option<String>) -> Result<Self> {
         let error = |what: &str, e: &dyn std::fmt::Display| Error::Tokenizer(format!("{what}: {e}"));
         expansion(tokenizer).map_err(|e| error("tokenizer.json", &e))?;
-        let mut tokenizer_ = Tokenizer::from_bytes(tokenizer).map_err(|e| error("tokenizer.json", &e))?;
+        let mut tokenizer_ = guarded(|| Tokenizer::from_bytes(tokenizer)).map_err(|e| error("tokenizer.json", &e))?;
         // Padding and truncation are up to the caller.
         tokenizer_.with_padding(None);
         tokenizer_.with_truncation(None).map_err(|e| error("tokenizer.json", &e))?;
@@ -97,13 +106,13 @@ impl Text {
     }
 
     fn encoded(&self, text: &str, add: bool) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode(text, add).map_err(|e| Error::Tokenizer(e.to_string()))?;
+        let encoding = guarded(|| self.tokenizer.encode(text, add)).map_err(Error::Tokenizer)?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// Decodes tokens, without special ones.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
-        self.tokenizer.decode(tokens, true).map_err(|e| Error::Tokenizer(e.to_string()))
+        guarded(|| self.tokenizer.decode(tokens, true)).map_err(Error::Tokenizer)
     }
 
     /// The chat template, if the model has one.

@@ -4,7 +4,7 @@
 //!
 //! `REHEARSAL_SIMULATIONS=N` runs N crash points, from seed `REHEARSAL_SEED` on; a failure names its seed.
 
-mod world;
+pub mod world;
 
 use std::collections::BTreeMap;
 use std::path::Path;

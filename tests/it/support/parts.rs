@@ -39,10 +39,12 @@ pub enum Part {
     Fuse,
     /// Emulators of other processors (`qemu-x86_64`).
     Qemu,
+    /// This program, built for AArch64.
+    Aarch64,
 }
 
 impl Part {
-    pub const ALL: [(Self, &str); 15] = [
+    pub const ALL: [(Self, &str); 16] = [
         (Self::Prometheus, "prometheus"),
         (Self::Chromium, "chromium"),
         (Self::Python, "python"),
@@ -58,6 +60,7 @@ impl Part {
         (Self::Strace, "strace"),
         (Self::Fuse, "fuse"),
         (Self::Qemu, "qemu"),
+        (Self::Aarch64, "aarch64"),
     ];
 
     fn name(self) -> &'static str {
