@@ -4,7 +4,8 @@
 //!     cargo bench --bench checkpoints                     # the embedded model, all weights
 //!     cargo bench --bench checkpoints -- lora             # its adapters
 //!     cargo bench --bench checkpoints -- MODEL 10         # a model's directory or file, 10 steps an arm
-//!     cargo bench --bench checkpoints -- soak 10000       # size and memory over many steps
+//!     cargo bench --bench checkpoints -- restart [MODEL]  # from a kill to the next step
+//!     cargo bench --bench checkpoints -- soak 10000       # size, bytes written and memory over many steps
 
 use std::io::Write;
 use std::path::Path;
@@ -126,11 +127,73 @@ fn slope(points: &[(f64, f64)]) -> (f64, f64) {
     (slope, 1.96 * (residual / (n - 2.0) / sxx).sqrt())
 }
 
+/// Bytes that this process has had written to disks.
+fn written() -> f64 {
+    let io = std::fs::read_to_string("/proc/self/io").expect("Linux");
+    let line = io.lines().find_map(|line| line.strip_prefix("write_bytes: ")).expect("a line write_bytes");
+    line.trim().parse().expect("a number")
+}
+
+/// How often a job is killed.
+const RESTARTS: usize = 7;
+/// The argument by which this program runs the job that is killed.
+const CHILD: &str = "child";
+
+/// Runs a job until the process is killed.
+fn child(runtime: &tokio::runtime::Runtime, directory: &Path, model: &str) {
+    let config = config(directory, 1_000_000, Arm::Every(2), model);
+    runtime
+        .block_on(async { Job::builder(config).start_or_resume().await.expect("a job").wait().await.expect("an end") });
+}
+
+/// Kills a job while it generates, and measures what a resumed one does until its next step is done.
+fn restart(runtime: &tokio::runtime::Runtime, model: &str) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let directory = folder.path().join("job");
+    let (mut opening, mut stepping, mut steps) = (Vec::new(), Vec::new(), Vec::new());
+    let lines = || std::fs::read_to_string(directory.join("history.jsonl")).unwrap_or_default().lines().count();
+    for round in 0..RESTARTS {
+        let mut process = std::process::Command::new(std::env::current_exe().expect("this program"))
+            .args([CHILD.as_ref(), directory.as_os_str(), model.as_ref()])
+            .spawn()
+            .expect("a process");
+        let begun = lines();
+        while lines() < begun + 3 {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+        // At another place of the step in each round.
+        std::thread::sleep(std::time::Duration::from_millis(3 * round as u64));
+        process.kill().and_then(|()| process.wait()).expect("a kill");
+        runtime.block_on(async {
+            let start = Instant::now();
+            let job = Job::builder(config(&directory, 1_000_000, Arm::Every(2), model)).resume().await.expect("a job");
+            let mut events = job.events();
+            opening.push(start.elapsed().as_secs_f64());
+            let mut last = Instant::now();
+            let mut done = 0;
+            while done < 4 {
+                if let Event::Step(_) = events.recv().await.expect("an event") {
+                    let list = if done == 0 { &mut stepping } else { &mut steps };
+                    list.push(last.elapsed().as_secs_f64());
+                    (last, done) = (Instant::now(), done + 1);
+                }
+            }
+            job.stop();
+            job.wait().await.expect("an outcome");
+        });
+    }
+    let [opening, stepping, steps] = [opening, stepping, steps].map(|times| 1e3 * median(times));
+    println!(
+        "{RESTARTS} kills: {opening:.0} ms to open and load, {stepping:.0} ms to the next step; a step takes {steps:.0} ms"
+    );
+}
+
 fn soak(runtime: &tokio::runtime::Runtime, steps: u64) {
     let folder = tempfile::tempdir().expect("a folder");
     let directory = folder.path().join("job");
     let config = config(&directory, steps, Arm::Every(50), "");
     let mut memory = Vec::new();
+    let before = written();
     runtime.block_on(async {
         let job = Job::builder(config).start().await.expect("a job");
         let mut events = job.events();
@@ -156,6 +219,7 @@ fn soak(runtime: &tokio::runtime::Runtime, steps: u64) {
         }
         job.wait().await.expect("an outcome");
     });
+    println!("{:.1} KB written a step", (written() - before) / steps as f64 / 1e3);
     let late: Vec<_> = memory.into_iter().filter(|(step, _)| *step > 2000.0).collect();
     if late.len() > 2 {
         let (slope, half) = slope(&late);
@@ -169,6 +233,12 @@ fn main() {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     if model == "soak" {
         return soak(&runtime, arguments.get(1).map_or(20_000, |n| n.parse().expect("a number of steps")));
+    }
+    if model == CHILD {
+        return child(&runtime, Path::new(&arguments[1]), arguments.get(2).map_or("", String::as_str));
+    }
+    if model == "restart" {
+        return restart(&runtime, arguments.get(1).map_or("", String::as_str));
     }
     let steps = arguments.get(1).map_or(100, |n| n.parse().expect("a number of steps"));
     let arms = [Arm::Never, Arm::Every(50), Arm::Every(10), Arm::Every(1), Arm::Share(0.035)];

@@ -79,7 +79,7 @@ impl Live {
     async fn generate(&self, request: Generate) -> Result<Generated> {
         let policy = self.policy.as_ref().ok_or(Error::NoPolicy)?;
         let options = request.options(&self.eos)?;
-        let prompt = Prompt { id: 0, prompt: self.text.encode_chat(&request.messages)?.into() };
+        let prompt = Prompt { id: 0, prompt: request.encode(&self.text)?.into() };
         let (sender, mut receiver) = mpsc::unbounded_channel();
         let cancel = CancellationToken::new();
         // Dropped if the caller gives up, which ends the generation.

@@ -4,8 +4,8 @@
 use std::path::PathBuf;
 
 use candle_core::DType;
-use rehearsal_lm::Message;
 use rehearsal_lm::generate::{Finish, Options, Sampling};
+use rehearsal_lm::{Message, Text};
 use rehearsal_store::{CheckpointSummary, Preference, Query, RolloutRecord, ScoreRecord};
 use serde::{Deserialize, Serialize};
 
@@ -65,17 +65,37 @@ pub struct Generate {
     pub top_p: f64,
     /// The same weights, prompt and seed give the same completion.
     pub seed: u64,
+    /// Whether special tokens that are written out in the messages, such as `<|im_end|>`, become those tokens. By default they
+    /// stay text: who asks may not be trusted.
+    #[serde(default)]
+    pub special_tokens: bool,
 }
 
 impl Generate {
     /// A message of the user, answered in at most 64 tokens at temperature 0.7.
     pub fn new(prompt: impl Into<String>) -> Self {
-        Self { messages: vec![Message::user(prompt)], max_new_tokens: 64, temperature: 0.7, top_p: 1.0, seed: 0 }
+        Self {
+            messages: vec![Message::user(prompt)],
+            max_new_tokens: 64,
+            temperature: 0.7,
+            top_p: 1.0,
+            seed: 0,
+            special_tokens: false,
+        }
+    }
+
+    /// Tokens of the messages.
+    pub(crate) fn encode(&self, text: &Text) -> Result<Vec<u32>> {
+        let encoded = match self.special_tokens {
+            true => text.encode_chat(&self.messages),
+            false => text.encode_chat_as_text(&self.messages),
+        };
+        Ok(encoded?)
     }
 
     /// The options of the sampler.
     pub(crate) fn options(&self, eos: &[u32]) -> Result<Options> {
-        let Self { messages, max_new_tokens, temperature, top_p, seed } = self;
+        let Self { messages, max_new_tokens, temperature, top_p, seed, special_tokens: _ } = self;
         let wrong = |what: String| Err(Error::Usage(format!("the request to generate {what}")));
         if messages.is_empty() {
             return wrong("has no message; it needs at least one".into());

@@ -89,7 +89,7 @@ fn generate(store: &Store, request: &Generate) -> Result<Generated> {
 /// A model's completion, on the CPU in f32.
 pub fn complete(model: &Checkpoint, request: &Generate, version: u64) -> Result<Generated> {
     let options = request.options(&model.architecture.eos)?;
-    let prompt = Prompt { id: 0, prompt: model.text.encode_chat(&request.messages)?.into() };
+    let prompt = Prompt { id: 0, prompt: request.encode(&model.text)?.into() };
     let decoder = model.frozen(&Device::Cpu, DType::F32)?;
     let (mut tokens, mut finish) = (Vec::new(), Finish::Length);
     Generator::new(&decoder)?.generate(vec![prompt], &options, None, &|| false, &mut |c| {

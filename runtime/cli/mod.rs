@@ -105,6 +105,9 @@ A job that runs answers with its weights of this moment, another with those of i
         /// System message
         #[arg(long)]
         system: Option<String>,
+        /// Special tokens that are written out in the message become those tokens; by default they stay text
+        #[arg(long)]
+        special_tokens: bool,
     },
     /// Evaluate reward models, judges and models
     #[command(subcommand)]
@@ -158,8 +161,9 @@ pub fn main() -> ExitCode {
         Command::Run { config } => run::run(&config),
         Command::Resume { directory, config } => run::resume(&directory, config.as_deref()),
         Command::Status { directory } => status::status(&directory),
-        Command::Generate { model, prompt, max_new_tokens, temperature, top_p, seed, system } => {
-            let mut request = Generate { max_new_tokens, temperature, top_p, seed, ..Generate::new(prompt) };
+        Command::Generate { model, prompt, max_new_tokens, temperature, top_p, seed, system, special_tokens } => {
+            let mut request =
+                Generate { max_new_tokens, temperature, top_p, seed, special_tokens, ..Generate::new(prompt) };
             request.messages.splice(0..0, system.map(Message::system));
             generate::generate(&model, request)
         }

@@ -9,19 +9,35 @@ use arrow_json::reader::infer_json_schema_from_iterator;
 use parquet::arrow::ArrowWriter;
 use parquet::basic::Compression;
 use parquet::file::properties::WriterProperties;
-use parquet::file::reader::SerializedFileReader;
+use parquet::file::reader::{FileReader as _, SerializedFileReader};
 use serde_json::{Value, json};
 
 use crate::error::{At, Error, Result};
 
+/// Bytes that a group of rows may have when it is decompressed. A page, by its format, has 2 GiB at most.
+const ROW_GROUP_MAX: i64 = 4 << 30;
+
 /// The rows of a file, in order.
 pub fn read(file: &Path) -> Result<impl Iterator<Item = Result<Value>> + use<>> {
+    rows(file, ROW_GROUP_MAX)
+}
+
+fn rows(file: &Path, row_group_max: i64) -> Result<impl Iterator<Item = Result<Value>> + use<>> {
     let path = file.to_path_buf();
     let wrong = |path: &Path, e: parquet::errors::ParquetError| Error::Prompts {
         file: path.into(),
         message: format!("is no readable Parquet file: {e}"),
     };
     let reader = SerializedFileReader::new(File::open(file).at(file)?).map_err(|e| wrong(&path, e))?;
+    if let Some(group) = reader.metadata().row_groups().iter().find(|group| group.total_byte_size() > row_group_max) {
+        let message = format!(
+            "has a group of {} rows with {} bytes when decompressed; at most {row_group_max} are read at a time: write it with \
+             smaller groups of rows",
+            group.num_rows(),
+            group.total_byte_size()
+        );
+        return Err(Error::Prompts { file: path, message });
+    }
     Ok(reader.into_iter().map(move |row| Ok(row.map_err(|e| wrong(&path, e))?.to_json_value())))
 }
 
@@ -63,4 +79,19 @@ fn with_uniform_types(rows: &[Value]) -> Vec<Value> {
         row
     };
     rows.iter().map(one).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_that_grows_too_large_is_refused_before_it_is_decompressed() {
+        let file = tempfile::NamedTempFile::with_suffix(".parquet").unwrap();
+        write(&[json!({"prompt": "a".repeat(1 << 20)})], file.path()).unwrap();
+        assert!(file.as_file().metadata().unwrap().len() < 1 << 18, "it is compressed");
+        assert_eq!(rows(file.path(), 1 << 22).unwrap().count(), 1);
+        let error = rows(file.path(), 1 << 19).err().expect("an error").to_string();
+        assert!(error.contains("smaller groups of rows"), "{error}");
+    }
 }

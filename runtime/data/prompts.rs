@@ -116,9 +116,11 @@ impl Prompts {
                 }
             };
             let messages = messages(&row, settings);
-            let tokens = match messages.as_slice() {
-                [] => text.encode(&row.last)?,
-                messages => text.encode_chat(messages)?,
+            let tokens = match (messages.as_slice(), settings.special_tokens) {
+                ([], true) => text.encode(&row.last)?,
+                ([], false) => text.encode(&text.without_special(&row.last))?,
+                (messages, true) => text.encode_chat(messages)?,
+                (messages, false) => text.encode_chat_as_text(messages)?,
             };
             if tokens.len() > tokens_max {
                 if settings.on_long == OnBad::Fail {

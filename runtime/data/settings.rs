@@ -124,6 +124,8 @@ pub struct PromptsSettings {
     pub on_long: OnBad,
     /// Tokens of a prompt at most; 0 for what the context leaves.
     pub tokens_max: usize,
+    /// Whether special tokens that are written out in prompts become those tokens.
+    pub special_tokens: bool,
 }
 
 impl Default for PromptsSettings {
@@ -137,6 +139,7 @@ impl Default for PromptsSettings {
             on_bad_line: OnBad::Fail,
             on_long: OnBad::Skip,
             tokens_max: 0,
+            special_tokens: true,
         }
     }
 }
@@ -177,6 +180,12 @@ impl Settings for PromptsSettings {
             &mut self.tokens_max,
             Range::from(0.0),
             "Tokens of a prompt at most; 0 takes what the model's context leaves.",
+        );
+        s.flag(
+            "special_tokens",
+            &mut self.special_tokens,
+            "Special tokens that are written out in prompts, such as `<|im_end|>`, become those tokens, as in transformers. With \
+             `false` they stay text: for prompts that others wrote.",
         );
     }
 }

@@ -146,6 +146,12 @@ impl Text {
         }
     }
 
+    /// As [`Text::encode_chat`]; special tokens that are written out in the messages stay text.
+    pub fn encode_chat_as_text(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        let safe = |m: &Message| Message { content: self.without_special(&m.content), ..m.clone() };
+        self.encode_chat(&messages.iter().map(safe).collect::<Vec<_>>())
+    }
+
     /// Token that ends a turn of the assistant: the first of `eos` that the chat template renders after one, or the first of
     /// them.
     pub fn end_of_turn(&self, eos: &[u32]) -> Option<u32> {
