@@ -15,7 +15,11 @@ use rehearsal::lm::{ChatTemplate, Checkpoint, Files, Message};
 use rehearsal::store::{Prompt, Store};
 use rehearsal::{CancellationToken, Config};
 
-pub const TARGETS: [(&str, fn(&[u8])); 11] = [
+/// Reads an input.
+type Target = fn(&[u8]);
+
+/// Every target by its name.
+pub const TARGETS: [(&str, Target); 11] = [
     ("gguf", gguf),
     ("safetensors", safetensors),
     ("config_json", config_json),

@@ -130,7 +130,7 @@ fn random_deaths_change_nothing() {
     let cases = cases::all();
     let only = std::env::var("REHEARSAL_CASE").unwrap_or_default();
     let cases: Vec<&Case> = cases.iter().filter(|case| case.name.contains(&only)).collect();
-    let deaths = number("REHEARSAL_KILLS", 3 * cases.len() as u64) as usize;
+    let deaths = number("REHEARSAL_KILLS", 2 * cases.len() as u64) as usize;
     let mut table = String::from("| job | jobs | deaths | how |\n| --- | --- | --- | --- |\n");
     let (mut jobs, mut total) = (0, 0);
     let start = Instant::now();
