@@ -95,10 +95,10 @@ impl Durable {
         let mut base = state.journal.begin_base(state.number)?;
         drop(state);
         // Damage that is met here is mended meanwhile.
-        let written = Pages::new(self, b"").try_for_each(|entry| base.push(entry?));
+        let written = Pages::new(self, b"").try_for_each(|entry| base.push(entry?)).and_then(|()| base.end());
         let journal = &mut self.state.borrow_mut().journal;
         match written {
-            Ok(()) => journal.end_base(base),
+            Ok(()) => journal.put_base(base),
             Err(e) => {
                 journal.drop_base(base);
                 Err(e)

@@ -197,13 +197,8 @@ impl Journal {
         Ok(base)
     }
 
-    /// Puts a new base in the place of the old one, and begins an empty journal.
-    pub fn end_base(&mut self, mut new: NewBase) -> Result<()> {
-        if !new.batch.0.is_empty() {
-            new.end_frame()?;
-        }
-        new.end_frame()?; // an empty batch ends the base
-        new.file.sync().at(&new.path)?;
+    /// Puts a new base, which has all entries, in the place of the old one, and begins an empty journal.
+    pub fn put_base(&mut self, new: NewBase) -> Result<()> {
         self.file = None;
         let (base, journal) = (self.path(BASE), self.path(JOURNAL));
         self.files.rename(&new.path, &base).at(&base)?;
@@ -242,6 +237,15 @@ impl NewBase {
         self.bytes += key.len() + value.len();
         self.batch.put(key, value);
         if self.bytes >= FRAME_BYTES { self.end_frame() } else { Ok(()) }
+    }
+
+    /// Makes it durable; nothing can be added any more.
+    pub fn end(&mut self) -> Result<()> {
+        if !self.batch.0.is_empty() {
+            self.end_frame()?;
+        }
+        self.end_frame()?; // an empty batch ends the base
+        self.file.sync().at(&self.path)
     }
 
     fn end_frame(&mut self) -> Result<()> {

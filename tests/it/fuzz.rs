@@ -6,10 +6,12 @@ use std::path::Path;
 
 use rehearsal::lm::random::Stream;
 
+use crate::support::number;
+
 #[path = "../../fuzz/targets.rs"]
 mod targets;
 
-/// Mutations of each input.
+/// Mutations of each input, unless `REHEARSAL_FUZZ` says how many.
 const MUTATIONS: u64 = 40;
 
 /// Flips, cuts, doubles or overwrites parts of an input.
@@ -42,7 +44,7 @@ fn no_target_panics_on_its_corpus_or_near_it() {
         assert!(!files.is_empty(), "{name} has no corpus");
         for file in files {
             let input = std::fs::read(&file).unwrap();
-            for number in 0..=MUTATIONS {
+            for number in 0..=number("REHEARSAL_FUZZ", MUTATIONS) {
                 let bytes = if number == 0 { input.clone() } else { mutated(&input, number) };
                 let run = catch_unwind(|| targets::run(name, &bytes));
                 if run.is_err() {

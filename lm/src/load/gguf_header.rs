@@ -61,6 +61,10 @@ pub fn check<R: Read + Seek>(reader: &mut R) -> Result<(), String> {
                 format!("tensor `{name}` claims to be larger than the file")
             })?;
         }
+        // candle makes a slice of its data, which must not be empty.
+        if elements == 0 {
+            return Err(format!("tensor `{}` has no elements", String::from_utf8_lossy(&name)));
+        }
         header.skip(4 + 8)?; // type and offset
     }
     Ok(())

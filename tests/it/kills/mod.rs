@@ -14,7 +14,7 @@ use rehearsal::lm::random::Stream;
 
 use self::cases::{Case, Prepared};
 use self::ways::{End, Way};
-use crate::support::{Remains, rehearsal, stderr};
+use crate::support::{Remains, number, rehearsal, stderr};
 
 /// Numbers for one campaign, repeated by its seed.
 pub struct Random {
@@ -37,12 +37,6 @@ impl Random {
     pub fn below(&mut self, n: usize) -> usize {
         (self.share() * n as f64) as usize
     }
-}
-
-/// A number from the environment.
-fn number(variable: &str, default: u64) -> u64 {
-    let value = std::env::var(variable).ok();
-    value.map_or(default, |n| n.parse().unwrap_or_else(|_| panic!("{variable} is a number, not {n:?}")))
 }
 
 fn seed() -> u64 {

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use super::cases::{self, Case, Prepared};
 use super::disk::Disk;
-use super::{Random, number, remains, seed, whole};
+use super::{Random, remains, seed, whole};
 use crate::support::parts::{Part, skip};
-use crate::support::program;
+use crate::support::{number, program};
 
 /// The program, in a system that was started anew: with a number of its own for the boot.
 fn after_boot(arguments: [&str; 2], boot: &Path) -> Command {

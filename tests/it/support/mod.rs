@@ -93,6 +93,12 @@ pub fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Runtime::new().unwrap()
 }
 
+/// A number from the environment.
+pub fn number(variable: &str, default: u64) -> u64 {
+    let value = std::env::var(variable).ok();
+    value.map_or(default, |n| n.parse().unwrap_or_else(|_| panic!("{variable} is a number, not {n:?}")))
+}
+
 /// How long a test waits before it says what it waited for. No test passes because this is over.
 pub const PATIENCE: Duration = Duration::from_secs(600);
 
