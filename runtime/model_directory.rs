@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use rehearsal_store::replace_directory;
+use rehearsal_store::{beside, replace_directory};
 
 use crate::error::{At, Error, Result};
 
@@ -26,9 +26,7 @@ impl Writing {
                 return Err(Error::NotAModelDirectory(directory.into()));
             }
         }
-        let mut temporary = directory.as_os_str().to_owned();
-        temporary.push(".tmp");
-        let temporary = PathBuf::from(temporary);
+        let temporary = beside(directory);
         if temporary.exists() {
             fs::remove_dir_all(&temporary).at(&temporary)?; // what a killed process has left
         }

@@ -15,9 +15,9 @@ use crate::status::{JobStatus, MemoryUse, Waiting};
 pub fn status(directory: &Path) -> Result<ExitCode> {
     saved::block_on(async {
         let job = JobReader::open(directory).await?;
-        show(&job.status().await?);
+        let status = job.status().await?;
+        show(&status);
         if job.is_running() {
-            let status = job.status().await?;
             say!("running as process {}", status.process);
             for Waiting { wait, seconds } in &status.waiting {
                 say!("  waiting for {seconds:.0} s: {wait}");

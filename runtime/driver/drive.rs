@@ -151,7 +151,7 @@ impl Run {
     async fn carry_out(&mut self, command: Command) -> Result<()> {
         let (reply, result) = match command {
             Command::Checkpoint { reply } => (reply, self.checkpoint().await),
-            Command::Export { directory, dtype, reply } => (reply, self.export(directory, dtype).await),
+            Command::Export { directory, dtype, reply } => (reply, self.write_model(directory, dtype, None).await),
         };
         let died = result.as_ref().is_err_and(|e| e.is_death());
         let step = self.state.step;
@@ -164,10 +164,6 @@ impl Run {
     }
 
     /// Writes the trained model as a Hugging Face directory; an earlier one is replaced as a whole.
-    async fn export(&self, directory: PathBuf, dtype: DType) -> Result<()> {
-        self.write_model(directory, dtype, None).await
-    }
-
     async fn write_model(&self, directory: PathBuf, dtype: DType, normalisation: Option<Normalisation>) -> Result<()> {
         let writing = blocking(move || Writing::begin(&directory)).await?;
         let trained = || Error::Internal("the algorithm has started no model to train".into());

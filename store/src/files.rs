@@ -145,7 +145,7 @@ fn directory_of(path: &Path) -> &Path {
 pub(crate) const TEMPORARY: &str = ".tmp";
 
 /// The name under which what replaces `path` is written.
-pub(crate) fn beside(path: &Path) -> PathBuf {
+pub fn beside(path: &Path) -> PathBuf {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(TEMPORARY);
     temporary.into()

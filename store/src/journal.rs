@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::IoContext;
-use crate::files::{Append, Files, beside, replace};
+use crate::files::{Append, Files, beside, replace_durably};
 use crate::frame::{self, Frames};
 use crate::kv::{Entry, WriteBatch};
 use crate::{Error, Result};
@@ -204,8 +204,7 @@ impl Journal {
         self.files.rename(&new.path, &base).at(&base)?;
         self.files.sync_directory(&self.directory).at(&self.directory)?;
         let header = header(new.number, self.boot);
-        replace(&*self.files, &journal, &header).at(&journal)?;
-        self.files.sync_directory(&self.directory).at(&self.directory)?;
+        replace_durably(&*self.files, &journal, &header).at(&journal)?;
         self.file = Some(self.files.append(&journal).at(&journal)?);
         (self.base_len, self.len) = (new.len, header.len() as u64);
         Ok(())

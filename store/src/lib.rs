@@ -47,7 +47,7 @@ mod sled_kv;
 
 pub use checkpoint::{CheckpointSummary, LoadedCheckpoint, OwnedTensor, SavedCheckpoint, TensorBytes};
 pub use error::{Error, Result};
-pub use files::{Disk, Files, replace, replace_directory, replace_durably};
+pub use files::{Disk, Files, beside, replace, replace_directory, replace_durably};
 pub use header::ModelCounters;
 pub use kv::{KeyValue, MemoryKv, WriteBatch};
 pub use ledger::{CachedReply, Exchange, Preference, Prompt, Query, Turn, Usage};

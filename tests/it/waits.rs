@@ -69,8 +69,7 @@ fn a_reward_that_does_not_answer_is_named_by_event_status_and_metric() {
 #[test]
 fn a_reward_that_never_answers_ends_the_job_by_its_deadline() {
     runtime().block_on(async {
-        let (_open, builder, folder, _) = stuck();
-        drop(builder);
+        let folder = tempfile::tempdir().unwrap();
         let more = "[limits]\nrequest_seconds = 2\nnotice_seconds = 1\n";
         let (_never, closed) = mpsc::channel::<()>();
         let closed = std::sync::Mutex::new(closed);

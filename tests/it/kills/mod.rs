@@ -100,7 +100,7 @@ fn campaign(case: &Case, deaths: u32, index: u64) -> Row {
                     died += 1;
                     *row.deaths.entry(way.name()).or_default() += 1;
                 }
-                End::Failed(said) => panic!("{context}: {said}"),
+                End::Failed(stderr) => panic!("{context}: {stderr}"),
             }
             if random.below(4) == 0 && job.stages.is_empty() && ways::killed_beside(&job, &mut random) {
                 *row.deaths.entry("export, verify, status").or_default() += 1;

@@ -1,11 +1,11 @@
 //! Power cuts under the real program on a disk that loses what was not synced, sled's log included.
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 use super::cases::{self, Case, Prepared};
 use super::disk::Disk;
+use super::ways::Started;
 use super::{Random, remains, seed, whole};
 use crate::support::parts::{Part, skip};
 use crate::support::{number, program};
@@ -15,20 +15,7 @@ fn after_boot(arguments: [&str; 2], boot: &Path) -> Command {
     let script = r#"mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@""#;
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", script]).arg(boot).arg(program().get_program()).args(arguments);
-    command.stdout(Stdio::null()).stderr(Stdio::inherit());
     command
-}
-
-/// Waits for a process; whether it ended in this time.
-fn ends_within(child: &mut Child, time: Duration) -> bool {
-    let until = Instant::now() + time;
-    while Instant::now() < until {
-        if child.try_wait().unwrap().is_some() {
-            return true;
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    false
 }
 
 /// Cuts the power of a job again and again; how often.
@@ -63,20 +50,19 @@ fn campaign(case: &Case, cuts: u32, index: u64) -> Option<u32> {
                 true => ["resume", job.directory.to_str().unwrap()],
                 false => ["run", job.file.to_str().unwrap()],
             };
-            let mut child = after_boot(arguments, &boot).spawn().unwrap();
-            if done >= cuts || ends_within(&mut child, time.mul_f64(1.5 * random.share())) {
-                let status = child.wait().unwrap();
-                assert!(
-                    status.success(),
-                    "{}, seed {}, boot {boots}: {arguments:?} ended with {status}",
-                    case.name,
-                    seed()
-                );
+            let mut process = Started::new(after_boot(arguments, &boot));
+            let ended = match done < cuts {
+                true => process.ends_within(time.mul_f64(1.5 * random.share())),
+                false => Some(process.wait()),
+            };
+            if let Some((status, stderr)) = ended {
+                let name = case.name;
+                assert!(status.success(), "{name}, seed {}, boot {boots}: {arguments:?}, {status}: {stderr}", seed());
                 break;
             }
             disk.cut();
-            child.kill().unwrap();
-            child.wait().unwrap();
+            process.signal(libc::SIGKILL);
+            process.wait();
             done += 1;
             session.umount_and_join().unwrap();
             disk = disk.survived(&mut random);

@@ -111,7 +111,7 @@ pub fn run(job: &Prepared, way: &Way, whole: Duration, random: &mut Random) -> E
     let first = attempt(job, way, whole, random, true);
     // Killed between keeping its settings and its first record, a job has nothing to resume: it is run again.
     match first {
-        End::Failed(said) if said.contains("holds no job") => attempt(job, way, whole, random, false),
+        End::Failed(stderr) if stderr.contains("holds no job") => attempt(job, way, whole, random, false),
         end => end,
     }
 }
@@ -189,56 +189,56 @@ fn at_phase(arguments: &[&str], kill: Kill) -> End {
 }
 
 /// What an end means. Some deaths are errors that the job reports: no memory, a broken disk.
-fn ended((status, said): (ExitStatus, String), errors: bool) -> End {
+fn ended((status, stderr): (ExitStatus, String), errors: bool) -> End {
     match (status.code(), status.signal()) {
         (Some(0), _) => End::Done,
         (_, Some(libc::SIGKILL)) => End::Died,
         (Some(137), _) => End::Died, // as strace reports it
         (_, Some(libc::SIGABRT)) if errors => End::Died,
         (Some(1 | 101 | 134), _) if errors => End::Died,
-        _ => End::Failed(format!("{status}: {said}")),
+        _ => End::Failed(format!("{status}: {stderr}")),
     }
 }
 
-/// A process whose errors are kept.
-struct Started {
+/// A process whose standard error is kept.
+pub struct Started {
     child: Child,
-    said: std::thread::JoinHandle<String>,
+    stderr: std::thread::JoinHandle<String>,
     /// Whether it may have met the end of its memory.
     starved: bool,
 }
 
 impl Started {
-    fn new(mut command: Command) -> Self {
+    pub fn new(mut command: Command) -> Self {
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        let mut stderr = child.stderr.take().unwrap();
-        let said = std::thread::spawn(move || {
+        let mut pipe = child.stderr.take().unwrap();
+        let stderr = std::thread::spawn(move || {
             let mut text = Vec::new();
-            let _ = std::io::Read::read_to_end(&mut stderr, &mut text);
+            let _ = std::io::Read::read_to_end(&mut pipe, &mut text);
             String::from_utf8_lossy(&text).into_owned()
         });
-        Self { child, said, starved: false }
+        Self { child, stderr, starved: false }
     }
 
-    fn signal(&self, signal: libc::c_int) {
+    pub fn signal(&self, signal: libc::c_int) {
         // SAFETY: a plain system call; the child is not yet waited for, so its number is its own.
         unsafe { libc::kill(self.child.id() as libc::pid_t, signal) };
     }
 
     /// Waits for a time; the end, if it comes within.
-    fn ends_within(&mut self, time: Duration) -> Option<(ExitStatus, String)> {
+    pub fn ends_within(&mut self, time: Duration) -> Option<(ExitStatus, String)> {
         let until = Instant::now() + time;
         while Instant::now() < until {
             if let Some(status) = self.child.try_wait().unwrap() {
-                return Some((status, self.said()));
+                return Some((status, self.stderr()));
             }
             std::thread::sleep(Duration::from_micros(500));
         }
         None
     }
 
-    fn said(&mut self) -> String {
-        std::mem::replace(&mut self.said, std::thread::spawn(String::new)).join().unwrap()
+    fn stderr(&mut self) -> String {
+        std::mem::replace(&mut self.stderr, std::thread::spawn(String::new)).join().unwrap()
     }
 
     fn killed_after(mut self, time: Duration) -> End {
@@ -250,13 +250,14 @@ impl Started {
         ended(end, false)
     }
 
-    fn wait(mut self) -> (ExitStatus, String) {
+    /// Waits for its end, which it may take long to come to, and not for ever.
+    pub fn wait(&mut self) -> (ExitStatus, String) {
         match self.ends_within(PATIENCE) {
             Some(end) => end,
             None => {
                 self.signal(libc::SIGKILL);
                 self.child.wait().unwrap();
-                panic!("the job stood still: {}", self.said());
+                panic!("the job stood still: {}", self.stderr());
             }
         }
     }
