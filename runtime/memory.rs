@@ -10,7 +10,7 @@ use crate::settings::Common;
 /// Bytes by purpose, for a job whose roles are on the CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryBudget {
-    /// The trained weights, f32.
+    /// The trained weights, f32, of all members.
     pub weights: u64,
     /// The reference's weights.
     pub reference: u64,
@@ -37,6 +37,9 @@ impl MemoryBudget {
         if config.placement.policy() != Placement::Cpu || config.placement.reference() != Placement::Cpu {
             return None;
         }
+        let members = config.placement.policy_members().len() as u64;
+        // A member adds its leaves in a tree, and holds a sum for each of its levels beside that of the leaf in progress.
+        let sums = 1 + (config.optimizer.leaves as u64 / members).max(1).ilog2() as u64;
         let precision = config.model.dtype;
         let parameters = model.parameter_count();
         let (prompts, new) = (rollout.prompts_per_step as u64, rollout.max_new_tokens as u64);
@@ -46,11 +49,11 @@ impl MemoryBudget {
         // Else the best and the worst of each prompt's completions are computed again to be learned from.
         let tokens = if all <= keeps { all } else { prompts * (prompt_tokens + 2 * new) };
         let micro_batch = tokens.min(config.optimizer.micro_batch_tokens as u64);
-        let moments = parameters * 2 * config.optimizer.adamw.moments.bits() / 8;
-        let (weights, reference) = (4 * parameters, precision.dtype().size_in_bytes() as u64 * parameters);
-        let gradients = 4 * parameters;
+        let moments = members * parameters * 2 * config.optimizer.adamw.moments.bits() / 8;
+        let (weights, reference) = (4 * members * parameters, precision.dtype().size_in_bytes() as u64 * parameters);
+        let gradients = 4 * members * sums * parameters;
         let activations = model.activation_bytes(micro_batch, precision, config.optimizer.gradient_checkpointing);
-        let generation = model.packed_bytes(precision)
+        let generation = members * model.packed_bytes(precision)
             + model.cache_bytes(completions.min(rollout.batch as u64), prompt_tokens + new)
             + model.activation_bytes(all.min(keeps), precision, false);
         let peak = weights + reference + moments + generation.max(gradients + activations);
@@ -88,6 +91,10 @@ mod tests {
         assert_eq!(small.gradients, full.gradients);
         // What is kept from generation on is held while it goes on.
         assert!(predict("[limits]\nkept_tokens = 0\n").generation < full.generation);
+        // Two members have a copy each, and each of them a sum of its first two leaves, of its last two, and a leaf.
+        let group = predict("[optimizer]\nleaves = 8\n[placement]\npolicy = [\"cpu\", \"cpu\"]\n");
+        assert_eq!((group.weights, group.moments), (2 * full.weights, 2 * full.moments));
+        assert_eq!(group.gradients, 2 * 3 * full.gradients);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::Device;
-use parking_lot::FairMutex;
+use parking_lot::{FairMutex, FairMutexGuard};
 
 use crate::{Error, Result, Waits};
 
@@ -71,10 +71,7 @@ impl Devices {
     /// Creates a CPU thread pool of `threads` threads, or of one for each core if that is 0. Results do not depend
     /// on the number. Devices are opened when a role first needs them.
     pub fn new(threads: usize) -> Result<Self> {
-        let pool =
-            rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("rehearsal-cpu-{i}")).build();
-        let pool = pool.map_err(|e| Error::Placement { given: "cpu".into(), reason: e.to_string() })?;
-        Ok(Self { open: Arc::default(), pool: Arc::new(pool), waits: Waits::default() })
+        Ok(Self { open: Arc::default(), pool: Arc::new(pool(threads, "cpu")?), waits: Waits::default() })
     }
 
     /// The same devices for a job whose waits for them are noted in `waits`.
@@ -118,16 +115,39 @@ impl Devices {
 }
 
 impl SharedDevice {
-    /// Runs `f` on the job's thread pool while no other role computes on the device.
+    /// Runs `f` on the device's threads while no other role computes on the device.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
-        let guard = self.lock.try_lock().or_else(|| {
-            let _wait = self.waits.enter("device", self.placement.to_string());
-            Some(self.lock.lock())
-        });
+        let turn = self.turn();
         let result = self.pool.install(f);
-        drop(guard);
+        drop(turn);
         result
     }
+
+    /// Keeps the device from other roles while the guard lives.
+    pub fn turn(&self) -> FairMutexGuard<'_, ()> {
+        self.lock.try_lock().unwrap_or_else(|| {
+            let _wait = self.waits.enter("device", self.placement.to_string());
+            self.lock.lock()
+        })
+    }
+
+    /// `n` shares of the device, each with its part of the threads, and at least one. They are independent of each other and
+    /// of the whole: whoever uses them must have [the turn](Self::turn) of the whole.
+    pub fn shares(&self, n: usize) -> Result<Vec<Self>> {
+        let threads = self.pool.current_num_threads();
+        let share = |index: usize| {
+            let threads = ((index + 1) * threads / n - index * threads / n).max(1);
+            Ok(Self { lock: Arc::default(), pool: Arc::new(pool(threads, "share")?), ..self.clone() })
+        };
+        (0..n).map(share).collect()
+    }
+}
+
+/// A pool of `threads` threads, or of one for each core if that is 0.
+fn pool(threads: usize, name: &'static str) -> Result<rayon::ThreadPool> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+    let pool = pool.thread_name(move |i| format!("rehearsal-{name}-{i}")).build();
+    pool.map_err(|e| Error::Placement { given: "cpu".into(), reason: e.to_string() })
 }
 
 /// Opens a CUDA device with one stream for all threads: with candle's default of a stream per thread, a tensor that

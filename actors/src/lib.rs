@@ -54,8 +54,8 @@ pub use error::{Error, Result};
 pub use frozen::FrozenModel;
 pub use models::{CriticHandle, PolicyHandle};
 pub use objective::{
-    Demonstrations, MaskedSequence, Objective, PairTokens, Pairs, Pass, Ranking, Rankings, RolloutTokens, Rollouts,
-    Stats, StepTimes, ValueTokens, Values,
+    Cut, Demonstrations, Leaf, MaskedSequence, Objective, PairTokens, Pairs, Pass, Ranking, Rankings, RolloutTokens,
+    Rollouts, Stats, StepTimes, ValueTokens, Values,
 };
 pub use reference::ReferenceHandle;
 pub use reward::{Judged, Reward, RewardError, RewardFn, RewardHandle, Sample};

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device};
-use rehearsal_actors::{Placement, Restored};
+use rehearsal_actors::Restored;
 use rehearsal_lm::Checkpoint;
 use rehearsal_lm::generate::{Finish, Generator, Request as Prompt, completion_text};
 use rehearsal_store::Store;
@@ -77,7 +77,7 @@ pub fn model(store: &Store) -> Result<(Checkpoint, Trained)> {
     let Some(latest) = latest else { return Ok((checkpoint, Trained::default())) };
     let missing = || Error::SavedState { reason: format!("the checkpoint has no {role}") };
     let model = latest.models.get(role).ok_or_else(missing)?;
-    model.apply_to(&mut checkpoint, config.common.trained(Placement::Cpu).lora.as_ref())?;
+    model.apply_to(&mut checkpoint, config.common.lora_init().as_ref())?;
     Ok((checkpoint, Trained { step: latest.step, version: model.version }))
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use rehearsal_actors::{PairTokens, Pairs, PolicyHandle, ReferenceHandle, Tokens};
+use rehearsal_actors::{Cut, PairTokens, Pairs, PolicyHandle, ReferenceHandle, Tokens};
 use rehearsal_lm::Checkpoint;
 
 use super::shared::offline::OfflineSettings;
@@ -91,7 +91,7 @@ impl Algorithm for Running {
             let drawn: Vec<(usize, PairRow)> = drawn.into_iter().map(|(i, row)| (i, row.clone())).collect();
             let stats = Stats::from([("pairs", drawn.len() as f64)]);
             let pairs = self.with_reference(drawn, &mut seconds).await?;
-            let objective = Pairs { pairs, loss: self.settings.loss.preference };
+            let objective = Pairs { pairs, loss: self.settings.loss.preference, cut: Cut::Items };
             let report = run.learn(objective, run.learning_rate(), 1.0).await?;
             self.settings.offline.step(run, Updates::one(report), stats, seconds)
         })

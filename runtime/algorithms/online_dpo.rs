@@ -2,7 +2,7 @@
 //! K times, a source of rewards scores the completions, the best and the worst of them enter a preference loss against the
 //! reference, and the next completions come from the updated policy.
 
-use rehearsal_actors::{PairTokens, Pairs};
+use rehearsal_actors::{Cut, PairTokens, Pairs};
 use rehearsal_learn::pairs::Pair;
 
 use super::shared::online::OnlineSettings;
@@ -95,7 +95,9 @@ impl Algorithm for Running {
                 groups.iter().zip(&pairs).filter_map(|(g, p)| Some(pair_tokens(&prompts, g, (*p)?))).collect();
             let mut updates = Updates::default();
             if !tokens.is_empty() {
-                let objective = Pairs { pairs: tokens, loss: loss.preference };
+                let of = groups.iter().zip(&pairs).filter(|(_, pair)| pair.is_some()).map(|(group, _)| group.prompt);
+                let cut = Cut::Prompts { prompts: prompts.len(), of: of.collect() };
+                let objective = Pairs { pairs: tokens, loss: loss.preference, cut };
                 updates.add(run.learn(objective, learning_rate, online.rollout.temperature()).await?);
             }
 

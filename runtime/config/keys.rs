@@ -43,6 +43,8 @@ pub enum Kind {
     Choice(Vec<&'static str>),
     /// A list of texts.
     Texts,
+    /// A text or a list of texts.
+    TextOrTexts,
     /// A list of numbers.
     Numbers,
 }

@@ -67,6 +67,10 @@ fn property(key: &Key) -> Value {
         Kind::Text => typed("string", Map::new()),
         Kind::Choice(names) => Map::from_iter([("enum".to_string(), json!(names))]),
         Kind::Texts => typed("array", Map::from_iter([("items".to_string(), json!({"type": "string"}))])),
+        Kind::TextOrTexts => {
+            let texts = json!({"type": "array", "items": {"type": "string"}});
+            Map::from_iter([("anyOf".to_string(), json!([{"type": "string"}, texts]))])
+        }
         Kind::Numbers => typed("array", Map::from_iter([("items".to_string(), json!({"type": "number"}))])),
     };
     property.insert("description".into(), key.help.into());

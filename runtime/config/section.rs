@@ -244,6 +244,36 @@ impl<'a> Section<'a> {
         );
     }
 
+    /// One value written as a text, or a list of them; none may be given. `wanted` says what a text that cannot be parsed
+    /// must be.
+    pub fn one_or_more<T>(
+        &mut self,
+        key: &'static str,
+        value: &mut Vec<T>,
+        values: &str,
+        wanted: &'static str,
+        help: &'static str,
+    ) where
+        T: Clone + FromStr + Display,
+        T::Err: Display,
+    {
+        let one = |text: &str| text.parse().map_err(|e| format!("{wanted} ({e})"));
+        self.visit(
+            Described { key, kind: Kind::TextOrTexts, values: values.into(), help },
+            value,
+            |item| match item.as_str() {
+                Some(text) => Ok(vec![one(text)?]),
+                None => list_of(item, |v| v.as_str().map(one)).ok_or(wanted)?.into_iter().collect(),
+            },
+            |_| Ok(()),
+            |all| match all.as_slice() {
+                [] => None,
+                [only] => Some(quoted(&only.to_string())),
+                all => Some(format!("[{}]", all.iter().map(|x| quoted(&x.to_string())).collect::<Vec<_>>().join(", "))),
+            },
+        );
+    }
+
     /// A list of texts.
     pub fn texts(&mut self, key: &'static str, value: &mut Vec<String>, values: &str, help: &'static str) {
         self.visit(

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::DType;
-use rehearsal_actors::{MaskedSequence, Placement};
+use rehearsal_actors::MaskedSequence;
 use rehearsal_lm::{Checkpoint, HeadKind};
 
 use crate::config::ModelSource;
@@ -95,7 +95,7 @@ impl<'a> Loader<'a> {
         if !Arc::ptr_eq(&reference, &self.policy) {
             return frozen(self.common, &reference);
         }
-        match self.common.trained(Placement::Cpu).lora.filter(|lora| lora.adapter.is_some() && self.results >= 2) {
+        match self.common.lora_init().filter(|lora| lora.adapter.is_some() && self.results >= 2) {
             Some(start) => frozen(self.common, &Arc::new(start.merged(&self.policy)?)),
             None => Ok(self.policy()),
         }

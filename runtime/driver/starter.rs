@@ -3,7 +3,9 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use rehearsal_actors::{BufferHandle, CriticHandle, Devices, PolicyHandle, ReferenceHandle, Reward, RewardHandle};
+use rehearsal_actors::{
+    BufferHandle, CriticHandle, Devices, Placement, PolicyHandle, ReferenceHandle, Reward, RewardHandle,
+};
 use rehearsal_lm::Checkpoint;
 
 use super::roles::{Roles, TrainedModel};
@@ -33,7 +35,7 @@ pub struct Starter<'a> {
 impl Starter<'_> {
     /// The policy. Its weights are part of every checkpoint.
     pub async fn policy(&mut self, model: Arc<Checkpoint>) -> Result<PolicyHandle> {
-        let config = self.common.trained(self.common.placement.policy());
+        let config = self.common.trained(self.common.placement.policy_members());
         let policy = self.roles.director.policy(model, config, self.devices.clone()).await?;
         self.roles.trained.push(TrainedModel::Policy(policy.clone()));
         self.roles.watch("policy", &policy);
@@ -42,16 +44,16 @@ impl Starter<'_> {
 
     /// A critic on its own device. Its weights are part of every checkpoint.
     pub async fn critic(&mut self, model: Arc<Checkpoint>) -> Result<CriticHandle> {
-        self.scored(model, self.common.placement.critic()).await
+        self.scored(model, self.common.placement.critic_members()).await
     }
 
     /// A reward model to train, on the policy's device. Its weights are part of every checkpoint.
     pub async fn reward_model(&mut self, model: Arc<Checkpoint>) -> Result<CriticHandle> {
-        self.scored(model, self.common.placement.policy()).await
+        self.scored(model, self.common.placement.policy_members()).await
     }
 
-    async fn scored(&mut self, model: Arc<Checkpoint>, placement: rehearsal_actors::Placement) -> Result<CriticHandle> {
-        let config = self.common.trained(placement);
+    async fn scored(&mut self, model: Arc<Checkpoint>, placements: Vec<Placement>) -> Result<CriticHandle> {
+        let config = self.common.trained(placements);
         let critic = self.roles.director.critic(model, config, self.devices.clone()).await?;
         self.roles.trained.push(TrainedModel::Critic(critic.clone()));
         self.roles.watch("critic", &critic);

@@ -64,8 +64,7 @@ impl Updates {
 
     /// Seconds that all of them took.
     pub fn seconds(&self) -> f64 {
-        let times = self.times();
-        (times.forward + times.backward + times.optimizer).as_secs_f64()
+        self.times().total().as_secs_f64()
     }
 
     fn times(&self) -> StepTimes {

@@ -325,10 +325,10 @@ impl Job {
         async move {
             // What can fail does so before anything is written.
             let address = MetricsAddress::bind(self.config.common.metrics.listen, self.recorder.as_ref())?;
-            let (placement, devices) = (self.config.common.placement, self.devices.clone());
+            let (placement, devices) = (self.config.common.placement.clone(), self.devices.clone());
             let devices = blocking(move || -> Result<Devices> {
                 let devices = devices.map_or_else(|| Devices::new(placement.threads), Ok)?;
-                for placement in [placement.policy(), placement.reference(), placement.reward(), placement.critic()] {
+                for placement in placement.all() {
                     devices.open(placement)?;
                 }
                 Ok(devices)

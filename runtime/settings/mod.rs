@@ -56,6 +56,7 @@ impl Settings for Common {
         self.evaluation.visit(keys);
         self.checkpoint.visit(keys);
         self.placement.visit(keys);
+        self.placement.check(self.optimizer.leaves, keys);
         self.limits.visit(keys);
         self.metrics.visit(keys);
     }
@@ -72,21 +73,27 @@ impl Common {
         }
     }
 
-    /// Settings of a model that is trained on a device.
-    pub(crate) fn trained(&self, placement: Placement) -> TrainedConfig {
+    /// Settings of a model that is trained by members on these devices.
+    pub(crate) fn trained(&self, placements: Vec<Placement>) -> TrainedConfig {
         TrainedConfig {
-            placement,
+            placements,
+            leaves: self.optimizer.leaves,
             optimizer: self.optimizer.adamw,
             max_grad_norm: self.optimizer.max_grad_norm,
             micro_batch_tokens: self.optimizer.micro_batch_tokens,
             precision: self.model.dtype,
             gradient_checkpointing: self.optimizer.gradient_checkpointing,
             ema_decay: self.optimizer.ema_decay,
-            lora: self.lora.enabled().then(|| LoraInit {
-                config: self.lora.config(),
-                adapter: self.lora.adapter.clone(),
-                seed: self.job.seed,
-            }),
+            lora: self.lora_init(),
         }
+    }
+
+    /// What adapters start from, if adapters are trained.
+    pub(crate) fn lora_init(&self) -> Option<LoraInit> {
+        self.lora.enabled().then(|| LoraInit {
+            config: self.lora.config(),
+            adapter: self.lora.adapter.clone(),
+            seed: self.job.seed,
+        })
     }
 }

@@ -17,6 +17,8 @@ pub struct OptimizerSettings {
     pub warmup_steps: u64,
     /// Gradients are scaled to this global norm if theirs is larger; `None` leaves them.
     pub max_grad_norm: Option<f64>,
+    /// Parts that a step is cut into; 1 or more.
+    pub leaves: usize,
     /// Tokens that go through a model at a time.
     pub micro_batch_tokens: usize,
     /// Activations are recomputed in the backward pass instead of kept.
@@ -33,6 +35,7 @@ impl Default for OptimizerSettings {
             schedule: ScheduleKind::Constant,
             warmup_steps: 0,
             max_grad_norm: Some(1.0),
+            leaves: 1,
             micro_batch_tokens: 4096,
             gradient_checkpointing: false,
             ema_decay: None,
@@ -84,6 +87,13 @@ impl Settings for OptimizerSettings {
         let help =
             "Decay of a moving average of the weights, exported in their place (InstructGPT: 0.992); 0 keeps none.";
         s.number_or_none("ema_decay", &mut self.ema_decay, decay, help);
+        s.integer(
+            "leaves",
+            &mut self.leaves,
+            Range::within(1.0, 4096.0),
+            "Parts that a step is cut into: ranges of its prompts or rows, whose gradients are added in a fixed tree. Any number of \
+             members of `placement.policy` that divides it gives the same bits. Another value rounds differently.",
+        );
         s.speed().integer(
             "micro_batch_tokens",
             &mut self.micro_batch_tokens,

@@ -6,6 +6,7 @@ mod bad_input;
 mod chat;
 mod cli;
 mod crash;
+mod distributed;
 mod docs;
 mod embed;
 mod evaluate;

@@ -14,7 +14,8 @@ use candle_core::{DType, Tensor};
 
 pub use demonstrations::{Demonstrations, MaskedSequence};
 pub use pairs::{PairTokens, Pairs};
-pub use pass::{Pass, Stats, StepTimes};
+pub(crate) use pass::Sums;
+pub use pass::{Cut, Leaf, Pass, Stats, StepTimes};
 pub use rankings::{Ranking, Rankings};
 pub use rollouts::{RolloutTokens, Rollouts};
 pub use values::{ValueTokens, Values};
@@ -23,8 +24,8 @@ use crate::{Error, Result, Tokens};
 
 /// The loss of one optimizer step together with the data that it is computed on.
 ///
-/// The trained model calls [`Objective::accumulate`] once for each step, on the thread that owns the model, and applies
-/// the accumulated gradients when it returns `Ok`. An error, or a loss or gradient norm that is not finite, leaves the
+/// The trained model calls [`Objective::accumulate`] once for each leaf of a step (there is one, unless the job asks for more), on
+/// a thread that owns a copy of the model, and applies the accumulated gradients when all calls returned `Ok`. An error, or a loss or gradient norm that is not finite, leaves the
 /// weights and the optimizer state unchanged. `Debug` is what a job writes into its report when that happens.
 ///
 /// The objectives of this crate are [`Demonstrations`], [`Pairs`], [`Rollouts`], [`Rankings`] and [`Values`]. Another one
@@ -75,7 +76,8 @@ use crate::{Error, Result, Tokens};
 /// # }
 /// ```
 pub trait Objective: fmt::Debug + Send + Sync + 'static {
-    /// Runs the data through the model and adds its loss, gradients and statistics to `pass`.
+    /// Runs a leaf's part of the data, which [`Pass::micro_batches`] returns, through the model and adds its loss, gradients
+    /// and statistics to `pass`.
     ///
     /// The shares that the micro-batches return add up to the loss of the whole step, so a mean is divided by the
     /// number of sequences or tokens of the step, not of the micro-batch.

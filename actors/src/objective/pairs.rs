@@ -5,7 +5,7 @@ use rehearsal_learn::preference::chosen_nll;
 use rehearsal_learn::{BatchTotals, PreferenceConfig, PreferenceLogprobs, preference_loss, token};
 use rehearsal_lm::Batch;
 
-use super::{Objective, Pass, check_per_token, sum_f64, tensor_like, values_f64};
+use super::{Cut, Objective, Pass, check_per_token, sum_f64, tensor_like, values_f64};
 use crate::{Result, Tokens};
 
 /// A preferred and a dispreferred completion of one prompt.
@@ -45,6 +45,8 @@ pub struct Pairs {
     pub pairs: Vec<PairTokens>,
     /// Loss and its settings.
     pub loss: PreferenceConfig,
+    /// How the pairs are cut into leaves.
+    pub cut: Cut,
 }
 
 impl Objective for Pairs {
@@ -54,7 +56,7 @@ impl Objective for Pairs {
             sequences: self.pairs.len(),
             tokens: self.pairs.iter().map(|p| p.chosen.completion.len()).sum(),
         };
-        let mut parts = pass.micro_batches(&self.pairs, PairTokens::size).peekable();
+        let mut parts = pass.micro_batches_of(&self.pairs, &self.cut, PairTokens::size).peekable();
         while let Some(part) = parts.next() {
             let pairs = part?;
             // The completions of a pair are adjacent, so that they share their prompt.

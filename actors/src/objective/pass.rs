@@ -1,6 +1,8 @@
 //! The forward and backward passes of one optimizer step.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor, Var};
@@ -12,6 +14,74 @@ use crate::{Error, Result};
 
 /// Means of a step's statistics by name.
 pub type Stats = BTreeMap<&'static str, f64>;
+
+/// Sum and count of each statistic.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Sums(BTreeMap<&'static str, (f64, f64)>);
+
+impl Sums {
+    /// Adds to a statistic.
+    fn note(&mut self, name: &'static str, sum: f64, count: f64) {
+        let entry = self.0.entry(name).or_default();
+        entry.0 += sum;
+        entry.1 += count;
+    }
+
+    /// Adds the sums and counts of another part of the step.
+    pub fn add(&mut self, other: &Self) {
+        other.0.iter().for_each(|(name, (sum, count))| self.note(name, *sum, *count));
+    }
+
+    /// The statistics' means, or 0 where nothing was counted.
+    pub fn means(&self) -> Stats {
+        self.0.iter().map(|(name, (sum, n))| (*name, if *n > 0.0 { sum / n } else { 0.0 })).collect()
+    }
+}
+
+/// A leaf: one of the parts that a step's data are cut into. Gradients are summed leaf by leaf.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Leaf {
+    /// Which one, from 0.
+    pub index: usize,
+    /// How many there are; 1 or more.
+    pub count: usize,
+}
+
+impl Leaf {
+    /// The leaf's range of `items` items, when leaves get as many each.
+    pub fn of(self, items: usize) -> Range<usize> {
+        self.index * items / self.count..(self.index + 1) * items / self.count
+    }
+}
+
+/// How the items of a step are cut into leaves.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Cut {
+    /// Into ranges of as many items each.
+    #[default]
+    Items,
+    /// Into ranges of as many prompts each, so that a member of a group learns from the completions that it sampled.
+    Prompts {
+        /// Prompts of the step.
+        prompts: usize,
+        /// The prompt of each item, in ascending order.
+        of: Vec<u32>,
+    },
+}
+
+impl Cut {
+    /// A leaf's range of `items` items.
+    pub fn range(&self, leaf: Leaf, items: usize) -> Range<usize> {
+        match self {
+            Self::Items => leaf.of(items),
+            Self::Prompts { prompts, of } => {
+                let prompts = leaf.of(*prompts);
+                let before = |prompt: usize| of.partition_point(|p| (*p as usize) < prompt).min(items);
+                before(prompts.start)..before(prompts.end)
+            }
+        }
+    }
+}
 
 /// Wall time of the phases of an optimizer step.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -25,6 +95,11 @@ pub struct StepTimes {
 }
 
 impl StepTimes {
+    /// All phases together.
+    pub fn total(&self) -> Duration {
+        self.forward + self.backward + self.optimizer
+    }
+
     /// Adds the times of another step.
     pub fn add(&mut self, other: &StepTimes) {
         self.forward += other.forward;
@@ -34,9 +109,12 @@ impl StepTimes {
 }
 
 /// Gives an [`Objective`](crate::Objective) access to the model, and accumulates loss, gradients and statistics over
-/// the micro-batches of one optimizer step.
+/// the micro-batches of one leaf of an optimizer step.
 pub struct Pass<'a> {
     decoder: &'a Decoder,
+    leaf: Leaf,
+    /// Whether the objective has asked for the leaf's part of its data.
+    cut: Cell<bool>,
     temperature: f64,
     micro_batch_tokens: usize,
     cancel: &'a CancellationToken,
@@ -46,14 +124,14 @@ pub struct Pass<'a> {
     loss: f64,
     tokens: usize,
     times: StepTimes,
-    /// Sum and count of each statistic.
-    sums: BTreeMap<&'static str, (f64, f64)>,
+    sums: Sums,
 }
 
 impl<'a> Pass<'a> {
-    /// Starts the passes of a step. Without a `recording`, every forward pass is computed.
+    /// Starts the passes of a leaf. Without a `recording`, every forward pass is computed.
     pub(crate) fn new(
         decoder: &'a Decoder,
+        leaf: Leaf,
         temperature: f64,
         micro_batch_tokens: usize,
         cancel: &'a CancellationToken,
@@ -61,6 +139,8 @@ impl<'a> Pass<'a> {
     ) -> Self {
         Self {
             decoder,
+            leaf,
+            cut: Cell::new(false),
             temperature,
             micro_batch_tokens,
             cancel,
@@ -69,7 +149,7 @@ impl<'a> Pass<'a> {
             loss: 0.0,
             tokens: 0,
             times: StepTimes::default(),
-            sums: BTreeMap::new(),
+            sums: Sums::default(),
         }
     }
 
@@ -88,8 +168,14 @@ impl<'a> Pass<'a> {
         self.cancel.is_cancelled()
     }
 
-    /// Splits `items` into micro-batches: consecutive items that together have at most the configured number of tokens
-    /// (`size` gives the tokens of one item), and at least one item. An item is never split.
+    /// The leaf that is computed.
+    pub fn leaf(&self) -> Leaf {
+        self.leaf
+    }
+
+    /// Splits the leaf's part of `items` into micro-batches: consecutive items that together have at most the configured
+    /// number of tokens (`size` gives the tokens of one item), and at least one item. An item is never split. `items` are
+    /// those of the whole step, of which leaves get as many each.
     ///
     /// The iterator yields [`Error::Cancelled`] in place of a micro-batch once the step is cancelled.
     pub fn micro_batches<'i, T, F>(
@@ -100,17 +186,29 @@ impl<'a> Pass<'a> {
     where
         F: Fn(&T) -> usize,
     {
-        let cancel = self.cancel;
+        self.micro_batches_of(items, &Cut::Items, size)
+    }
+
+    /// [`Pass::micro_batches`] of items that are cut into leaves in another way.
+    pub fn micro_batches_of<'i, T, F>(
+        &self,
+        items: &'i [T],
+        cut: &Cut,
+        size: F,
+    ) -> impl Iterator<Item = Result<&'i [T]>> + use<'a, 'i, T, F>
+    where
+        F: Fn(&T) -> usize,
+    {
+        self.cut.set(true);
+        let (items, cancel) = (&items[cut.range(self.leaf, items.len())], self.cancel);
         let checked = move |batch| if cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(batch) };
         micro_batches(items, self.micro_batch_tokens, move |_, item| size(item)).map(checked)
     }
 
-    /// Adds to a statistic, whose value for the step is the sum of all `sum`s divided by the sum of all `count`s, or 0
+    /// Adds to a statistic of the leaf's micro-batches, whose value for the step is the sum of all `sum`s divided by the sum of all `count`s, or 0
     /// where nothing was counted.
     pub fn add(&mut self, name: &'static str, sum: f64, count: usize) {
-        let entry = self.sums.entry(name).or_default();
-        entry.0 += sum;
-        entry.1 += count as f64;
+        self.sums.note(name, sum, count as f64);
     }
 
     /// [`Pass::micro_step`] on log-probabilities of completions, with the activations that generation kept of them where
@@ -142,14 +240,21 @@ impl<'a> Pass<'a> {
     ///
     /// # Errors
     ///
-    /// [`rehearsal_lm::Error::NoGradient`] if the returned loss does not depend on the model's output, and the errors of
-    /// `forward` and `loss`.
+    /// [`rehearsal_lm::Error::NoGradient`] if the returned loss does not depend on the model's output,
+    /// [`Error::Data`] if a step has several leaves and the data were not taken from [`Pass::micro_batches`], and the
+    /// errors of `forward` and `loss`.
     pub fn micro_step(
         &mut self,
         tokens: usize,
         forward: impl FnOnce(&'a Decoder, f64) -> rehearsal_lm::Result<Forward<'a>>,
         loss: impl FnOnce(&mut Self, &Tensor) -> Result<Tensor>,
     ) -> Result<()> {
+        if self.leaf.count > 1 && !self.cut.get() {
+            let leaves = self.leaf.count;
+            return Err(Error::Data(format!(
+                "the objective does not take its data from `Pass::micro_batches`, which a step in {leaves} leaves needs"
+            )));
+        }
         let start = Instant::now();
         let forward = forward(self.decoder, self.temperature)?;
         let output = Var::from_tensor(&forward.output())?;
@@ -183,7 +288,11 @@ impl<'a> Pass<'a> {
 
     /// The statistics' means so far.
     pub fn stats(&self) -> Stats {
-        self.sums.iter().map(|(name, (sum, n))| (*name, if *n > 0.0 { sum / n } else { 0.0 })).collect()
+        self.sums.means()
+    }
+
+    pub(crate) fn sums(&self) -> &Sums {
+        &self.sums
     }
 }
 
@@ -196,7 +305,7 @@ mod tests {
     fn a_cancelled_step_has_no_more_micro_batches() {
         let decoder = tiny_model().trainable(&candle_core::Device::Cpu, DType::F32).unwrap();
         let cancel = CancellationToken::new();
-        let pass = Pass::new(&decoder, 1.0, 1, &cancel, None);
+        let pass = Pass::new(&decoder, Leaf { index: 0, count: 1 }, 1.0, 1, &cancel, None);
         let mut batches = pass.micro_batches(&[1, 1], |n| *n);
         assert!(batches.next().unwrap().is_ok());
         cancel.cancel();

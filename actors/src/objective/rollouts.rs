@@ -5,7 +5,7 @@ use rehearsal_learn::BatchTotals;
 use rehearsal_learn::ppo::{PolicyLossConfig, PolicyTokens, policy_loss};
 use rehearsal_lm::Batch;
 
-use super::{Demonstrations, Objective, Pass, check_per_token, length, sum_f64, tensor_like};
+use super::{Cut, Demonstrations, Objective, Pass, check_per_token, length, sum_f64, tensor_like};
 use crate::{Result, Tokens};
 
 /// A sampled completion with one value per token in each list.
@@ -31,6 +31,8 @@ pub struct Rollouts {
     pub rollouts: Vec<RolloutTokens>,
     /// Loss and its settings.
     pub loss: PolicyLossConfig,
+    /// How the rollouts are cut into leaves; pretraining text is cut by rows.
+    pub cut: Cut,
     /// Pretraining text and the weight γ of its negative log-likelihood (InstructGPT, eq. 2).
     pub pretraining: Option<(Demonstrations, f64)>,
 }
@@ -46,7 +48,7 @@ impl Objective for Rollouts {
             sequences: self.rollouts.len(),
             tokens: self.rollouts.iter().map(|r| r.tokens.completion.len()).sum(),
         };
-        let mut parts = pass.micro_batches(&self.rollouts, |r| length(&r.tokens)).peekable();
+        let mut parts = pass.micro_batches_of(&self.rollouts, &self.cut, |r| length(&r.tokens)).peekable();
         while let Some(part) = parts.next() {
             let (rollouts, last) = (part?, parts.peek().is_none());
             let mut batch = Batch::new(rollouts.iter().map(|r| r.tokens.sequence()));

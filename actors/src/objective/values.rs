@@ -4,7 +4,7 @@ use rehearsal_learn::BatchTotals;
 use rehearsal_learn::ppo::value_loss;
 use rehearsal_lm::Batch;
 
-use super::{Objective, Pass, check_per_token, length, tensor_like};
+use super::{Cut, Objective, Pass, check_per_token, length, tensor_like};
 use crate::{Result, Tokens};
 
 /// A completion with one value per token in each list.
@@ -27,6 +27,8 @@ pub struct Values {
     pub rollouts: Vec<ValueTokens>,
     /// Values are clipped to `old_value ± clip` in the loss; `None` does not clip.
     pub clip: Option<f64>,
+    /// How the rollouts are cut into leaves.
+    pub cut: Cut,
 }
 
 impl Objective for Values {
@@ -39,7 +41,7 @@ impl Objective for Values {
             sequences: self.rollouts.len(),
             tokens: self.rollouts.iter().map(|r| r.tokens.completion.len()).sum(),
         };
-        for part in pass.micro_batches(&self.rollouts, |r| length(&r.tokens)) {
+        for part in pass.micro_batches_of(&self.rollouts, &self.cut, |r| length(&r.tokens)) {
             let rollouts = part?;
             let batch = Batch::new(rollouts.iter().map(|r| r.tokens.sequence()));
             pass.micro_step(

@@ -42,11 +42,17 @@ pub fn tiny_model() -> Checkpoint {
 }
 
 async fn policy() -> (Director, PolicyHandle) {
+    policy_of(1, 1).await
+}
+
+/// A policy of some members, whose steps are cut into `leaves` leaves.
+async fn policy_of(members: usize, leaves: usize) -> (Director, PolicyHandle) {
     let deadline = Duration::from_secs(60);
     let (events, _) = mpsc::unbounded_channel();
     let director = Director::start(0, deadline, events).await.unwrap();
     let config = TrainedConfig {
-        placement: Placement::Cpu,
+        placements: vec![Placement::Cpu; members],
+        leaves,
         optimizer: AdamWConfig::default(),
         max_grad_norm: None,
         micro_batch_tokens: 8,
@@ -161,7 +167,10 @@ async fn a_batch_with_missing_values_is_an_error() {
         ref_rejected: Vec::new(),
         score_gap: None,
     };
-    let error = learn(Arc::new(Pairs { pairs: vec![pair], loss: Default::default() })).await.unwrap_err().to_string();
+    let error = learn(Arc::new(Pairs { pairs: vec![pair], loss: Default::default(), cut: Default::default() }))
+        .await
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("pair 0") && error.contains("0 `ref_rejected` for 2"), "{error}");
     let sequence = MaskedSequence { tokens: chosen.prompt, loss_mask: Arc::new(vec![true]) };
     let demonstrations = Demonstrations { sequences: vec![sequence], reduction: Default::default() };
@@ -169,4 +178,45 @@ async fn a_batch_with_missing_values_is_an_error() {
     assert!(error.contains("sequence 0") && error.contains("2 tokens"), "{error}");
     assert_eq!(policy.snapshot().await.unwrap().version, 0);
     director.stop().await;
+}
+
+#[tokio::test]
+async fn an_objective_of_the_user_is_cut_into_leaves() {
+    let learn = async |members, leaves| {
+        let (director, policy) = policy_of(members, leaves).await;
+        let objective = Arc::new(Likelihood { wanted: wanted(), constant: false });
+        let batch = UpdateBatch { objective, learning_rate: 1e-2, temperature: 1.0 };
+        let report = policy.step(batch, Default::default()).await.unwrap();
+        let logprobs = policy.logprobs(wanted(), 1.0).await.unwrap();
+        director.stop().await;
+        (report.loss, report.grad_norm, report.stats, report.tokens, logprobs)
+    };
+    let (one, two) = (learn(1, 2).await, learn(2, 2).await);
+    assert_eq!(one, two);
+    let whole = learn(1, 1).await;
+    assert!((one.0 - whole.0).abs() < 1e-6 && (one.1 - whole.1).abs() < 1e-5, "{one:?} {whole:?}");
+    assert_eq!(one.3, whole.3);
+}
+
+#[tokio::test]
+async fn an_objective_that_is_not_cut_is_refused_where_there_are_leaves() {
+    /// Takes all data, whatever the leaf.
+    #[derive(Debug)]
+    struct Whole(Vec<Tokens>);
+    impl Objective for Whole {
+        fn accumulate(&self, pass: &mut Pass<'_>) -> Result<()> {
+            let batch = Batch::new(self.0.iter().map(Tokens::sequence));
+            pass.micro_step(batch.tokens(), |model, t| model.forward(&batch, t), |_, logprobs| Ok(logprobs.sum_all()?))
+        }
+    }
+    let step = async |leaves| {
+        let (director, policy) = policy_of(1, leaves).await;
+        let batch = UpdateBatch { objective: Arc::new(Whole(wanted())), learning_rate: 1e-2, temperature: 1.0 };
+        let result = policy.step(batch, Default::default()).await.map(|_| ());
+        director.stop().await;
+        result
+    };
+    step(1).await.unwrap();
+    let error = step(2).await.unwrap_err().to_string();
+    assert!(error.contains("micro_batches") && error.contains("2 leaves"), "{error}");
 }

@@ -3,10 +3,46 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
+use rehearsal_kernels::team::{chunk, for_each_chunk};
 
 use super::decoder::Decoder;
 use super::layers::{Norm, Projection};
 use crate::error::{Error, Result};
+use crate::ops::{with_floats, with_floats_mut};
+
+/// Elements per task of a sum.
+const CHUNK: usize = 64 * 1024;
+
+/// The sums of gradients of the same names, f32 of the same shapes, on the devices of the first ones, whose memory they take
+/// on the CPU. An element is the sum of two numbers, so threads and chunks change nothing.
+///
+/// # Errors
+///
+/// [`Error::NoGradient`] if a name is only in one of the two.
+pub fn add_gradients(
+    mut a: BTreeMap<String, Tensor>,
+    b: &BTreeMap<String, Tensor>,
+) -> Result<BTreeMap<String, Tensor>> {
+    if let Some(name) = b.keys().find(|name| !a.contains_key(*name)) {
+        return Err(Error::NoGradient(name.clone()));
+    }
+    for (name, sum) in &mut a {
+        let more = b.get(name).ok_or_else(|| Error::NoGradient(name.clone()))?.to_device(sum.device())?;
+        if sum.device().is_cpu() && sum.is_contiguous() && more.is_contiguous() && sum.dims() == more.dims() {
+            with_floats_mut(sum, |sum| {
+                with_floats(&more, |more| {
+                    for_each_chunk(sum, CHUNK, |i, sum| {
+                        sum.iter_mut().zip(chunk(more, CHUNK, i)).for_each(|(x, y)| *x += y);
+                    });
+                    Ok(())
+                })
+            })?;
+        } else {
+            *sum = (&*sum + more)?;
+        }
+    }
+    Ok(a)
+}
 
 /// Gradients by parameter name, summed over micro-batches.
 #[derive(Default)]
@@ -51,6 +87,11 @@ impl Gradients {
     ) -> candle_core::Result<(Tensor, Option<Tensor>)> {
         let bias = bias.map(|bias| self.sum(&format!("{name}.bias"), bias)).transpose()?;
         Ok((self.sum(&format!("{name}.weight"), weight)?, bias))
+    }
+
+    /// Whether no micro-batch has added any.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// The gradients, one for each variable of the model. Fails if a variable has none.

@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 
 /// One completion; vectors have a value for each of its tokens.
 pub struct PpoSample {
+    /// Index of its prompt in the step.
+    pub prompt: u32,
     pub tokens: Tokens,
     /// As the critic reads them: with a position past the end, where the score is placed there.
     pub valued: Tokens,
@@ -49,6 +51,7 @@ impl PpoBatch {
             let one_past = one_past(settings, tokens.completion.len());
             let valued = if one_past { one_longer(&tokens) } else { tokens.clone() };
             PpoSample {
+                prompt: group.prompt,
                 tokens,
                 valued,
                 score,

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rehearsal_actors::{
-    CriticHandle, Demonstrations, MaskedSequence, RolloutTokens, Rollouts as PolicyObjective, ValueTokens, Values,
+    CriticHandle, Cut, Demonstrations, MaskedSequence, RolloutTokens, Rollouts as PolicyObjective, ValueTokens, Values,
 };
 use rehearsal_learn::NllReduction;
 use rehearsal_lm::Checkpoint;
@@ -172,7 +172,7 @@ impl Running {
         batch.advantages(settings, kl_coef);
 
         // 4. Epochs of minibatches, each an update of the policy and one of the critic.
-        let (policy, critic) = self.update(run, &batch, rate).await?;
+        let (policy, critic) = self.update(run, &batch, prompts.len(), rate).await?;
 
         // 5. The adaptive penalty, and the numbers of the step.
         let kl = mean(groups.iter().flat_map(|g| &g.completions).map(log_ratio));
@@ -207,11 +207,20 @@ impl Running {
     }
 
     /// Updates of the policy and of the critic, until the policy has moved too far.
-    async fn update(&self, run: &mut Run, batch: &PpoBatch, rate: f64) -> Result<(Updates, Updates)> {
+    async fn update(&self, run: &mut Run, batch: &PpoBatch, prompts: usize, rate: f64) -> Result<(Updates, Updates)> {
         let (mut policy, mut critic) = (Updates::default(), Updates::default());
         let Ppo { online, ppo, update, critic: critic_settings, .. } = &self.settings;
-        let parts = minibatches(run.common.job.seed, run.state.step, batch.0.len(), *update);
+        let mut parts = minibatches(run.common.job.seed, run.state.step, batch.0.len(), *update);
+        if run.common.optimizer.leaves > 1 {
+            // In the order of prompts, so that leaves are ranges of them.
+            parts.iter_mut().for_each(|part| part.sort_unstable());
+        }
         for (index, part) in parts.iter().enumerate() {
+            // A step of one minibatch is cut by prompts: members learn from what they sampled. Parts of minibatches are equal.
+            let cut = match update.minibatches {
+                1 => Cut::Prompts { prompts, of: part.iter().map(|&i| batch.0[i].prompt).collect() },
+                _ => Cut::Items,
+            };
             let of = |s: &PpoSample| RolloutTokens {
                 tokens: s.tokens.clone(),
                 old_logprobs: narrow(&s.old),
@@ -222,6 +231,7 @@ impl Running {
                 rollouts: part.iter().map(|&i| of(&batch.0[i])).collect(),
                 loss: ppo.loss,
                 pretraining: self.pretraining(run, parts.len(), index),
+                cut: cut.clone(),
             };
             let report = run.learn(objective, rate, online.rollout.temperature()).await?;
             let moved = report.stats.get("approx_kl").copied().unwrap_or(0.0);
@@ -233,7 +243,7 @@ impl Running {
                     returns: narrow(&s.returns),
                 };
                 let rollouts = part.iter().map(|&i| of(&batch.0[i])).collect();
-                let objective = Values { rollouts, clip: ppo.value_clip };
+                let objective = Values { rollouts, clip: ppo.value_clip, cut };
                 // The critic's schedule is the policy's, scaled to its own peak.
                 let peak = run.common.optimizer.learning_rate;
                 let learning_rate = rate * critic_settings.learning_rate.unwrap_or(peak) / peak;

@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use rehearsal_actors::{Group, PairTokens, Pairs};
+use rehearsal_actors::{Cut, Group, PairTokens, Pairs};
 use rehearsal_learn::pairs::Pair;
 
 use super::minibatches::{UpdateSettings, minibatches};
@@ -119,7 +119,7 @@ async fn round(run: &mut Run, rollouts: &Rollouts, algorithm: &impl InRounds) ->
     let mut updates = Updates::default();
     for part in minibatches(run.common.job.seed, run.state.step, pairs.len(), settings.update) {
         let pairs = part.into_iter().map(|i| pairs[i].clone()).collect();
-        let objective = Pairs { pairs, loss: settings.loss.preference };
+        let objective = Pairs { pairs, loss: settings.loss.preference, cut: Cut::Items };
         updates.add(run.learn(objective, learning_rate, temperature).await?);
     }
 

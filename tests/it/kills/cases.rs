@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::judges::{Server, api, longer};
+use crate::support::edit::replace_once;
 use crate::support::jobs::{self, CHAIN, LORA, OFFLINE, PAIRS, PPO, RANKINGS, ROLLOUTS, SFT};
 use crate::support::{free_port, rewarded_by, toml};
 
@@ -70,6 +71,7 @@ pub fn all() -> Vec<Case> {
         Case::online("online DPO, bf16", 30, None, BF16),
         Case::of("PPO", "ppo", 20, format!("{ROLLOUTS}{PPO}")),
         Case::of("PPO, LoRA", "ppo", 16, format!("{ROLLOUTS}{PPO}{LORA}")),
+        Case::of("PPO, two members", "ppo", 16, members(&format!("{ROLLOUTS}{PPO}"))),
         Case::of("GRPO", "ppo", 20, format!("{ROLLOUTS}{GRPO}")),
         Case::of("iterative DPO", "iterative_dpo", 20, format!("{ROLLOUTS}{ROUNDS}")),
         Case::of("RSO", "rso", 20, format!("{ROLLOUTS}{ROUNDS}[rso]\nkeep = 2\n[loss]\nkind = \"hinge\"\n")),
@@ -77,6 +79,12 @@ pub fn all() -> Vec<Case> {
         judge(),
         people(),
     ]
+}
+
+/// A job's sections with two members for policy and critic, and four leaves.
+fn members(more: &str) -> String {
+    let more = replace_once(more, "[optimizer]\n", "[optimizer]\nleaves = 4\n");
+    format!("{more}[placement]\npolicy = [\"cpu\", \"cpu\"]\n")
 }
 
 fn chain() -> Case {
