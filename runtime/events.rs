@@ -5,10 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rehearsal_store::Preference;
+use tokio::sync::broadcast;
 
 use crate::data::Dropped;
 use crate::error::ErrorKind;
 use crate::summary::{Evaluation, StepSummary};
+
+/// Sends an event to whoever subscribed, and to the program's log.
+pub(crate) fn tell(events: &broadcast::Sender<Event>, event: Event) {
+    tracing::debug!(event = ?event.without_texts());
+    let _ = events.send(event);
+}
 
 /// Something happened.
 #[derive(Debug, Clone)]

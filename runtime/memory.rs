@@ -10,7 +10,7 @@ use crate::settings::Common;
 /// Bytes by purpose, for a job whose roles are on the CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryBudget {
-    /// The trained weights, f32, of all members.
+    /// The trained weights, f32, of all members, and with `rollout.ahead` the sampler's and the scheduled versions.
     pub weights: u64,
     /// The reference's weights.
     pub reference: u64,
@@ -50,7 +50,9 @@ impl MemoryBudget {
         let tokens = if all <= keeps { all } else { prompts * (prompt_tokens + 2 * new) };
         let micro_batch = tokens.min(config.optimizer.micro_batch_tokens as u64);
         let moments = members * parameters * 2 * config.optimizer.adamw.moments.bits() / 8;
-        let (weights, reference) = (4 * members * parameters, precision.dtype().size_in_bytes() as u64 * parameters);
+        // The weights before each of the steps that generation is ahead, the newest, and those that the sampler generates with.
+        let copies = if rollout.ahead > 0 { members + rollout.ahead + 2 } else { members };
+        let (weights, reference) = (4 * copies * parameters, precision.dtype().size_in_bytes() as u64 * parameters);
         let gradients = 4 * members * sums * parameters;
         let activations = model.activation_bytes(micro_batch, precision, config.optimizer.gradient_checkpointing);
         let generation = members * model.packed_bytes(precision)

@@ -131,14 +131,16 @@ impl SharedDevice {
         })
     }
 
+    /// The device with `threads` CPU threads of their own, whose work needs no turn of the device.
+    pub fn beside(&self, threads: usize) -> Result<Self> {
+        Ok(Self { lock: Arc::default(), pool: Arc::new(pool(threads, "beside")?), ..self.clone() })
+    }
+
     /// `n` shares of the device, each with its part of the threads, and at least one. They are independent of each other and
     /// of the whole: whoever uses them must have [the turn](Self::turn) of the whole.
     pub fn shares(&self, n: usize) -> Result<Vec<Self>> {
         let threads = self.pool.current_num_threads();
-        let share = |index: usize| {
-            let threads = ((index + 1) * threads / n - index * threads / n).max(1);
-            Ok(Self { lock: Arc::default(), pool: Arc::new(pool(threads, "share")?), ..self.clone() })
-        };
+        let share = |index: usize| self.beside(((index + 1) * threads / n - index * threads / n).max(1));
         (0..n).map(share).collect()
     }
 }

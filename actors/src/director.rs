@@ -14,10 +14,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::archivist::OnFullDisk;
 use crate::role::{Build, Link, StateMachine, local_message};
+use crate::sampler::Sampler;
 use crate::trained::{Trained, check_head};
 use crate::{
     ArchivistHandle, BufferHandle, CriticHandle, Devices, Error, Placement, PolicyHandle, ReferenceHandle, Result,
-    Reward, RewardHandle, TrainedConfig, Waits,
+    Reward, RewardHandle, SamplerConfig, SamplerHandle, TrainedConfig, Waits,
 };
 
 /// Capacity of a role's mailbox in messages; senders wait when it is full.
@@ -140,6 +141,19 @@ impl Director {
         let link = Link::new("critic", MAILBOX_CAPACITY, self.deadline, self.waits.clone());
         self.spawn(&link, Trained::build(checkpoint, config, devices), "critic").await?;
         Ok(CriticHandle { link })
+    }
+
+    /// Starts the sampler, which generates with weights of a policy that started as `checkpoint`.
+    pub async fn sampler(
+        &self,
+        checkpoint: Arc<Checkpoint>,
+        config: SamplerConfig,
+        devices: Devices,
+    ) -> Result<SamplerHandle> {
+        check_head(&checkpoint, HeadKind::Language, "sampler")?;
+        let link = Link::new("sampler", MAILBOX_CAPACITY, self.deadline, self.waits.clone());
+        self.spawn(&link, Sampler::build(checkpoint, config, devices), "sampler").await?;
+        Ok(SamplerHandle { link })
     }
 
     /// Starts the reference, a frozen model that is run in micro-batches of at most `micro_batch_tokens` tokens.

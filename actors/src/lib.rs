@@ -40,6 +40,7 @@ mod reference;
 mod reward;
 mod reward_model;
 mod role;
+mod sampler;
 mod snapshot;
 #[cfg(test)]
 mod tests;
@@ -61,6 +62,7 @@ pub use reference::ReferenceHandle;
 pub use reward::{Judged, Reward, RewardError, RewardFn, RewardHandle, Sample};
 pub use reward_model::{Reading, RewardModel, RewardModels, save_normalisation};
 pub use role::{RoleLoad, RoleStats};
+pub use sampler::{SamplerConfig, SamplerHandle};
 pub use snapshot::{ModelSnapshot, Restored};
 pub use trained::{LoraInit, StepReport, TrainedConfig, UpdateBatch};
 pub use waits::{Wait, WaitName, Waits};

@@ -49,6 +49,12 @@ impl PolicyHandle {
             .await
     }
 
+    /// A copy of the current weights, or of the adapters, for [`SamplerHandle::generate`](crate::SamplerHandle::generate). It
+    /// has no moments, and later updates do not change it.
+    pub async fn weights(&self) -> Result<ModelSnapshot> {
+        self.link.ask("weights", |_permit, reply| TrainedMsg::Weights { _permit, reply }).await
+    }
+
     /// Log-probabilities of each completion's tokens under the current weights at a temperature: one list per completion,
     /// in order.
     pub async fn logprobs(&self, tokens: Vec<Tokens>, temperature: f64) -> Result<Vec<Vec<f32>>> {

@@ -23,7 +23,7 @@ const DTYPES: [(DType, &str); 4] = [(DType::F32, "F32"), (DType::F64, "F64"), (D
 pub struct ModelSnapshot {
     /// Number of updates of the weights.
     pub version: u64,
-    /// Steps of the optimizer.
+    /// Steps of the optimizer; 0 in a snapshot of weights alone.
     pub optimizer_steps: u64,
     /// `weights.NAME`, the optimizer's `exp_avg.NAME` and `exp_avg_sq.NAME`, and `average.NAME` where weights are
     /// averaged. `NAME` is the parameter's name in Hugging Face's files, or the adapter's in PEFT's.
@@ -44,6 +44,12 @@ impl ModelSnapshot {
         let average = average.into_iter().flatten();
         tensors.extend(average.map(|(name, tensor)| (format!("{AVERAGE}.{name}"), tensor.clone())));
         Self { version, optimizer_steps, tensors }
+    }
+
+    /// A snapshot of trained tensors alone.
+    pub(crate) fn of_weights(version: u64, trained: Parameters) -> Self {
+        let tensors = trained.into_iter().map(|(name, tensor)| (format!("{WEIGHTS}.{name}"), tensor)).collect();
+        Self { version, optimizer_steps: 0, tensors }
     }
 
     /// A trained tensor.

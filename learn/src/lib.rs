@@ -34,6 +34,7 @@ pub mod adamw;
 pub mod ema;
 pub mod evaluation;
 pub mod group;
+pub mod importance;
 pub mod kl;
 pub mod pairs;
 pub mod ppo;
@@ -45,6 +46,7 @@ pub mod sft;
 pub mod token;
 
 pub use adamw::{AdamRule, AdamW, AdamWConfig, MomentType, clip_scale, global_norm};
+pub use importance::{ImportanceConfig, importance_weights};
 pub use kl::{AdaptiveKl, KlEstimator};
 pub use pairs::{Pair, TieRule, select_pair};
 pub use preference::{PreferenceConfig, PreferenceKind, PreferenceLogprobs, PreferenceLoss, preference_loss};

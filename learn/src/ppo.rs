@@ -188,6 +188,8 @@ pub struct PolicyTokens<'a> {
     pub ref_logprobs: Option<&'a Tensor>,
     /// Entropies of the predicted distributions; needed for an entropy bonus.
     pub entropies: Option<&'a Tensor>,
+    /// [Importance weights](crate::importance) of the tokens, which multiply the clipped losses; `None` for 1.
+    pub weights: Option<&'a Tensor>,
     /// Offsets of the sequences, `[sequences + 1]`.
     pub spans: &'a [usize],
 }
@@ -237,6 +239,9 @@ pub fn policy_loss(x: &PolicyTokens<'_>, config: &PolicyLossConfig, totals: Batc
         // The limit applies to negative advantages only.
         let negative = x.advantages.lt(0.0)?;
         losses = negative.where_cond(&losses.minimum(&(&negated * limit)?)?, &losses)?;
+    }
+    if let Some(weights) = x.weights {
+        losses = (losses * weights)?;
     }
     if let Some((estimator, coefficient)) = config.kl {
         let reference = x.ref_logprobs.ok_or(Error::Missing("reference log-probabilities for the KL loss"))?;

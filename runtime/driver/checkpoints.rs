@@ -39,6 +39,7 @@ impl Run {
         for model in &self.roles.trained {
             models.insert(model.name().to_string(), model.snapshot().await?);
         }
+        models.extend(self.roles.schedule.iter().flat_map(|schedule| schedule.older_weights(self.state.step)));
         let checkpoint = JobCheckpoint {
             step: self.state.step,
             models,
@@ -91,11 +92,17 @@ impl Run {
                     let missing = || Error::SavedState { reason: format!("the checkpoint has no {}", model.name()) };
                     model.restore(restored.models.remove(model.name()).ok_or_else(missing)?).await?;
                 }
+                if let Some(schedule) = &self.roles.schedule {
+                    schedule.restore(self.state.step, &mut restored.models);
+                }
                 self.saved = Some(self.state.step);
             }
             None => {
                 for model in &self.roles.trained {
                     model.reset().await?;
+                }
+                if let Some(schedule) = &self.roles.schedule {
+                    schedule.restore(0, &mut BTreeMap::new());
                 }
                 self.state = JobState::default();
                 self.saved = None;

@@ -1,6 +1,7 @@
 //! The roles of a job as the driver sees them: what it checkpoints, clears, and watches.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use candle_core::DType;
 use rehearsal_actors::{
@@ -8,6 +9,8 @@ use rehearsal_actors::{
     UpdateBatch,
 };
 use tokio_util::sync::CancellationToken;
+
+use super::rollouts::Schedule;
 
 /// A role whose weights are part of every checkpoint.
 #[derive(Clone)]
@@ -69,6 +72,8 @@ pub struct Roles {
     pub trained: Vec<TrainedModel>,
     /// Emptied when the job returns to a checkpoint.
     pub buffer: Option<BufferHandle>,
+    /// Returns to the checkpoint too, which holds its weights.
+    pub schedule: Option<Arc<Schedule>>,
     watched: Vec<(&'static str, Box<dyn RoleLoad>)>,
 }
 
@@ -76,7 +81,7 @@ impl Roles {
     /// The roles that every job has.
     pub fn new(director: Director, archivist: ArchivistHandle) -> Self {
         let watched: Vec<(_, Box<dyn RoleLoad>)> = vec![("archivist", Box::new(archivist.clone()))];
-        Self { director, archivist, trained: Vec::new(), buffer: None, watched }
+        Self { director, archivist, trained: Vec::new(), buffer: None, schedule: None, watched }
     }
 
     /// Adds a role whose load is exported.

@@ -20,7 +20,7 @@ use super::state::JobState;
 use super::stats::Step;
 use crate::data::Dropped;
 use crate::error::{Error, Result};
-use crate::events::Event;
+use crate::events::{Event, tell};
 use crate::memory::{self, MemoryBudget};
 use crate::metrics::Meters;
 use crate::metrics::table::{process, rollouts};
@@ -66,6 +66,9 @@ pub struct Run {
     pub(super) mid_step: bool,
     /// Completions of the step that are left out because they have no score.
     pub(super) skipped: usize,
+    /// Updates between the version that sampled the step's completions and the one that learns from them, where a schedule
+    /// sets it.
+    pub(super) staleness: Option<u64>,
     /// Restarts of roles before the state was last restored; a role that is restarted later has to be restored.
     pub(super) restarts_restored: u32,
     /// Step of the newest durable checkpoint.
@@ -87,8 +90,7 @@ pub struct Run {
 impl Run {
     /// Sends an event to whoever subscribed.
     pub fn tell(&self, event: Event) {
-        tracing::debug!(event = ?event.without_texts());
-        let _ = self.events.send(event);
+        tell(&self.events, event);
     }
 
     /// The policy that the job trains; `None` if it trains a reward model.
@@ -173,6 +175,9 @@ impl Run {
         self.meters.set(rollouts::SKIPPED, skipped as f64);
         if skipped > 0 {
             summary.stats.insert("skipped", skipped as f64);
+        }
+        if let Some(updates) = self.staleness.take() {
+            summary.stats.insert("staleness", updates as f64);
         }
         self.publish();
         self.meters.step(&summary)?;

@@ -92,6 +92,7 @@ pub async fn start(setup: Setup, algorithm: Box<dyn LoadedAlgorithm>) -> Result<
         status,
         mid_step: false,
         skipped: 0,
+        staleness: None,
         restarts_restored: 0,
         saved: None,
         interval,

@@ -4,11 +4,13 @@ use std::any::Any;
 use std::sync::Arc;
 
 use rehearsal_actors::{
-    BufferHandle, CriticHandle, Devices, Placement, PolicyHandle, ReferenceHandle, Reward, RewardHandle,
+    BufferHandle, CriticHandle, Devices, Placement, PolicyHandle, ReferenceHandle, Reward, RewardHandle, SamplerConfig,
+    SamplerHandle,
 };
 use rehearsal_lm::Checkpoint;
 
 use super::roles::{Roles, TrainedModel};
+use super::rollouts::Schedule;
 use crate::error::Result;
 use crate::memory::MemoryBudget;
 use crate::rewards::{HostScores, LoadedReward, RewardContext, StartedReward, WeightedReward};
@@ -91,6 +93,28 @@ impl Starter<'_> {
         self.roles.buffer = Some(buffer.clone());
         self.roles.watch("buffer", &buffer);
         Ok(buffer)
+    }
+
+    /// The sampler, which generates ahead of learning, and the device that it shares with other roles, if it does.
+    pub(super) async fn sampler(&mut self, model: Arc<Checkpoint>) -> Result<(SamplerHandle, Option<Placement>)> {
+        let placement = &self.common.placement;
+        let config = SamplerConfig {
+            placement: placement.sampler(),
+            threads: placement.sampler_threads,
+            precision: self.common.model.dtype,
+            lora: self.common.lora_init(),
+        };
+        let occupied = (placement.sampler_threads == 0).then(|| placement.sampler());
+        let sampler = self.roles.director.sampler(model, config, self.devices.clone()).await?;
+        self.roles.watch("sampler", &sampler);
+        Ok((sampler, occupied))
+    }
+
+    /// The schedule of generation `steps` steps ahead of learning, which checkpoints hold the weights of.
+    pub(super) fn schedule(&mut self, steps: u64) -> Arc<Schedule> {
+        let schedule = Arc::new(Schedule::new(steps));
+        self.roles.schedule = Some(schedule.clone());
+        schedule
     }
 
     /// Notes where the job's memory should go.

@@ -327,7 +327,7 @@ impl Job {
             let address = MetricsAddress::bind(self.config.common.metrics.listen, self.recorder.as_ref())?;
             let (placement, devices) = (self.config.common.placement.clone(), self.devices.clone());
             let devices = blocking(move || -> Result<Devices> {
-                let devices = devices.map_or_else(|| Devices::new(placement.threads), Ok)?;
+                let devices = devices.map_or_else(|| Devices::new(placement.shared_threads()), Ok)?;
                 for placement in placement.all() {
                     devices.open(placement)?;
                 }

@@ -3,11 +3,23 @@
 use super::{Label, Metric};
 
 /// The actor that a series belongs to.
-const ROLES: Label = Label { key: "role", values: &["policy", "reference", "reward", "critic", "buffer", "archivist"] };
+const ROLES: Label =
+    Label { key: "role", values: &["policy", "sampler", "reference", "reward", "critic", "buffer", "archivist"] };
 /// Whom a job waits for.
 pub const WAITED_FOR: Label = Label {
     key: "whom",
-    values: &["policy", "reference", "reward", "critic", "buffer", "archivist", "device", "files", "director"],
+    values: &[
+        "policy",
+        "sampler",
+        "reference",
+        "reward",
+        "critic",
+        "buffer",
+        "archivist",
+        "device",
+        "files",
+        "director",
+    ],
 };
 /// The phase of a step.
 const PHASES: Label = Label {
@@ -59,6 +71,8 @@ pub mod rollouts {
         COMPLETION_TOKENS = Metric::gauge("completion_tokens", "tokens", "Mean length of the step's completions.");
         SKIPPED = Metric::gauge("skipped", "completions",
             "Completions of the step that are left out because the program's scorer gave them no score.");
+        STALENESS = Metric::gauge("staleness", "updates", "Updates between the policy that sampled the step's completions and \
+            the one that learns from them; with `rollout.ahead`.");
         TRUNCATED = Metric::gauge("truncated", "ratio",
             "Share of the step's completions truncated at `rollout.max_new_tokens`.");
     }

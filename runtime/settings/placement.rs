@@ -15,6 +15,10 @@ pub struct PlacementSettings {
     pub reward: Option<Placement>,
     /// Devices of the critic's members; none for the policy's.
     pub critic: Vec<Placement>,
+    /// Device of the sampler, where generation runs ahead of learning; `None` for the policy's.
+    pub sampler: Option<Placement>,
+    /// CPU threads of the sampler's own; 0 for none.
+    pub sampler_threads: usize,
     /// CPU threads; 0 for all.
     pub threads: usize,
 }
@@ -45,11 +49,28 @@ impl PlacementSettings {
         self.reward.unwrap_or(self.policy())
     }
 
+    /// Device of the sampler.
+    pub fn sampler(&self) -> Placement {
+        self.sampler.unwrap_or(self.policy())
+    }
+
+    /// CPU threads of all roles but the sampler; 0 for one for each core.
+    pub fn shared_threads(&self) -> usize {
+        match (self.threads, self.sampler_threads) {
+            (threads, 0) => threads,
+            (0, own) => {
+                let cores = std::thread::available_parallelism().map_or(1, usize::from);
+                cores.saturating_sub(own).max(1)
+            }
+            (threads, own) => threads.saturating_sub(own).max(1),
+        }
+    }
+
     /// Every device, some of them more than once.
     pub fn all(&self) -> Vec<Placement> {
         let mut all = self.policy_members();
         all.extend(self.critic_members());
-        all.extend([self.reference(), self.reward()]);
+        all.extend([self.reference(), self.reward(), self.sampler()]);
         all
     }
 
@@ -98,6 +119,15 @@ impl Settings for PlacementSettings {
         place("reference", &mut self.reference, "Device of the reference (default: the first of the policy).");
         let help = "Device of trained reward models (default: the first of the policy).";
         place("reward", &mut self.reward, help);
+        let help = "Device of the sampler, with `rollout.ahead` (default: the first of the policy).";
+        place("sampler", &mut self.sampler, help);
+        s.speed().integer(
+            "sampler_threads",
+            &mut self.sampler_threads,
+            Range::within(0.0, 1024.0),
+            "With `rollout.ahead`: CPU threads of the sampler's own, taken from `threads`, so that it generates while the policy \
+             learns; 0 makes them take turns.",
+        );
         let help = "CPU threads; 0 takes one for each core. Changes the speed, no result.";
         s.speed().integer("threads", &mut self.threads, Range::within(0.0, 1024.0), help);
     }

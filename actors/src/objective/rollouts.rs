@@ -19,6 +19,8 @@ pub struct RolloutTokens {
     pub advantages: Vec<f32>,
     /// Log-probability of each token of the completion under the reference.
     pub ref_logprobs: Vec<f32>,
+    /// Importance weight of each token; empty for weights of 1, for all rollouts of a step or for none.
+    pub weights: Vec<f32>,
 }
 
 /// The clipped policy loss of PPO, RLOO or GRPO on one minibatch.
@@ -43,6 +45,9 @@ impl Objective for Rollouts {
             check_per_token("rollout", i, "old_logprobs", r.old_logprobs.len(), &r.tokens)?;
             check_per_token("rollout", i, "advantages", r.advantages.len(), &r.tokens)?;
             check_per_token("rollout", i, "ref_logprobs", r.ref_logprobs.len(), &r.tokens)?;
+            if self.is_weighted() {
+                check_per_token("rollout", i, "weights", r.weights.len(), &r.tokens)?;
+            }
         }
         let whole = BatchTotals {
             sequences: self.rollouts.len(),
@@ -65,6 +70,10 @@ impl Objective for Rollouts {
 }
 
 impl Rollouts {
+    fn is_weighted(&self) -> bool {
+        self.rollouts.iter().any(|r| !r.weights.is_empty())
+    }
+
     fn loss(
         &self,
         pass: &mut Pass<'_>,
@@ -80,12 +89,14 @@ impl Rollouts {
             tensor_like(rollouts.iter().flat_map(|r| of(r).iter().copied()).collect(), logprobs)
         };
         let reference = all(|r| &r.ref_logprobs)?;
+        let weights = if self.is_weighted() { Some(all(|r| &r.weights)?) } else { None };
         let tokens = PolicyTokens {
             logprobs,
             old_logprobs: &all(|r| &r.old_logprobs)?,
             advantages: &all(|r| &r.advantages)?,
             ref_logprobs: Some(&reference),
             entropies: entropies.as_ref(),
+            weights: weights.as_ref(),
             spans: batch.spans(),
         };
         let loss = policy_loss(&tokens, &self.loss, whole)?;

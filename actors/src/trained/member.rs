@@ -176,6 +176,12 @@ impl Member {
         ModelSnapshot::new(version, steps, self.variables(), self.average.as_ref(), optimizer)
     }
 
+    /// A copy of the trained variables.
+    pub fn weights(&self, version: u64) -> Result<ModelSnapshot> {
+        let weights = self.compute.run(|| copies(self.variables()))?;
+        Ok(ModelSnapshot::of_weights(version, weights))
+    }
+
     pub fn restore(&mut self, snapshot: &ModelSnapshot) -> Result<()> {
         (self.generator, self.recording) = (None, None);
         for (name, var) in self.variables() {

@@ -154,6 +154,10 @@ pub(crate) enum TrainedMsg {
         _permit: Permit,
         reply: Reply<ModelSnapshot>,
     },
+    Weights {
+        _permit: Permit,
+        reply: Reply<ModelSnapshot>,
+    },
     Restore {
         snapshot: Box<ModelSnapshot>,
         _permit: Permit,
@@ -302,6 +306,7 @@ impl StateMachine for Trained {
             }
             TrainedMsg::Step { batch, cancel, reply, .. } => answer(reply, self.step(&batch, &cancel)),
             TrainedMsg::Snapshot { reply, .. } => answer(reply, Ok(self.members.first().snapshot(self.version))),
+            TrainedMsg::Weights { reply, .. } => answer(reply, self.members.first().weights(self.version)),
             TrainedMsg::Restore { snapshot, reply, .. } => answer(reply, self.restore(&snapshot)),
             TrainedMsg::Reset { reply, .. } => answer(reply, self.reset()),
             TrainedMsg::Export { directory, dtype, reply, .. } => {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use rehearsal_actors::{Group, ScoredCompletion, Tokens};
 use rehearsal_learn::group::{grpo_of, rloo_of};
 use rehearsal_learn::ppo::{ScorePlacement, TokenRewards, explained_variance, gae, instructgpt_objective, whiten};
+use rehearsal_learn::{ImportanceConfig, importance_weights};
 
 use super::Ppo;
 use super::settings::Advantages;
@@ -25,8 +26,10 @@ pub struct PpoSample {
     pub score: f64,
     /// Log-probabilities while sampling.
     sampler: Vec<f32>,
-    /// Log-probabilities under the trainer before the update.
+    /// Log-probabilities that ratios are against: under the trainer before the update, or while sampling.
     pub old: Vec<f64>,
+    /// Importance weights; empty where there are none.
+    pub weights: Vec<f64>,
     /// Log-probabilities under the reference.
     pub reference: Vec<f64>,
     pub values: Vec<f64>,
@@ -57,6 +60,7 @@ impl PpoBatch {
                 score,
                 sampler: c.completion.logprobs.clone(),
                 old: Vec::new(),
+                weights: Vec::new(),
                 reference: wide(&c.ref_logprobs),
                 values: Vec::new(),
                 advantages: Vec::new(),
@@ -79,6 +83,18 @@ impl PpoBatch {
     /// The tokens of every completion as the critic reads them.
     pub fn valued(&self) -> Vec<Tokens> {
         self.0.iter().map(|s| s.valued.clone()).collect()
+    }
+
+    /// Log-probabilities while sampling, one vector for each completion.
+    pub fn sampled(&self) -> Vec<Vec<f32>> {
+        self.0.iter().map(|s| s.sampler.clone()).collect()
+    }
+
+    /// Sets importance weights, for the difference between the policy before the update and the one that sampled.
+    pub fn weigh(&mut self, config: &ImportanceConfig) {
+        for s in &mut self.0 {
+            s.weights = importance_weights(&s.old, &wide(&s.sampler), config);
+        }
     }
 
     /// Sets the trainer's log-probabilities and the critic's values, one vector for each completion.
@@ -154,6 +170,12 @@ impl PpoBatch {
             ("objective", instructgpt_objective(&scores, &ratios, kl_coef, &[], 0.0)),
             ("mismatch_kl", self.mismatch()),
         ]);
+        let weights = flat(|s| &s.weights);
+        if !weights.is_empty() {
+            stats.insert("importance_weight", mean(weights.iter().copied()));
+            stats.insert("importance_weight_max", weights.iter().copied().fold(0.0, f64::max));
+            stats.insert("importance_masked", mean(weights.iter().map(|w| f64::from(u8::from(*w == 0.0)))));
+        }
         if !returns.is_empty() {
             stats.insert("value", mean(values.iter().copied()));
             stats.insert("return", mean(returns.iter().copied()));

@@ -13,6 +13,13 @@ pub const METRICS: &[Metric] = &[
     ),
     Metric::gauge("policy_kl", "nats", "Mean over tokens of log π_old - log π within a step."),
     Metric::gauge("ratio", "ratio", "Mean over tokens of π / π_old."),
+    Metric::gauge(
+        "importance_weight",
+        "ratio",
+        "Mean over tokens of the importance weights; `ppo.off_policy = \"decoupled\"`.",
+    ),
+    Metric::gauge("importance_weight_max", "ratio", "Largest importance weight of the step."),
+    Metric::gauge("importance_masked", "ratio", "Share of tokens whose importance weight is masked to 0."),
     Metric::gauge("kl_coef", "ratio", "Coefficient of the KL penalty."),
     Metric::gauge("advantage", "score", "Mean over tokens of the advantages before whitening."),
     Metric::gauge("value", "score", "Mean over tokens of the critic's values."),

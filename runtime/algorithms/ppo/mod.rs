@@ -17,7 +17,7 @@ use rehearsal_learn::NllReduction;
 use rehearsal_lm::Checkpoint;
 
 use self::batch::{PpoBatch, PpoSample, narrow};
-pub use self::settings::{Advantages, CriticSettings, PpoSettings};
+pub use self::settings::{Advantages, CriticSettings, OffPolicy, PpoSettings};
 use super::shared::minibatches::{UpdateSettings, minibatches};
 use super::shared::online::OnlineSettings;
 use super::shared::preference::LossSettings;
@@ -194,8 +194,11 @@ impl Running {
     /// Log-probabilities under the policy and values of the critic, before anything changes.
     async fn before_update(&self, batch: &mut PpoBatch, seconds: &mut Seconds) -> Result<()> {
         let start = Instant::now();
-        let temperature = self.settings.online.rollout.temperature();
-        let old = self.rollouts.policy.logprobs(batch.tokens(), temperature).await?;
+        let Ppo { online, ppo, .. } = &self.settings;
+        let old = match ppo.off_policy {
+            OffPolicy::Sampler if online.rollout.ahead > 0 => batch.sampled(),
+            _ => self.rollouts.policy.logprobs(batch.tokens(), online.rollout.temperature()).await?,
+        };
         seconds.policy += start.elapsed().as_secs_f64();
         let start = Instant::now();
         let values = match &self.critic {
@@ -203,7 +206,11 @@ impl Running {
             None => vec![Vec::new(); batch.0.len()],
         };
         seconds.critic += start.elapsed().as_secs_f64();
-        batch.set(old, values)
+        batch.set(old, values)?;
+        if ppo.off_policy == OffPolicy::Decoupled {
+            batch.weigh(&ppo.importance);
+        }
+        Ok(())
     }
 
     /// Updates of the policy and of the critic, until the policy has moved too far.
@@ -226,6 +233,7 @@ impl Running {
                 old_logprobs: narrow(&s.old),
                 advantages: narrow(&s.advantages),
                 ref_logprobs: narrow(&s.reference),
+                weights: narrow(&s.weights),
             };
             let objective = PolicyObjective {
                 rollouts: part.iter().map(|&i| of(&batch.0[i])).collect(),

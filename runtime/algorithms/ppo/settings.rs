@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use rehearsal_learn::group::GroupScale;
+use rehearsal_learn::importance::{BoundOn, ImportanceConfig, OutOfBounds, WeightLevel};
 use rehearsal_learn::ppo::{Aggregation, PolicyLossConfig, RatioLevel, ScorePlacement};
 use rehearsal_learn::{AdaptiveKl, KlEstimator};
 
@@ -17,6 +18,17 @@ pub enum Advantages {
     Rloo,
     /// The prompt's other completions: centred and scaled.
     Grpo(GroupScale),
+}
+
+/// What the ratios of completions that an older policy sampled are against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OffPolicy {
+    /// The policy that sampled.
+    Sampler,
+    /// The policy before the update, with importance weights for its difference from the one that sampled.
+    Decoupled,
+    /// The policy before the update, without weights: as if it had sampled.
+    Uncorrected,
 }
 
 /// `[ppo]`
@@ -36,6 +48,10 @@ pub struct PpoSettings {
     pub lambda: f64,
     /// Clipped policy loss.
     pub loss: PolicyLossConfig,
+    /// What ratios are against where generation runs ahead.
+    pub off_policy: OffPolicy,
+    /// Importance weights of [`OffPolicy::Decoupled`].
+    pub importance: ImportanceConfig,
     /// Values are clipped to the old value plus or minus this in the critic's loss; `None` does not clip.
     pub value_clip: Option<f64>,
     /// Whether token rewards are scaled to a standard deviation of 1.
@@ -66,6 +82,8 @@ impl Default for PpoSettings {
             gamma: 1.0,
             lambda: 0.95,
             loss: PolicyLossConfig { log_ratio_clamp: Some(20.0), ..PolicyLossConfig::default() },
+            off_policy: OffPolicy::Sampler,
+            importance: ImportanceConfig { high: Some(2.0), ..ImportanceConfig::default() },
             value_clip: Some(0.2),
             whiten_rewards: false,
             whiten_advantages: true,
@@ -83,6 +101,7 @@ impl Settings for PpoSettings {
     fn visit(&mut self, keys: &mut Keys) {
         self.visit_rewards(keys);
         self.visit_loss(keys);
+        self.visit_off_policy(keys);
         self.visit_values(keys);
         self.visit_pretraining(keys);
     }
@@ -192,6 +211,60 @@ impl PpoSettings {
         s.number("entropy_coef", &mut loss.entropy, Range::from(0.0), "Coefficient of an entropy bonus.");
         let help = "A step's epochs end early once `approx_kl` of a minibatch is above this; 0 never.";
         s.number_or_none("stop_kl", &mut self.stop_kl, Range::from(0.0), help);
+    }
+
+    /// Completions of an older policy.
+    fn visit_off_policy(&mut self, keys: &mut Keys) {
+        let mut s = keys.section("ppo");
+        s.choice(
+            "off_policy",
+            &mut self.off_policy,
+            &[
+                ("sampler", OffPolicy::Sampler),
+                ("decoupled", OffPolicy::Decoupled),
+                ("uncorrected", OffPolicy::Uncorrected),
+            ],
+            "With `rollout.ahead`, what ratios are against: the policy that sampled (`sampler`); the policy before the update, with \
+             importance weights π_old/π_sampler (`decoupled`: AReaL's objective, truncated importance sampling); or that without \
+             weights. `decoupled` also weighs what the sampler rounds differently from the trainer.",
+        );
+        let importance = &mut self.importance;
+        s.choice(
+            "importance_level",
+            &mut importance.level,
+            &[
+                ("token", WeightLevel::Token),
+                ("sequence_mean", WeightLevel::SequenceMean),
+                ("sequence_sum", WeightLevel::SequenceSum),
+            ],
+            "What an importance weight is of: a token, the geometric mean of a sequence (AReaL), the whole sequence (TRL).",
+        );
+        s.choice(
+            "importance_outside",
+            &mut importance.outside,
+            &[("truncate", OutOfBounds::Truncate), ("mask", OutOfBounds::Mask)],
+            "Weights outside the bounds become the bound, or 0.",
+        );
+        s.choice(
+            "importance_bound_on",
+            &mut importance.bound_on,
+            &[("ratio", BoundOn::Ratio), ("k3", BoundOn::K3)],
+            "What the bounds are on: the weight, or the k3 estimate of the divergence (with `mask`).",
+        );
+        if importance.bound_on == BoundOn::K3 && importance.outside == OutOfBounds::Truncate {
+            s.problem("importance_bound_on", "= \"k3\" needs `ppo.importance_outside = \"mask\"`");
+            importance.bound_on = BoundOn::Ratio;
+        }
+        let help = "Lower bound of importance weights; 0 for none.";
+        s.number_or_none("importance_low", &mut importance.low, Range::from(0.0), help);
+        let help = "Upper bound of importance weights; 0 for none.";
+        s.number_or_none("importance_high", &mut importance.high, Range::from(0.0), help);
+        if let (Some(low), Some(high)) = (importance.low, importance.high)
+            && low > high
+        {
+            s.problem("importance_low", format!("= {low} exceeds `ppo.importance_high` = {high}"));
+            importance.low = None;
+        }
     }
 
     /// The critic's loss.

@@ -1,10 +1,11 @@
 //! A completion on its way from the sampler to the buffer, and its records in the log.
 
-use rehearsal_actors::{Judged, Sample, Tokens};
+use rehearsal_actors::{Judged, Sample, ScoredCompletion, Tokens};
 use rehearsal_lm::generate::{Completion, Finish};
 use rehearsal_store::{RolloutRecord, ScoreRecord};
 
 use crate::data::PromptRow;
+use crate::summary::Seconds;
 
 /// A generated completion with its place in the step: `index = prompt * completions_per_prompt + completion`.
 pub struct Generated {
@@ -32,6 +33,12 @@ impl Generated {
             row: prompt.row,
         }
     }
+}
+
+/// The scored completions of a step, each with the place of its prompt.
+pub struct Collected {
+    pub completions: Vec<(u32, ScoredCompletion)>,
+    pub seconds: Seconds,
 }
 
 /// The prompts of a step, each answered `k` times.

@@ -5,6 +5,7 @@ use rehearsal_lm::generate::{Finish, completion_text};
 use rehearsal_lm::random::Region;
 
 use super::collect::Rollouts;
+use super::collector::Context;
 use super::completion::{Asked, Generated};
 use super::stats::log_ratio;
 use crate::data::PromptRow;
@@ -44,10 +45,12 @@ impl Rollouts {
 
     /// One completion of each prompt, scored, with log-probabilities under the reference.
     async fn answers(&self, run: &mut Run, prompts: &[PromptRow]) -> Result<Vec<ScoredCompletion>> {
-        let generated = self.generate_once(run, prompts, Region::EvaluationRollouts.first()).await?;
+        let generated =
+            self.collector.generate_once(&Context::of(run), prompts, Region::EvaluationRollouts.first()).await?;
         let judged = self.score_answers(run, prompts, &generated).await?;
         let all: Vec<&Generated> = generated.iter().collect();
-        let ref_logprobs = self.reference_logprobs(Asked { prompts, k: 1 }, &all, &mut Seconds::default()).await?;
+        let ref_logprobs =
+            self.collector.reference_logprobs(Asked { prompts, k: 1 }, &all, &mut Seconds::default()).await?;
         let scored = |((g, judged), ref_logprobs): ((Generated, Judged), Vec<f32>)| {
             let Generated { completion, text, .. } = g;
             ScoredCompletion { index: 0, policy_version: 0, completion, text, judged, ref_logprobs }
@@ -72,9 +75,9 @@ impl Rollouts {
         }
         let mut both = Vec::with_capacity(2 * samples.len());
         for (first, sample) in run.state.first_answers.iter().zip(samples) {
-            let completion = completion_text(&self.model.text, first, &self.settings.stop)?;
+            let completion = completion_text(&self.collector.model.text, first, &self.settings.stop)?;
             let ids = Tokens { completion: first.clone().into(), ..sample.ids.clone() };
-            let ended = first.last().is_some_and(|t| self.model.architecture.eos.contains(t));
+            let ended = first.last().is_some_and(|t| self.collector.model.architecture.eos.contains(t));
             let finish = if ended { Finish::Eos } else { Finish::Length };
             both.push(Sample { completion, tokens: first.len(), ids, finish, ..sample.clone() });
             both.push(sample);

@@ -26,7 +26,7 @@ impl Rollouts {
                 step: run.state.step,
                 index: group.prompt,
                 row: prompt.row,
-                policy_version: run.version(),
+                policy_version: group.completions.first().map_or(run.version(), |c| c.policy_version),
                 prompt: prompt.prompt.clone(),
                 completions: group.completions.iter().map(|c| c.text.clone()).collect(),
                 scores: group.completions.iter().map(|c| c.judged.score).collect(),

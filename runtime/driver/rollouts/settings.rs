@@ -22,6 +22,8 @@ pub struct RolloutSettings {
     pub stop: Vec<String>,
     /// Sequences generated side by side at most.
     pub batch: usize,
+    /// Steps that generation runs ahead of learning.
+    pub ahead: u64,
 }
 
 impl Default for RolloutSettings {
@@ -34,6 +36,7 @@ impl Default for RolloutSettings {
             sampling: Sampling { temperature: 0.9, ..Sampling::default() },
             stop: Vec::new(),
             batch: 64,
+            ahead: 0,
         }
     }
 }
@@ -99,6 +102,13 @@ impl Settings for RolloutSettings {
         s.texts("stop", &mut self.stop, "a list of texts", "Texts that end a completion.");
         let help = "Sequences generated side by side at most. Changes memory and speed, no result.";
         s.speed().integer("batch", &mut self.batch, Range::within(1.0, 4096.0), help);
+        s.integer(
+            "ahead",
+            &mut self.ahead,
+            Range::within(0.0, 64.0),
+            "Steps that generation runs ahead of learning (η): the completions of step s are those of the policy before step s - η, \
+             and are generated meanwhile (`placement.sampler`, `placement.sampler_threads`). 0 learns from the newest policy's.",
+        );
     }
 }
 

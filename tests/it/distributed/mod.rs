@@ -1,3 +1,4 @@
-//! Jobs whose models have several members: the bits are those of one.
+//! Jobs on several devices, in several processes, and ahead of themselves: the bits are those of one device that waits.
 
+mod ahead;
 mod members;

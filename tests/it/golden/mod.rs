@@ -61,6 +61,10 @@ impl Golden {
         tensor(&self.value["inputs"][key], dtype)
     }
 
+    pub fn has_input(&self, key: &str) -> bool {
+        !self.value["inputs"][key].is_null()
+    }
+
     pub fn output(&self, key: &str) -> Vec<f64> {
         numbers(&self.value["outputs"][key])
     }

@@ -1,6 +1,7 @@
 use candle_core::{DType, Tensor, Var};
 use rehearsal_learn::KlEstimator;
 use rehearsal_learn::group::{GroupScale, grpo, rloo};
+use rehearsal_learn::importance::{BoundOn, ImportanceConfig, OutOfBounds, WeightLevel, importance_weights};
 use rehearsal_learn::pairs::penalise_missing_eos;
 use rehearsal_learn::ppo::{
     Aggregation, PolicyLossConfig, PolicyTokens, RatioLevel, ScorePlacement, TokenRewards, Whitening, gae,
@@ -157,6 +158,7 @@ fn golden_ppo_policy_losses() {
                 advantages: &packed("advantages"),
                 ref_logprobs: None,
                 entropies: None,
+                weights: None,
                 spans: &packing.spans,
             };
             let loss = policy_loss(&tokens, &config, packing.whole()).unwrap();
@@ -226,12 +228,19 @@ fn group_loss(golden: &Golden, config: &PolicyLossConfig) {
             .map(|(s, w)| advantages.narrow(0, s, 1).unwrap().repeat(w[1] - w[0]).unwrap())
             .collect();
         let reference = config.kl.map(|_| packed("ref_logprobs"));
+        let weights = golden.has_input("importance_sampling_ratio").then(|| {
+            // One for each token, or one for each sequence.
+            let ratios = golden.input("importance_sampling_ratio", dtype);
+            let width = golden.input("mask", dtype).dim(1).unwrap();
+            packing.pack(&ratios.repeat((1, width / ratios.dim(1).unwrap())).unwrap())
+        });
         let tokens = PolicyTokens {
             logprobs: &logprobs,
             old_logprobs: &packed("old_logprobs"),
             advantages: &Tensor::cat(&spread, 0).unwrap(),
             ref_logprobs: reference.as_ref(),
             entropies: None,
+            weights: weights.as_ref(),
             spans: &packing.spans,
         };
         let loss = policy_loss(&tokens, config, packing.whole()).unwrap().loss;
@@ -243,7 +252,7 @@ fn group_loss(golden: &Golden, config: &PolicyLossConfig) {
 
 #[test]
 fn golden_grpo_losses() {
-    for name in ["grpo", "grpo_kl", "bnpo_kl", "dr_grpo", "dapo", "grpo_seq"] {
+    for name in ["grpo", "grpo_kl", "bnpo_kl", "dr_grpo", "dapo", "grpo_seq", "tis_token", "tis_sequence"] {
         let golden = Golden::load(&format!("grpo_loss_{name}"));
         let beta = golden.param("beta");
         let level = match golden.param_text("importance_sampling_level") {
@@ -259,6 +268,83 @@ fn golden_grpo_losses() {
             ..Default::default()
         };
         group_loss(&golden, &config);
+    }
+}
+
+/// The setting of importance weights that a file's parameters name.
+fn importance(golden: &Golden) -> ImportanceConfig {
+    let mode = golden.param_text("mode");
+    let (level, outside) = match (golden.param_text("level"), golden.param_text("action"), mode) {
+        ("token", "clamp", _) | (_, _, "token_truncate") => (WeightLevel::Token, OutOfBounds::Truncate),
+        ("token", "mask", _) | (_, _, "token_mask") => (WeightLevel::Token, OutOfBounds::Mask),
+        ("sequence", "mask", _) => (WeightLevel::SequenceMean, OutOfBounds::Mask),
+        ("sequence", "clamp", _) => (WeightLevel::SequenceMean, OutOfBounds::Truncate),
+        (_, _, "sequence_truncate") => (WeightLevel::SequenceSum, OutOfBounds::Truncate),
+        (_, _, "sequence_mask") => (WeightLevel::SequenceSum, OutOfBounds::Mask),
+        other => panic!("weights {other:?}"),
+    };
+    let bound_on = if golden.param_text("metric") == "kl_k3" { BoundOn::K3 } else { BoundOn::Ratio };
+    let (low, high) = if mode.is_empty() { ("lower", "upper") } else { ("clip_min", "clip_max") };
+    ImportanceConfig { level, outside, bound_on, low: golden.option(low), high: golden.option(high) }
+}
+
+#[test]
+fn golden_importance_weights() {
+    for mode in ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] {
+        for sides in ["", "_two_sided"] {
+            let golden = Golden::load(&format!("tis_{mode}{sides}"));
+            let packing = Packing::new(&golden, "mask");
+            let (old, sampler) = (
+                packing.rows(&golden.input("old_logprobs", DType::F64)),
+                packing.rows(&golden.input("sampling_logprobs", DType::F64)),
+            );
+            let config = importance(&golden);
+            let rows = old.iter().zip(&sampler).map(|(old, sampler)| importance_weights(old, sampler, &config));
+            if config.level == WeightLevel::Token {
+                // The peer has 1 at padding.
+                let wanted = Tensor::new(golden.output("ratio"), &candle_core::Device::Cpu).unwrap();
+                let got: Vec<f64> = rows.flatten().collect();
+                golden.check_values("ratio", &got, &flat(&packing.pack(&wanted)), false);
+            } else {
+                golden.check_numbers("ratio", &rows.map(|row| row[0]).collect::<Vec<_>>(), false);
+            }
+        }
+    }
+}
+
+#[test]
+fn golden_decoupled_losses() {
+    for name in ["uncapped", "capped", "truncated", "sequence", "kl_k3"] {
+        let golden = Golden::load(&format!("decoupled_ppo_{name}"));
+        let packing = Packing::new(&golden, "mask");
+        let rows = |key: &str| packing.rows(&golden.input(key, DType::F64));
+        let (proximal, behaviour) = (rows("proximal_logprobs"), rows("behaviour_logprobs"));
+        let config = importance(&golden);
+        let of = |(old, sampler): (&Vec<f64>, &Vec<f64>)| importance_weights(old, sampler, &config);
+        let weights = proximal.iter().zip(&behaviour).map(of).collect::<Vec<_>>().concat();
+        packing.check(&golden, "behaviour_weight", &weights, false);
+        let kept: Vec<f64> = weights.iter().map(|w| f64::from(u8::from(*w != 0.0))).collect();
+        packing.check(&golden, "kept", &kept, false);
+        for dtype in TYPES {
+            let packed = |key: &str| packing.pack(&golden.input(key, dtype));
+            let logprobs = Var::from_tensor(&packed("logprobs")).unwrap();
+            let weights = Tensor::new(weights.as_slice(), logprobs.device()).unwrap().to_dtype(dtype).unwrap();
+            let tokens = PolicyTokens {
+                logprobs: &logprobs,
+                old_logprobs: &packed("proximal_logprobs"),
+                advantages: &packed("advantages"),
+                ref_logprobs: None,
+                entropies: None,
+                weights: Some(&weights),
+                spans: &packing.spans,
+            };
+            let (clip_low, clip_high) = (golden.param("clip_low"), golden.param("clip_high"));
+            let config = PolicyLossConfig { clip_low, clip_high, ..Default::default() };
+            let loss = policy_loss(&tokens, &config, packing.whole()).unwrap().loss;
+            golden.check("loss", &loss);
+            let grads = loss.backward().unwrap();
+            packing.check(&golden, "grad_logprobs", &flat(grads.get(&logprobs).unwrap()), dtype == DType::F32);
+        }
     }
 }
 

@@ -208,6 +208,7 @@ fn ppo_step(golden: &Golden, dtype: DType, machine: Machine) {
         advantages: &tensor(advantages),
         ref_logprobs: None,
         entropies: None,
+        weights: None,
         spans: batch.spans(),
     };
     let config = PolicyLossConfig { clip_low: clip, clip_high: clip, ..Default::default() };

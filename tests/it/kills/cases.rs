@@ -72,6 +72,8 @@ pub fn all() -> Vec<Case> {
         Case::of("PPO", "ppo", 20, format!("{ROLLOUTS}{PPO}")),
         Case::of("PPO, LoRA", "ppo", 16, format!("{ROLLOUTS}{PPO}{LORA}")),
         Case::of("PPO, two members", "ppo", 16, members(&format!("{ROLLOUTS}{PPO}"))),
+        Case::of("PPO, LoRA, two steps ahead", "ppo", 16, ahead(2, &format!("{ROLLOUTS}{PPO}{LORA}"))),
+        Case::of("online DPO, a step ahead", "online_dpo", 24, ahead(1, ROLLOUTS)),
         Case::of("GRPO", "ppo", 20, format!("{ROLLOUTS}{GRPO}")),
         Case::of("iterative DPO", "iterative_dpo", 20, format!("{ROLLOUTS}{ROUNDS}")),
         Case::of("RSO", "rso", 20, format!("{ROLLOUTS}{ROUNDS}[rso]\nkeep = 2\n[loss]\nkind = \"hinge\"\n")),
@@ -85,6 +87,12 @@ pub fn all() -> Vec<Case> {
 fn members(more: &str) -> String {
     let more = replace_once(more, "[optimizer]\n", "[optimizer]\nleaves = 4\n");
     format!("{more}[placement]\npolicy = [\"cpu\", \"cpu\"]\n")
+}
+
+/// A job's sections with generation ahead of learning, on a thread of its own.
+fn ahead(steps: u64, more: &str) -> String {
+    let more = replace_once(more, "[rollout]\n", &format!("[rollout]\nahead = {steps}\n"));
+    format!("{more}[placement]\nsampler_threads = 1\n")
 }
 
 fn chain() -> Case {
