@@ -49,7 +49,8 @@ impl MemoryBudget {
         // Else the best and the worst of each prompt's completions are computed again to be learned from.
         let tokens = if all <= keeps { all } else { prompts * (prompt_tokens + 2 * new) };
         let micro_batch = tokens.min(config.optimizer.micro_batch_tokens as u64);
-        let moments = members * parameters * 2 * config.optimizer.adamw.moments.bits() / 8;
+        let holders = if config.optimizer.shard { 1 } else { members };
+        let moments = holders * parameters * 2 * config.optimizer.adamw.moments.bits() / 8;
         // The weights before each of the steps that generation is ahead, the newest, and those that the sampler generates with.
         let copies = if rollout.ahead > 0 { members + rollout.ahead + 2 } else { members };
         let (weights, reference) = (4 * copies * parameters, precision.dtype().size_in_bytes() as u64 * parameters);

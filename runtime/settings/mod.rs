@@ -78,6 +78,7 @@ impl Common {
         TrainedConfig {
             placements,
             leaves: self.optimizer.leaves,
+            shard: self.optimizer.shard,
             optimizer: self.optimizer.adamw,
             max_grad_norm: self.optimizer.max_grad_norm,
             micro_batch_tokens: self.optimizer.micro_batch_tokens,

@@ -19,6 +19,8 @@ pub struct OptimizerSettings {
     pub max_grad_norm: Option<f64>,
     /// Parts that a step is cut into; 1 or more.
     pub leaves: usize,
+    /// Whether members hold a part of the moments each.
+    pub shard: bool,
     /// Tokens that go through a model at a time.
     pub micro_batch_tokens: usize,
     /// Activations are recomputed in the backward pass instead of kept.
@@ -36,6 +38,7 @@ impl Default for OptimizerSettings {
             warmup_steps: 0,
             max_grad_norm: Some(1.0),
             leaves: 1,
+            shard: false,
             micro_batch_tokens: 4096,
             gradient_checkpointing: false,
             ema_decay: None,
@@ -94,6 +97,9 @@ impl Settings for OptimizerSettings {
             "Parts that a step is cut into: ranges of its prompts or rows, whose gradients are added in a fixed tree. Any number of \
              members of `placement.policy` that divides it gives the same bits. Another value rounds differently.",
         );
+        let help =
+            "Members hold and update a part of the moments each (ZeRO, stage 1): less memory. Changes no result.";
+        s.speed().flag("shard", &mut self.shard, help);
         s.speed().integer(
             "micro_batch_tokens",
             &mut self.micro_batch_tokens,

@@ -53,6 +53,7 @@ async fn policy_of(members: usize, leaves: usize) -> (Director, PolicyHandle) {
     let config = TrainedConfig {
         placements: vec![Placement::Cpu; members],
         leaves,
+        shard: false,
         optimizer: AdamWConfig::default(),
         max_grad_norm: None,
         micro_batch_tokens: 8,

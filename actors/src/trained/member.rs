@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Tensor, Var};
+use rehearsal_learn::adamw::{Ranges, shards};
 use rehearsal_learn::{AdamW, ema, global_norm};
 use rehearsal_lm::generate::{Completion, Generator, Options, Request};
 use rehearsal_lm::{Checkpoint, Decoder, Lora, Parameters, Recording};
@@ -29,6 +30,8 @@ pub(super) struct Member {
     pub decoder: Decoder,
     lora: Option<Lora>,
     optimizer: AdamW,
+    /// The elements that this member updates; `None` for all.
+    ranges: Option<Ranges>,
     average: Option<Parameters>,
     /// Sampler with packed weights of the current version; built when needed and dropped before an update.
     generator: Option<Generator>,
@@ -37,8 +40,13 @@ pub(super) struct Member {
 }
 
 impl Member {
-    /// The model as training starts.
-    pub fn new(checkpoint: Arc<Checkpoint>, config: TrainedConfig, compute: SharedDevice) -> Result<Self> {
+    /// The model as training starts. `shard`: which of how many shards of the optimizer it holds.
+    pub fn new(
+        checkpoint: Arc<Checkpoint>,
+        config: TrainedConfig,
+        compute: SharedDevice,
+        shard: Option<(usize, usize)>,
+    ) -> Result<Self> {
         let decoder = checkpoint
             .trainable(&compute.device, DType::F32)?
             .with_precision(config.precision)
@@ -48,13 +56,28 @@ impl Member {
             lora.apply(&checkpoint, &decoder)?;
         }
         let trained = lora.as_ref().map_or(decoder.variables(), Lora::variables);
-        let optimizer = AdamW::new(trained, config.optimizer)?;
+        let ranges = shard.map(|(index, count)| shards(trained, count).swap_remove(index));
+        let optimizer = match &ranges {
+            Some(ranges) => AdamW::of_shard(trained, config.optimizer, ranges.clone())?,
+            None => AdamW::new(trained, config.optimizer)?,
+        };
         let average = config.ema_decay.map(|_| copies(trained)).transpose()?;
-        Ok(Self { checkpoint, compute, config, decoder, lora, optimizer, average, generator: None, recording: None })
+        Ok(Self {
+            checkpoint,
+            compute,
+            config,
+            decoder,
+            lora,
+            optimizer,
+            ranges,
+            average,
+            generator: None,
+            recording: None,
+        })
     }
 
     /// The variables that the optimizer updates, by name: the weights, or their adapters.
-    fn variables(&self) -> &BTreeMap<String, Var> {
+    pub fn variables(&self) -> &BTreeMap<String, Var> {
         self.lora.as_ref().map_or(self.decoder.variables(), Lora::variables)
     }
 
@@ -148,14 +171,46 @@ impl Member {
         Ok(sum)
     }
 
-    /// Updates the weights by the gradients of a step, which are multiplied by `scale`.
-    pub fn update(&mut self, gradients: &BTreeMap<String, Tensor>, learning_rate: f64, scale: f64) -> Result<()> {
+    /// Updates the member's elements of the weights by the gradients of a step, which are multiplied by `scale`. Returns copies
+    /// of these elements where the member does not update all.
+    pub fn update(
+        &mut self,
+        gradients: &BTreeMap<String, Tensor>,
+        learning_rate: f64,
+        scale: f64,
+    ) -> Result<BTreeMap<String, Tensor>> {
         let compute = self.compute.clone();
         compute.run(|| {
             let decoder = self.decoder.clone();
             let trained = self.lora.as_ref().map_or(decoder.variables(), Lora::variables);
             let gradients = on_device(gradients, &self.compute.device)?;
             self.optimizer.step(trained, &gradients, learning_rate, scale)?;
+            let updated = |(name, range): (&String, &Range<usize>)| {
+                let part = trained[name].as_detached_tensor().flatten_all()?.narrow(0, range.start, range.len())?;
+                Ok((name.clone(), part.copy()?))
+            };
+            self.ranges.iter().flatten().map(updated).collect()
+        })
+    }
+
+    /// Sets the elements that another member has updated.
+    pub fn set_elements(&self, ranges: &Ranges, updated: &BTreeMap<String, Tensor>) -> Result<()> {
+        self.compute.run(|| {
+            for (name, values) in updated {
+                let variable = self.variables()[name].as_detached_tensor();
+                let values = values.to_device(&self.compute.device)?;
+                variable.flatten_all()?.slice_set(&values, 0, ranges[name].start)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Follows an update of the weights, when all elements are there: checks them, merges adapters, moves the average.
+    pub fn updated(&mut self) -> Result<()> {
+        let compute = self.compute.clone();
+        compute.run(|| {
+            let decoder = self.decoder.clone();
+            let trained = self.lora.as_ref().map_or(decoder.variables(), Lora::variables);
             check_finite(trained.iter().map(|(name, var)| (name, var.as_detached_tensor())))?;
             if let Some(lora) = &self.lora {
                 lora.apply(&self.checkpoint, &decoder)?;
@@ -171,8 +226,19 @@ impl Member {
         })
     }
 
-    pub fn snapshot(&self, version: u64) -> ModelSnapshot {
-        let (steps, optimizer) = (self.optimizer.steps(), self.optimizer.state());
+    /// The elements that the member updates; `None` for all.
+    pub fn ranges(&self) -> Option<&Ranges> {
+        self.ranges.as_ref()
+    }
+
+    /// The state of the member's optimizer.
+    pub fn moments(&self) -> BTreeMap<String, Tensor> {
+        self.optimizer.state()
+    }
+
+    /// The weights, with the state of an optimizer of all elements.
+    pub fn snapshot(&self, version: u64, optimizer: BTreeMap<String, Tensor>) -> ModelSnapshot {
+        let steps = self.optimizer.steps();
         ModelSnapshot::new(version, steps, self.variables(), self.average.as_ref(), optimizer)
     }
 

@@ -1,9 +1,12 @@
 //! The members of a trained model, each of which works on a thread of its own while all work.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::panic::resume_unwind;
 use std::sync::Arc;
 
+use candle_core::Tensor;
+use rehearsal_learn::adamw::{Ranges, joined};
 use rehearsal_lm::Checkpoint;
 
 use super::TrainedConfig;
@@ -11,7 +14,7 @@ use super::member::Member;
 use super::sum::LeafSum;
 use super::tree::Tree;
 use crate::device::SharedDevice;
-use crate::{Devices, Error, Placement, Result, StepTimes};
+use crate::{Devices, Error, ModelSnapshot, Placement, Result, StepTimes};
 
 /// One member or more.
 pub(super) struct Members {
@@ -32,8 +35,12 @@ impl Members {
             (Placement::Cpu, n) => device.shares(n)?,
             (Placement::Cuda(_), _) => placements.iter().map(|p| devices.get(*p)).collect::<Result<_>>()?,
         };
-        let member = |share| Member::new(checkpoint.clone(), config.clone(), share);
-        Ok(Self { all: shares.into_iter().map(member).collect::<Result<_>>()?, device })
+        let count = shares.len();
+        let member = |(index, share)| {
+            let shard = (config.shard && count > 1).then_some((index, count));
+            Member::new(checkpoint.clone(), config.clone(), share, shard)
+        };
+        Ok(Self { all: shares.into_iter().enumerate().map(member).collect::<Result<_>>()?, device })
     }
 
     /// One of them, for what all have.
@@ -80,6 +87,36 @@ impl Members {
     pub fn leaves(&self, leaves: usize) -> Vec<Range<usize>> {
         let each = leaves / self.all.len();
         (0..self.all.len()).map(|member| member * each..(member + 1) * each).collect()
+    }
+
+    /// Updates the weights of all by the gradients of a step, which are multiplied by `scale`.
+    pub fn update(&mut self, gradients: &BTreeMap<String, Tensor>, learning_rate: f64, scale: f64) -> Result<()> {
+        let updated = self.each(|_, member| member.update(gradients, learning_rate, scale))?;
+        let ranges: Vec<Option<Ranges>> = self.all.iter().map(|member| member.ranges().cloned()).collect();
+        self.each(|index, member| {
+            for (owner, (ranges, updated)) in ranges.iter().zip(&updated).enumerate() {
+                if let Some(ranges) = ranges.as_ref().filter(|_| owner != index) {
+                    member.set_elements(ranges, updated)?;
+                }
+            }
+            member.updated()
+        })?;
+        Ok(())
+    }
+
+    /// Weights and optimizer state.
+    pub fn snapshot(&self, version: u64) -> Result<ModelSnapshot> {
+        let first = self.first();
+        if first.ranges().is_none() {
+            return Ok(first.snapshot(version, first.moments()));
+        }
+        let mut shards = Vec::new();
+        for member in &self.all {
+            let here = |(name, t): (String, Tensor)| Ok((name, t.to_device(&first.compute.device)?));
+            let moments = member.moments().into_iter().map(here).collect::<Result<_>>()?;
+            shards.push((member.ranges().cloned().unwrap_or_default(), moments));
+        }
+        Ok(first.snapshot(version, joined(shards, first.variables())?))
     }
 
     /// Adds the sums of all members in the tree's order. Of their times the longest count, since they work side by side.

@@ -36,6 +36,9 @@ pub struct TrainedConfig {
     /// Leaves that a step is cut into, a multiple of the number of members. It changes how gradients are rounded; the number of
     /// members does not.
     pub leaves: usize,
+    /// Whether members share the moments of the optimizer: each holds and updates its part of the elements (ZeRO, stage 1). It
+    /// changes no result.
+    pub shard: bool,
     /// Settings of the optimizer.
     pub optimizer: AdamWConfig,
     /// Gradients are scaled down to this global norm if theirs is larger; `None` never scales.
@@ -264,7 +267,7 @@ impl Trained {
             }
         }
         let scale = clip_scale(grad_norm, self.config.max_grad_norm);
-        self.members.each(|_, member| member.update(gradients, batch.learning_rate, scale))?;
+        self.members.update(gradients, batch.learning_rate, scale)?;
         self.version += 1;
         times.optimizer += start.elapsed();
         Ok(StepReport { version: self.version, tokens: sum.tokens, loss, grad_norm, stats, times })
@@ -305,7 +308,7 @@ impl StateMachine for Trained {
                 answer(reply, self.ask(&tokens, scores))
             }
             TrainedMsg::Step { batch, cancel, reply, .. } => answer(reply, self.step(&batch, &cancel)),
-            TrainedMsg::Snapshot { reply, .. } => answer(reply, Ok(self.members.first().snapshot(self.version))),
+            TrainedMsg::Snapshot { reply, .. } => answer(reply, self.members.snapshot(self.version)),
             TrainedMsg::Weights { reply, .. } => answer(reply, self.members.first().weights(self.version)),
             TrainedMsg::Restore { snapshot, reply, .. } => answer(reply, self.restore(&snapshot)),
             TrainedMsg::Reset { reply, .. } => answer(reply, self.reset()),

@@ -2,7 +2,7 @@
 // eight bits are rounded stochastically, with the same random numbers as on the CPU.
 typedef unsigned char u8;
 
-struct Rule { float beta1, beta2, decay, rate, root, eps, scale; u32 salt1, salt2; };
+struct Rule { float beta1, beta2, decay, rate, root, eps, scale; u32 salt1, salt2, from; };
 
 INLINE u32 scramble(u32 h) {
     h = (h ^ (h >> 16)) * 0x85ebca6bu;
@@ -38,8 +38,8 @@ KERNEL adamw_bf16(float* p, bf16* m, bf16* v, const float* g, size_t n, Rule r) 
     if (i >= n) return;
     float first = load(m + i), second = load(v + i);
     blend(r, g[i], &first, &second);
-    m[i] = round_stochastic(first, (u32)i ^ r.salt1);
-    v[i] = round_stochastic(second, (u32)i ^ r.salt2);
+    m[i] = round_stochastic(first, (r.from + (u32)i) ^ r.salt1);
+    v[i] = round_stochastic(second, (r.from + (u32)i) ^ r.salt2);
     p[i] = moved(r, p[i], load(m + i), load(v + i));
 }
 
@@ -84,7 +84,7 @@ KERNEL adamw_int8(
     }
     if (i >= n) return;
     float x = m_top > 0.f ? first * (1.f / m_top) : 0.f, y = v_top > 0.f ? second * (1.f / v_top) : 0.f;
-    m[i] = (u8)(encode(fabsf(x), 127, (u32)i ^ r.salt1) | (x < 0.f ? 128u : 0u));
-    v[i] = (u8)encode(y, 255, (u32)i ^ r.salt2);
+    m[i] = (u8)(encode(fabsf(x), 127, (r.from + (u32)i) ^ r.salt1) | (x < 0.f ? 128u : 0u));
+    v[i] = (u8)encode(y, 255, (r.from + (u32)i) ^ r.salt2);
     p[i] = moved(r, p[i], with_sign(m[i]) * m_top, decode(v[i], 255) * v_top);
 }

@@ -55,5 +55,5 @@ pub fn update(
 fn fields(r: Rule) -> Fields {
     let numbers = [r.beta1, r.beta2, r.decay, r.rate, r.root, r.eps, r.scale];
     let fields = numbers.iter().fold(Fields::new(), |fields, &x| fields.float(x as f32));
-    r.salts.iter().fold(fields, |fields, &salt| fields.unsigned(salt))
+    r.salts.iter().fold(fields, |fields, &salt| fields.unsigned(salt)).unsigned(r.from)
 }

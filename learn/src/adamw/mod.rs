@@ -2,9 +2,11 @@
 
 mod gpu;
 mod moments;
+mod shards;
 mod update;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, DType, Tensor, Var};
@@ -15,6 +17,7 @@ use crate::{Error, Result};
 pub use gpu::SOURCE as GPU_SOURCE;
 pub use moments::MomentType;
 use moments::{Moment, Moments};
+pub use shards::{Ranges, joined, shards};
 use update::Rule;
 
 /// Elements of a gradient that are summed as one block of the gradient norm. This fixes the order of summation.
@@ -66,6 +69,8 @@ pub struct AdamW {
     config: AdamWConfig,
     step: u64,
     moments: BTreeMap<String, Moments>,
+    /// The elements of each variable that are updated; `None` for all.
+    ranges: Option<Ranges>,
     /// The GPU that the variables are on.
     backend: Option<Arc<dyn GpuBackend>>,
 }
@@ -73,11 +78,30 @@ pub struct AdamW {
 impl AdamW {
     /// Zero moments for every variable.
     pub fn new(variables: &BTreeMap<String, Var>, config: AdamWConfig) -> Result<Self> {
-        let zeros = |(name, var): (&String, &Var)| Ok((name.clone(), Moments::zeros(var, config.moments)?));
-        let moments = variables.iter().map(zeros).collect::<Result<_>>()?;
+        Self::of(variables, config, None)
+    }
+
+    /// An optimizer that holds the moments of some elements of the variables, and updates these alone: one of the
+    /// [`shards`]. What it does to an element is what an optimizer of all elements does.
+    pub fn of_shard(variables: &BTreeMap<String, Var>, config: AdamWConfig, ranges: Ranges) -> Result<Self> {
+        Self::of(variables, config, Some(ranges))
+    }
+
+    fn of(variables: &BTreeMap<String, Var>, config: AdamWConfig, ranges: Option<Ranges>) -> Result<Self> {
+        let mut moments = BTreeMap::new();
+        for (name, var) in variables {
+            let zeros = match &ranges {
+                None => Moments::zeros(var, config.moments)?,
+                Some(ranges) => match ranges.get(name) {
+                    Some(range) => Moments::zeros(&part(var, range)?, config.moments)?,
+                    None => continue,
+                },
+            };
+            moments.insert(name.clone(), zeros);
+        }
         let device = variables.values().next().map(|var| var.device());
         let backend = device.map_or(Ok(None), backends::for_device)?;
-        Ok(Self { config, step: 0, moments, backend })
+        Ok(Self { config, step: 0, moments, ranges, backend })
     }
 
     /// Runs the steps on a GPU backend, which must be able to access the variables.
@@ -92,7 +116,8 @@ impl AdamW {
     }
 
     /// The optimizer state by name: moments `exp_avg.NAME` and `exp_avg_sq.NAME`, and the scales of eight-bit moments,
-    /// `exp_avg_scale.NAME` and `exp_avg_sq_scale.NAME`. The tensors share storage with the optimizer.
+    /// `exp_avg_scale.NAME` and `exp_avg_sq_scale.NAME`. The tensors share storage with the optimizer. Those of a shard are
+    /// parts, flat, which [`joined`] joins.
     pub fn state(&self) -> BTreeMap<String, Tensor> {
         let mut state = BTreeMap::new();
         for (name, Moments { first, second }) in &self.moments {
@@ -106,12 +131,17 @@ impl AdamW {
         state
     }
 
-    /// Restores the optimizer state from [`AdamW::steps`] and [`AdamW::state`].
+    /// Restores the optimizer state from [`AdamW::steps`] and [`AdamW::state`] of an optimizer of all elements; a shard takes
+    /// its parts.
     pub fn restore(&mut self, steps: u64, state: &BTreeMap<String, Tensor>) -> Result<()> {
         let mut restored = BTreeMap::new();
         for (name, moments) in &self.moments {
             let get = |key: String, like: &Tensor| -> Result<Tensor> {
                 let found = state.get(&key).ok_or_else(|| Error::Moments(format!("`{key}` is missing")))?;
+                let found = match self.ranges.as_ref().and_then(|ranges| ranges.get(name)) {
+                    Some(range) => &shards::part_of_state(found, &key, range)?,
+                    None => found,
+                };
                 if found.dims() != like.dims() {
                     return Err(Error::Moments(format!("`{key}` is {:?}, wanted {:?}", found.dims(), like.dims())));
                 }
@@ -152,7 +182,7 @@ impl AdamW {
         rate: f64,
         scale: f64,
     ) -> Result<()> {
-        if let Some(stray) = gradients.keys().find(|name| !self.moments.contains_key(*name)) {
+        if let Some(stray) = gradients.keys().find(|name| !variables.contains_key(*name)) {
             return Err(Error::StrayGradient(stray.clone()));
         }
         if let Some(name) = variables.keys().find(|name| !gradients.contains_key(*name)) {
@@ -162,8 +192,18 @@ impl AdamW {
         let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
         let correction = |beta: f64| 1.0 - beta.powi(self.step.min(i32::MAX as u64) as i32);
         for (name, var) in variables {
-            let Some(moments) = self.moments.get(name) else { return Err(Error::StrayGradient(name.clone())) };
-            let gradient = gradients[name].contiguous()?;
+            let Some(moments) = self.moments.get(name) else {
+                // Another shard has all of it.
+                match &self.ranges {
+                    Some(_) => continue,
+                    None => return Err(Error::StrayGradient(name.clone())),
+                }
+            };
+            let (mut parameter, mut gradient) = (var.as_detached_tensor(), gradients[name].contiguous()?);
+            let mut from = 0;
+            if let Some(range) = self.ranges.as_ref().and_then(|ranges| ranges.get(name)) {
+                (parameter, gradient, from) = (part(&parameter, range)?, part(&gradient, range)?, range.start as u32);
+            }
             let decay = if var.dims().len() > 1 { 1.0 - rate * weight_decay } else { 1.0 };
             let (rate, root) = (rate / correction(beta1), correction(beta2).sqrt());
             let (rate, root) = match self.config.rule {
@@ -171,8 +211,7 @@ impl AdamW {
                 AdamRule::EpsilonHat => (rate * root, 1.0),
             };
             let salt = (self.step as u32).wrapping_mul(0x9e37_79b9);
-            let rule = Rule { beta1, beta2, decay, rate, root, eps, scale, salts: [salt, salt ^ 0x5bd1_e995] };
-            let parameter = var.as_detached_tensor();
+            let rule = Rule { beta1, beta2, decay, rate, root, eps, scale, salts: [salt, salt ^ 0x5bd1_e995], from };
             match &self.backend {
                 Some(backend) => gpu::update(&**backend, &parameter, moments, &gradient, rule)?,
                 None => update::update(&parameter, moments, &gradient, rule)?,
@@ -180,6 +219,11 @@ impl AdamW {
         }
         Ok(())
     }
+}
+
+/// Some elements of a contiguous tensor, flat; they share its storage.
+fn part(tensor: &Tensor, range: &Range<usize>) -> Result<Tensor> {
+    Ok(tensor.flatten_all()?.narrow(0, range.start, range.len())?)
 }
 
 /// Euclidean norm of all gradients together, summed in f64 in a fixed order. Synchronises with a GPU once.
@@ -315,6 +359,62 @@ mod tests {
         assert!(distance(&eight) < distance(&full) + 0.02, "{} against {}", distance(&eight), distance(&full));
         assert!(distance(&eight) < 0.1);
         assert_eq!(eight, descend(MomentType::Int8, true));
+    }
+
+    #[test]
+    fn shards_together_do_what_the_whole_does() {
+        let n = 3 * shards::UNIT + 700;
+        let start: Vec<f32> = (0..n).map(|i| (i as f32 * 0.37).sin()).collect();
+        let make = || {
+            let var = |from: usize, len: usize| Var::new(&start[from..from + len], &Device::Cpu).unwrap();
+            BTreeMap::from([
+                ("a".to_string(), var(0, n)),
+                ("b".into(), var(5, 9)),
+                ("c".into(), var(1, shards::UNIT + 1)),
+            ])
+        };
+        for moments in [MomentType::Full, MomentType::Bf16, MomentType::Int8] {
+            let config = AdamWConfig { moments, ..Default::default() };
+            for members in [1, 2, 3, 7] {
+                let (whole, parts) = (make(), make());
+                let mut optimizer = AdamW::new(&whole, config).unwrap();
+                let mut all: Vec<AdamW> = shards(&parts, members)
+                    .into_iter()
+                    .map(|ranges| AdamW::of_shard(&parts, config, ranges).unwrap())
+                    .collect();
+                for step in 0..4 {
+                    let gradient = |(name, var): (&String, &Var)| {
+                        (name.clone(), (var.as_detached_tensor() * (0.5 + f64::from(step))).unwrap())
+                    };
+                    let (of_whole, of_parts) =
+                        (whole.iter().map(gradient).collect(), parts.iter().map(gradient).collect());
+                    optimizer.step(&whole, &of_whole, 1e-2, 0.9).unwrap();
+                    for shard in &mut all {
+                        shard.step(&parts, &of_parts, 1e-2, 0.9).unwrap();
+                    }
+                    if step == 1 {
+                        // Saved by all and restored by each.
+                        let state =
+                            joined(all.iter().map(|shard| (shard.ranges.clone().unwrap(), shard.state())), &parts);
+                        let state = state.unwrap();
+                        for (name, tensor) in optimizer.state() {
+                            let floats = |t: &Tensor| {
+                                t.flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap()
+                            };
+                            assert_eq!(floats(&tensor), floats(&state[&name]), "{name}");
+                            assert_eq!(tensor.dims(), state[&name].dims(), "{name}");
+                        }
+                        for shard in &mut all {
+                            shard.restore(2, &state).unwrap();
+                        }
+                    }
+                }
+                for (name, var) in &whole {
+                    let (want, got) = (var.to_vec1::<f32>().unwrap(), parts[name].to_vec1::<f32>().unwrap());
+                    assert!(want == got, "{name} of {members} members, {moments:?}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Moments of 16 and 8 bits are rounded stochastically: up with a probability proportional to the part that is cut off, so
 //! that small changes are right on average. The random bits are a function of the step and the element's index alone.
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Tensor};
 
 use crate::Result;
 
@@ -52,7 +52,7 @@ pub struct Moment {
 }
 
 impl Moment {
-    fn zeros(var: &Var, kind: MomentType) -> Result<Self> {
+    fn zeros(var: &Tensor, kind: MomentType) -> Result<Self> {
         let dtype = match kind {
             MomentType::Full => var.dtype(),
             MomentType::Bf16 => DType::BF16,
@@ -67,8 +67,8 @@ impl Moment {
 }
 
 impl Moments {
-    /// Zero moments of a variable.
-    pub fn zeros(var: &Var, kind: MomentType) -> Result<Self> {
+    /// Zero moments of a parameter, or of a part of one.
+    pub fn zeros(var: &Tensor, kind: MomentType) -> Result<Self> {
         Ok(Self { first: Moment::zeros(var, kind)?, second: Moment::zeros(var, kind)? })
     }
 }

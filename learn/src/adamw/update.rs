@@ -29,6 +29,8 @@ pub struct Rule {
     pub scale: f64,
     /// Seeds of stochastic rounding of the first and the second moment.
     pub salts: [u32; 2],
+    /// Index in the parameter of the first element that is updated, for the seeds.
+    pub from: u32,
 }
 
 /// Updates a parameter and its moments in place.
@@ -103,7 +105,7 @@ fn half(p: &mut [f32], m: &mut [bf16], v: &mut [bf16], g: &[f32], rule: Rule) {
     let chunks = p.par_chunks_mut(BLOCK).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK));
     chunks.zip(g.par_chunks(BLOCK)).enumerate().for_each(|(block, (((p, m), v), g))| {
         let (m, v) = (m.reinterpret_cast_mut(), v.reinterpret_cast_mut());
-        chunk(p, m, v, g, r, (block * BLOCK) as u32, rule.salts);
+        chunk(p, m, v, g, r, rule.from.wrapping_add((block * BLOCK) as u32), rule.salts);
     });
 }
 
@@ -141,7 +143,8 @@ fn eight(p: &mut [f32], (m, ms): Codes<'_>, (v, vs): Codes<'_>, g: &[f32], rule:
     let codes = m.par_chunks_mut(QUANTUM).zip(v.par_chunks_mut(QUANTUM)).zip(ms.par_iter_mut().zip(vs));
     let blocks = p.par_chunks_mut(QUANTUM).zip(g.par_chunks(QUANTUM)).zip(codes).enumerate();
     blocks.with_min_len(BLOCK / QUANTUM).for_each(|(at, ((p, g), ((m, v), (m_scale, v_scale))))| {
-        block(p, (m, m_scale), (v, v_scale), g, r, (at * QUANTUM) as u32, rule.salts);
+        let from = rule.from.wrapping_add((at * QUANTUM) as u32);
+        block(p, (m, m_scale), (v, v_scale), g, r, from, rule.salts);
     });
 }
 

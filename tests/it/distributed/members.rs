@@ -27,6 +27,9 @@ fn kinds() -> Vec<(&'static str, &'static str, u64, String)> {
     ]
 }
 
+/// What members hold all moments of, and what they share.
+const SHARES: [&str; 2] = ["", "shard = true\n"];
+
 /// Writes a job whose policy and critic have `members` members, and whose steps are cut into `leaves` leaves.
 fn grouped(
     folder: &Path,
@@ -49,21 +52,22 @@ fn config(folder: &Path, algorithm: &str, steps: u64, more: &str, leaves: usize,
 #[test]
 fn any_number_of_members_that_divides_the_leaves_gives_the_same_bits() {
     for (name, algorithm, steps, more) in kinds() {
-        let of = |members| {
+        let of = |members, shares: &str| {
             let folder = tempfile::tempdir().unwrap();
+            let more = replace_once(&more, "[optimizer]\n", &format!("[optimizer]\n{shares}"));
             run(config(folder.path(), algorithm, steps, &more, 4, members)).unwrap_or_else(|e| panic!("{name}: {e}"));
             (
                 Remains::of(&folder.path().join("job")),
                 std::fs::read(folder.path().join("job/model/model.safetensors")).unwrap(),
             )
         };
-        let (want, model) = of(1);
+        let (want, model) = of(1, "");
         assert_eq!(want.history.len() as u64, steps, "{name}");
-        for members in [2, 4] {
-            eprintln!("{name}: {members} members");
-            let (got, exported) = of(members);
+        for (members, shares) in [2, 4].into_iter().flat_map(|members| SHARES.map(|shares| (members, shares))) {
+            eprintln!("{name}: {members} members {shares}");
+            let (got, exported) = of(members, shares);
             got.assert_same(&want);
-            assert!(exported == model, "{name}: the exported model differs with {members} members");
+            assert!(exported == model, "{name}: the exported model differs with {members} members {shares}");
         }
     }
 }
@@ -99,7 +103,8 @@ fn a_job_moves_to_another_number_of_members_and_back() {
         let want = Remains::of(&folder.path().join("job"));
         let folder = tempfile::tempdir().unwrap();
         run(config(folder.path(), algorithm, 6, &more, 4, 4)).unwrap();
-        resume(config(folder.path(), algorithm, 12, &more, 4, 2)).unwrap();
+        let sharded = replace_once(&more, "[optimizer]\n", "[optimizer]\nshard = true\n");
+        resume(config(folder.path(), algorithm, 12, &sharded, 4, 2)).unwrap();
         resume(config(folder.path(), algorithm, 18, &more, 4, 4)).unwrap();
         Remains::of(&folder.path().join("job")).assert_same(&want);
     }
