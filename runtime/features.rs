@@ -22,6 +22,13 @@ pub const ENCODERS: Feature = Feature { name: "encoders", enabled: cfg!(feature 
 /// The Prometheus endpoint.
 pub const PROMETHEUS: Feature = Feature { name: "prometheus", enabled: cfg!(feature = "prometheus") };
 
+/// Members in other processes.
+#[cfg_attr(
+    any(feature = "mpi", not(feature = "cli")),
+    expect(dead_code, reason = "the command names it where it is absent")
+)]
+pub const MPI: Feature = Feature { name: "mpi", enabled: cfg!(feature = "mpi") };
+
 /// Completes a sentence such as "`judge.url` needs".
 impl fmt::Display for Feature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

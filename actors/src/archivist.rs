@@ -5,14 +5,14 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use candle_core::{CpuStorage, Device, Storage, Tensor};
+use candle_core::{Device, Tensor};
 use rehearsal_store::{
     CachedReply, Error as StoreError, Preference, Repair, RolloutRecord, SavedCheckpoint, ScoreRecord, Store,
     TensorBytes, Usage,
 };
 
 use crate::role::{Build, Link, Permit, Reply, StateMachine, answer, local_message, role_status};
-use crate::snapshot::{stored_dtype, stored_name, unstored_type};
+use crate::snapshot::{bytes, stored_dtype, stored_name};
 use crate::{Error, ModelSnapshot, Restored, Result};
 
 /// Time between attempts to write to a full disk.
@@ -107,13 +107,7 @@ impl Archivist {
             let Some((from, to)) = layout.contiguous_offsets() else {
                 return Err(Error::Checkpoint(format!("tensor `{name}` is not contiguous")));
             };
-            let data: &[u8] = match &**storage {
-                Storage::Cpu(CpuStorage::F32(x)) => bytemuck::cast_slice(&x[from..to]),
-                Storage::Cpu(CpuStorage::F64(x)) => bytemuck::cast_slice(&x[from..to]),
-                Storage::Cpu(CpuStorage::BF16(x)) => bytemuck::cast_slice(&x[from..to]),
-                Storage::Cpu(CpuStorage::U8(x)) => &x[from..to],
-                _ => return Err(unstored_type(&name, tensor.dtype())),
-            };
+            let data = bytes(&name, storage, from..to)?;
             let dtype = stored_dtype(&name, tensor.dtype())?;
             views.push(TensorBytes { name, dtype, shape: tensor.dims().to_vec(), data });
         }

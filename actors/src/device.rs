@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::Device;
 use parking_lot::{FairMutex, FairMutexGuard};
 
-use crate::{Error, Result, Waits};
+use crate::{Error, Ranks, Result, Waits};
 
 /// A device as the configuration names it: `cpu` or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -52,6 +52,7 @@ pub struct Devices {
     open: Arc<Mutex<BTreeMap<Placement, SharedDevice>>>,
     pool: Arc<rayon::ThreadPool>,
     waits: Waits,
+    ranks: Option<Ranks>,
 }
 
 /// A device that roles share. Clones share its lock and its thread pool.
@@ -71,7 +72,17 @@ impl Devices {
     /// Creates a CPU thread pool of `threads` threads, or of one for each core if that is 0. Results do not depend
     /// on the number. Devices are opened when a role first needs them.
     pub fn new(threads: usize) -> Result<Self> {
-        Ok(Self { open: Arc::default(), pool: Arc::new(pool(threads, "cpu")?), waits: Waits::default() })
+        Ok(Self { open: Arc::default(), pool: Arc::new(pool(threads, "cpu")?), waits: Waits::default(), ranks: None })
+    }
+
+    /// The same devices, for models that have a member in each of some processes.
+    pub fn with_ranks(mut self, ranks: Ranks) -> Self {
+        self.ranks = Some(ranks);
+        self
+    }
+
+    pub(crate) fn ranks(&self) -> Option<&Ranks> {
+        self.ranks.as_ref().filter(|ranks| ranks.size() > 1)
     }
 
     /// The same devices for a job whose waits for them are noted in `waits`.

@@ -59,6 +59,14 @@ pub enum Error {
         /// Rollouts that it may hold.
         max: usize,
     },
+    /// A member in another process failed.
+    #[error("rank {rank}: {reason}")]
+    Rank {
+        /// Which process.
+        rank: usize,
+        /// What failed there.
+        reason: String,
+    },
     /// A loss or gradient is not a finite number. Nothing was changed.
     #[error("the update's {what} is {value}; nothing was changed, and the batch and the last good checkpoint are kept")]
     NotFinite {

@@ -36,6 +36,7 @@ mod micro_batch;
 mod models;
 mod objective;
 mod passes;
+mod ranks;
 mod reference;
 mod reward;
 mod reward_model;
@@ -55,9 +56,12 @@ pub use error::{Error, Result};
 pub use frozen::FrozenModel;
 pub use models::{CriticHandle, PolicyHandle};
 pub use objective::{
-    Cut, Demonstrations, Leaf, MaskedSequence, Objective, PairTokens, Pairs, Pass, Ranking, Rankings, RolloutTokens,
-    Rollouts, Stats, StepTimes, ValueTokens, Values,
+    Cut, Demonstrations, Leaf, MaskedSequence, Objective, PairTokens, Pairs, Pass, Portable, Ranking, Rankings,
+    RolloutTokens, Rollouts, Stats, StepTimes, ValueTokens, Values,
 };
+#[cfg(feature = "mpi")]
+pub use ranks::MpiWire;
+pub use ranks::{Ranks, Wire, launched_ranks, serve, threads_of_rank, wires};
 pub use reference::ReferenceHandle;
 pub use reward::{Judged, Reward, RewardError, RewardFn, RewardHandle, Sample};
 pub use reward_model::{Reading, RewardModel, RewardModels, save_normalisation};
@@ -67,10 +71,11 @@ pub use snapshot::{ModelSnapshot, Restored};
 pub use trained::{LoraInit, StepReport, TrainedConfig, UpdateBatch};
 pub use waits::{Wait, WaitName, Waits};
 
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 /// Token ids of a prompt and a completion. Clones share them.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Tokens {
     /// Token ids of the prompt.
     pub prompt: Arc<Vec<u32>>,

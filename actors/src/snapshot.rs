@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor, Var};
 use rehearsal_lm::{Checkpoint, Parameters};
 use rehearsal_store::{LoadedCheckpoint, ModelCounters, OwnedTensor, Repair, Store};
 
@@ -50,6 +50,13 @@ impl ModelSnapshot {
     pub(crate) fn of_weights(version: u64, trained: Parameters) -> Self {
         let tensors = trained.into_iter().map(|(name, tensor)| (format!("{WEIGHTS}.{name}"), tensor)).collect();
         Self { version, optimizer_steps: 0, tensors }
+    }
+
+    /// A snapshot that shares no storage with the model.
+    #[cfg(test)]
+    pub(crate) fn copied(&self) -> Self {
+        let copy = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.copy().expect("a copy"));
+        Self { tensors: self.tensors.iter().map(copy).collect(), ..*self }
     }
 
     /// A trained tensor.
@@ -162,8 +169,33 @@ pub(crate) fn unstored_type(name: &str, dtype: DType) -> Error {
 }
 
 fn from_store(t: &OwnedTensor) -> Result<Tensor> {
-    let Some((dtype, _)) = DTYPES.iter().find(|(_, stored)| *stored == t.dtype) else {
-        return Err(Error::Checkpoint(format!("tensor `{}` has the unknown type {}", t.name, t.dtype)));
+    tensor_of(&t.name, &t.dtype, &t.shape, &t.data)
+}
+
+/// The tensor of a stored type, a shape and bytes.
+pub(crate) fn tensor_of(name: &str, dtype: &str, shape: &[usize], data: &[u8]) -> Result<Tensor> {
+    let Some((dtype, _)) = DTYPES.iter().find(|(_, stored)| *stored == dtype) else {
+        return Err(Error::Checkpoint(format!("tensor `{name}` has the unknown type {dtype}")));
     };
-    Ok(Tensor::from_raw_buffer(&t.data, *dtype, &t.shape, &Device::Cpu)?)
+    Ok(Tensor::from_raw_buffer(data, *dtype, shape, &Device::Cpu)?)
+}
+
+/// Calls `f` with the bytes of a contiguous tensor on the CPU.
+pub(crate) fn with_bytes<T>(name: &str, tensor: &Tensor, f: impl FnOnce(&[u8]) -> T) -> Result<T> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Some((from, to)) = layout.contiguous_offsets() else {
+        return Err(Error::Checkpoint(format!("tensor `{name}` is not contiguous")));
+    };
+    Ok(f(bytes(name, &storage, from..to)?))
+}
+
+/// The bytes of some elements of a storage on the CPU.
+pub(crate) fn bytes<'a>(name: &str, storage: &'a Storage, range: std::ops::Range<usize>) -> Result<&'a [u8]> {
+    Ok(match storage {
+        Storage::Cpu(CpuStorage::F32(x)) => bytemuck::cast_slice(&x[range]),
+        Storage::Cpu(CpuStorage::F64(x)) => bytemuck::cast_slice(&x[range]),
+        Storage::Cpu(CpuStorage::BF16(x)) => bytemuck::cast_slice(&x[range]),
+        Storage::Cpu(CpuStorage::U8(x)) => &x[range],
+        other => return Err(unstored_type(name, other.dtype())),
+    })
 }

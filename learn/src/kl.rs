@@ -1,12 +1,13 @@
 //! KL divergence between the policy and its reference, and the controller that holds it near a target.
 
 use candle_core::{D, Tensor};
+use serde::{Deserialize, Serialize};
 
 use crate::Result;
 
 /// Per-token estimator of `KL(π ‖ π_ref)` from samples of π, with `d = log π - log π_ref` (Schulman 2020,
 /// "Approximating KL divergence").
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum KlEstimator {
     /// `d`: unbiased, signed. The choice for a reward; as a loss its expected gradient is zero.
     #[default]

@@ -5,6 +5,7 @@
 //! tokens `[tokens]`, with sequence `s` at `spans[s]..spans[s + 1]`.
 
 use candle_core::{DType, Tensor};
+use serde::{Deserialize, Serialize};
 
 use crate::kl::KlEstimator;
 use crate::token::span_sums;
@@ -98,7 +99,7 @@ pub fn whiten(x: &mut [f64], unbiased: bool, shift_mean: bool) {
 }
 
 /// Reduction of token losses to one loss.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub enum Aggregation {
     /// Mean over the batch's tokens (PPO; GRPO's `bnpo` and `dapo`).
     #[default]
@@ -110,7 +111,7 @@ pub enum Aggregation {
 }
 
 /// Level at which the probability ratio is taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum RatioLevel {
     /// Each token by itself (PPO, GRPO).
     #[default]
@@ -122,7 +123,7 @@ pub enum RatioLevel {
 }
 
 /// Settings of [`policy_loss`].
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct PolicyLossConfig {
     /// The ratio is clipped below at `1 - clip_low`.
     pub clip_low: f64,

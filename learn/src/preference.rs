@@ -4,13 +4,14 @@
 //! `a = l_w - log π_ref(y_w)`, `b` likewise for `y_l`; `h = β (a - b)`; `n_w`, `n_l` are lengths in tokens.
 
 use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 
 use crate::sft::{NllReduction, nll};
 use crate::token::log_sigmoid;
 use crate::{BatchTotals, Error, Result};
 
 /// Loss of a preference pair.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum PreferenceKind {
     /// DPO (Rafailov et al. 2023, eq. 7): `-log σ(h)`; with label smoothing ε (cDPO, Mitchell 2023)
     /// `-(1-ε) log σ(h) - ε log σ(-h)`.
@@ -61,7 +62,7 @@ pub enum PreferenceKind {
 }
 
 /// The distance of [`PreferenceKind::RewardAware`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RewardDistance {
     /// `KL(Bern σ(Δ) ‖ Bern σ(h))`: Nemotron-4's; NeMo's `rpo_bwd_kl`. With `Δ = ∞` it is DPO.
     BackwardKl,
@@ -73,7 +74,7 @@ pub enum RewardDistance {
 
 /// SFT term on the chosen completions: `weight · NLL(y_w)`. With [`PreferenceKind::Sigmoid`] this is RPO: per-pair
 /// mean as in Pang et al. 2024 (eq. 2) and Liu et al. 2024 (eq. 9), or mean over the batch's tokens as in TRL.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct SftTerm {
     /// α; 0 or more.
     pub weight: f64,
@@ -82,7 +83,7 @@ pub struct SftTerm {
 }
 
 /// A preference loss and its settings.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct PreferenceConfig {
     /// Formula of the loss.
     pub kind: PreferenceKind,

@@ -1,12 +1,13 @@
 //! Reward models trained on preferences (Christiano et al. 2017; Stiennon et al. 2020; InstructGPT).
 
 use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 
 use crate::token::log_sigmoid;
 use crate::{Error, Result};
 
 /// Settings of [`pairwise`].
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct PairwiseConfig {
     /// Weight of `mean((r_c + r_r)²)`, which keeps rewards near zero (Eisenstein et al. 2023); TRL suggests 0.01.
     pub centering: f64,
@@ -49,7 +50,7 @@ pub fn pairwise(x: &Pairwise<'_>, config: &PairwiseConfig) -> Result<Tensor> {
 }
 
 /// Divisor of a prompt's sum over pairs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum PairCount {
     /// `K (K - 1) / 2`, tied pairs included (InstructGPT, eq. 1).
     #[default]

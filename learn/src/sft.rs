@@ -1,12 +1,13 @@
 //! Supervised fine-tuning: the negative log-likelihood of demonstrations.
 
 use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 
 use crate::token::span_sums;
 use crate::{BatchTotals, Error, Result};
 
 /// Reduction of token losses to one loss.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum NllReduction {
     /// `-Σ log p / tokens` over the whole batch: long completions weigh more (TRL, Hugging Face).
     #[default]

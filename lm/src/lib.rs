@@ -47,7 +47,7 @@ pub use error::{Error, Result};
 pub use forward::Forward;
 pub use load::{Checkpoint, Files, tensors_of};
 pub use lora::{Lora, LoraConfig};
-pub use model::{Architecture, Batch, Decoder, Gradients, HeadKind, Parameters, Sequence, add_gradients};
+pub use model::{Architecture, Batch, Decoder, Gradients, HeadKind, Parameters, Sequence, add_floats, add_gradients};
 pub use rehearsal_kernels::gemm::Precision;
 pub use rehearsal_kernels::{random, slow_build};
 pub use text::{ChatTemplate, Message, Text};

@@ -4,6 +4,7 @@
 //! `B` follow from that of `W` by the chain rule. The base weights `W₀` never change, so they can be shared, for
 //! example with the reference. Only the adapters have gradients, optimiser state and checkpoints.
 
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
@@ -23,7 +24,7 @@ use crate::model::{Decoder, HeadKind, Parameters, SCORE_HEAD};
 const PREFIX: &str = "base_model.model.";
 
 /// Settings of adapters.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LoraConfig {
     /// Rank r.
     pub rank: usize,

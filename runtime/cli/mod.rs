@@ -8,6 +8,7 @@ mod generate;
 mod label;
 mod print;
 mod progress;
+mod ranks;
 mod run;
 mod saved;
 mod status;

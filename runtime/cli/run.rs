@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::exit::{FAILED, STOPPED};
 use super::print::{note, say};
 use super::progress::ProgressDisplay;
+use super::ranks::{self, Part};
 use crate::error::{Error, Result};
 use crate::events::Outcome;
 use crate::job::{Chain, Config};
@@ -27,6 +28,14 @@ pub fn resume(directory: &Path, file: Option<&Path>) -> Result<ExitCode> {
 }
 
 fn work(chain: Chain, resume: bool) -> Result<ExitCode> {
+    let launched = match ranks::part(&chain)? {
+        Part::Lead(launched) => launched,
+        Part::Served(code) => return Ok(code),
+    };
+    let chain = match &launched {
+        Some(launched) => chain.devices(launched.devices.clone()),
+        None => chain,
+    };
     let runtime = tokio::runtime::Runtime::new().map_err(Error::Threads)?;
     let cancel = cancel_on_signal();
     let several = chain.stages().len() > 1;

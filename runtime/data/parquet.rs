@@ -1,6 +1,7 @@
 //! Parquet files, read and written as JSON rows.
 
 use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -38,7 +39,35 @@ fn rows(file: &Path, row_group_max: i64) -> Result<impl Iterator<Item = Result<V
         );
         return Err(Error::Prompts { file: path, message });
     }
-    Ok(reader.into_iter().map(move |row| Ok(row.map_err(|e| wrong(&path, e))?.to_json_value())))
+    // The library panics on these.
+    let columns = reader.metadata().row_groups().iter().flat_map(|group| group.columns());
+    let negative = |n: &i64| *n < 0;
+    for column in columns {
+        let start = column.dictionary_page_offset().unwrap_or(column.data_page_offset());
+        if let Some(n) = [start, column.compressed_size(), column.num_values()].into_iter().find(negative) {
+            let message =
+                format!("is no readable Parquet file: column `{}` has the offset or size {n}", column.column_path());
+            return Err(Error::Prompts { file: path, message });
+        }
+    }
+    let mut rows = reader.into_iter();
+    let mut broken = false;
+    let next = move || {
+        if broken {
+            return None;
+        }
+        // What the library does not check ends the file, not the program.
+        let row = catch_unwind(AssertUnwindSafe(|| rows.next()));
+        broken = !matches!(row, Ok(Some(Ok(_))));
+        match row {
+            Ok(row) => row.map(|row| Ok(row.map_err(|e| wrong(&path, e))?.to_json_value())),
+            Err(_) => {
+                let message = "is no readable Parquet file: the library that reads it gave up".into();
+                Some(Err(Error::Prompts { file: path.clone(), message }))
+            }
+        }
+    };
+    Ok(std::iter::from_fn(next))
 }
 
 /// Writes rows to a file. Columns get the types that all rows agree on.

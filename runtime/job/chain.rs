@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use rehearsal_actors::Devices;
 use rehearsal_store::{Disk, Files as _, Store};
 use tokio_util::sync::CancellationToken;
 
@@ -33,13 +34,14 @@ pub struct Chain {
     stages: Vec<Config>,
     source: String,
     base: String,
+    devices: Option<Devices>,
 }
 
 impl Chain {
     /// Reads a document whose paths are relative to `base`.
     pub fn from_toml(source: &str, base: &Path) -> Result<Self> {
         let stages = Config::stages(source, base)?;
-        Ok(Self { stages, source: source.into(), base: base.display().to_string() })
+        Ok(Self { stages, source: source.into(), base: base.display().to_string(), devices: None })
     }
 
     /// Reads a file.
@@ -47,14 +49,20 @@ impl Chain {
         let source = fs::read_to_string(file).at(file)?;
         let base = folder_of(file);
         let stages = Config::stages(&source, &base).map_err(|e| e.in_file(file))?;
-        Ok(Self { stages, source, base: base.display().to_string() })
+        Ok(Self { stages, source, base: base.display().to_string(), devices: None })
     }
 
     /// Reads what was started in a directory.
     pub fn saved(directory: &Path) -> Result<Self> {
         let Saved { stages, kept } =
             saved::read(directory, &Algorithms::default())?.ok_or_else(|| Error::NothingToResume(directory.into()))?;
-        Ok(Self { stages, source: kept.source, base: kept.origin.base })
+        Ok(Self { stages, source: kept.source, base: kept.origin.base, devices: None })
+    }
+
+    /// Devices of all stages, in place of each stage's own, as [`JobBuilder::devices`](crate::JobBuilder::devices).
+    pub fn devices(mut self, devices: Devices) -> Self {
+        self.devices = Some(devices);
+        self
     }
 
     /// The configurations, in order.
@@ -93,7 +101,10 @@ impl Chain {
             let mut kept = Kept::new(&self.source, &self.base, several.then_some(i));
             (kept.origin.results, kept.origin.day) = (whole.origin.results, whole.origin.day);
             let job = |config: Config| {
-                let job = Job::builder(config).kept(kept.clone());
+                let mut job = Job::builder(config).kept(kept.clone());
+                if let Some(devices) = self.devices.clone() {
+                    job = job.devices(devices);
+                }
                 match folder.clone() {
                     Some(folder) => job.chain(folder, whole.clone()).build(),
                     None => job.build(),

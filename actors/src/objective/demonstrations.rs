@@ -1,15 +1,16 @@
 //! Supervised fine-tuning, alone or as PPO's pretraining mix.
 
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 use rehearsal_learn::{BatchTotals, NllReduction, sft};
 use rehearsal_lm::Batch;
 
-use super::{Objective, Pass, sum_f64};
+use super::{Objective, Pass, Portable, sum_f64};
 use crate::{Error, Result};
 
 /// A token sequence with a loss mask. Clones share the tokens.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MaskedSequence {
     /// Token ids.
     pub tokens: Arc<Vec<u32>>,
@@ -28,7 +29,7 @@ impl MaskedSequence {
 /// Supervised fine-tuning: minimizes the negative log-likelihood of the masked tokens at temperature 1.
 ///
 /// Statistics: `nll`, the mean over tokens.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Demonstrations {
     /// Sequences of the step.
     pub sequences: Vec<MaskedSequence>,
@@ -39,6 +40,10 @@ pub struct Demonstrations {
 impl Objective for Demonstrations {
     fn accumulate(&self, pass: &mut Pass<'_>) -> Result<()> {
         self.accumulate_weighted(pass, 1.0)
+    }
+
+    fn portable(&self) -> Option<Portable> {
+        Some(Portable::Demonstrations(self.clone()))
     }
 }
 

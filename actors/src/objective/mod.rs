@@ -9,8 +9,10 @@ mod rollouts;
 mod values;
 
 use std::fmt;
+use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
+use serde::{Deserialize, Serialize};
 
 pub use demonstrations::{Demonstrations, MaskedSequence};
 pub use pairs::{PairTokens, Pairs};
@@ -87,6 +89,40 @@ pub trait Objective: fmt::Debug + Send + Sync + 'static {
     /// [`Error::Cancelled`](crate::Error::Cancelled) from [`Pass::micro_batches`] once the step is cancelled, and
     /// whatever the model, the loss or a check of the data returns.
     fn accumulate(&self, pass: &mut Pass<'_>) -> Result<()>;
+
+    /// The objective as it goes to members in other processes ([`Ranks`](crate::Ranks)); `None`, the default, for one that
+    /// cannot leave its process.
+    fn portable(&self) -> Option<Portable> {
+        None
+    }
+}
+
+/// An objective that can go to another process.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Portable {
+    /// See [`Demonstrations`].
+    Demonstrations(Demonstrations),
+    /// See [`Pairs`].
+    Pairs(Pairs),
+    /// See [`Rollouts`].
+    Rollouts(Rollouts),
+    /// See [`Rankings`].
+    Rankings(Rankings),
+    /// See [`Values`].
+    Values(Values),
+}
+
+impl Portable {
+    pub(crate) fn into_objective(self) -> Arc<dyn Objective> {
+        match self {
+            Self::Demonstrations(objective) => Arc::new(objective),
+            Self::Pairs(objective) => Arc::new(objective),
+            Self::Rollouts(objective) => Arc::new(objective),
+            Self::Rankings(objective) => Arc::new(objective),
+            Self::Values(objective) => Arc::new(objective),
+        }
+    }
 }
 
 /// Number of tokens of a sequence that shares no prompt.

@@ -4,12 +4,13 @@ use candle_core::Tensor;
 use rehearsal_learn::preference::chosen_nll;
 use rehearsal_learn::{BatchTotals, PreferenceConfig, PreferenceLogprobs, preference_loss, token};
 use rehearsal_lm::Batch;
+use serde::{Deserialize, Serialize};
 
-use super::{Cut, Objective, Pass, check_per_token, sum_f64, tensor_like, values_f64};
+use super::{Cut, Objective, Pass, Portable, check_per_token, sum_f64, tensor_like, values_f64};
 use crate::{Result, Tokens};
 
 /// A preferred and a dispreferred completion of one prompt.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PairTokens {
     /// Prompt and chosen completion.
     pub chosen: Tokens,
@@ -39,7 +40,7 @@ impl PairTokens {
 /// Statistics, as means over pairs: `preference_accuracy` (share of pairs with a positive margin), `margin`,
 /// `chosen_reward`, `rejected_reward` (implicit rewards), `chosen_logprob`, `rejected_logprob` (sums over tokens); and over
 /// tokens `mismatch_kl`, for completions that the policy sampled.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Pairs {
     /// Pairs of the step.
     pub pairs: Vec<PairTokens>,
@@ -65,6 +66,10 @@ impl Objective for Pairs {
             pass.completions_step(&batch, last, |pass, logprobs| self.loss(pass, pairs, &batch, logprobs, whole))?;
         }
         Ok(())
+    }
+
+    fn portable(&self) -> Option<Portable> {
+        Some(Portable::Pairs(self.clone()))
     }
 }
 

@@ -1,8 +1,10 @@
 //! The forward and backward passes of one optimizer step.
 
+use serde::{Deserialize, Serialize};
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor, Var};
@@ -32,9 +34,35 @@ impl Sums {
         other.0.iter().for_each(|(name, (sum, count))| self.note(name, *sum, *count));
     }
 
+    /// The sums and counts by name.
+    pub fn named(&self) -> Vec<(String, f64, f64)> {
+        self.0.iter().map(|(name, (sum, count))| (name.to_string(), *sum, *count)).collect()
+    }
+
+    /// Sums and counts that another process has named.
+    pub fn of_names(named: Vec<(String, f64, f64)>) -> Self {
+        let mut sums = Self::default();
+        named.into_iter().for_each(|(name, sum, count)| sums.note(interned(name), sum, count));
+        sums
+    }
+
     /// The statistics' means, or 0 where nothing was counted.
     pub fn means(&self) -> Stats {
         self.0.iter().map(|(name, (sum, n))| (*name, if *n > 0.0 { sum / n } else { 0.0 })).collect()
+    }
+}
+
+/// A name for the life of the process: objectives have few names, each of which is kept once.
+fn interned(name: String) -> &'static str {
+    static NAMES: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
+    let mut names = NAMES.lock().unwrap_or_else(PoisonError::into_inner);
+    match names.get(name.as_str()) {
+        Some(known) => known,
+        None => {
+            let kept: &'static str = name.leak();
+            names.insert(kept);
+            kept
+        }
     }
 }
 
@@ -55,7 +83,7 @@ impl Leaf {
 }
 
 /// How the items of a step are cut into leaves.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Cut {
     /// Into ranges of as many items each.
     #[default]
@@ -84,7 +112,7 @@ impl Cut {
 }
 
 /// Wall time of the phases of an optimizer step.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepTimes {
     /// Forward passes and losses.
     pub forward: Duration,

@@ -3,13 +3,14 @@
 use candle_core::Tensor;
 use rehearsal_learn::reward::{PairCount, Pairwise, PairwiseConfig, kwise, pairwise};
 use rehearsal_lm::Batch;
+use serde::{Deserialize, Serialize};
 
-use super::{Objective, Pass, length, sum_f64, tensor_like, values_f64};
+use super::{Objective, Pass, Portable, length, sum_f64, tensor_like, values_f64};
 use crate::passes::scored;
 use crate::{Error, Result, Tokens};
 
 /// Completions of one prompt with their ranks.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Ranking {
     /// Completions with their prompt.
     pub completions: Vec<Tokens>,
@@ -25,7 +26,7 @@ pub struct Ranking {
 ///
 /// Statistics: `preference_accuracy` (ties count as wrong) and `margin` over the ordered pairs of a ranking,
 /// `reward_model_score` over completions.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Rankings {
     /// Rankings of the step.
     pub rankings: Vec<Ranking>,
@@ -97,6 +98,10 @@ impl Objective for Rankings {
             )?;
         }
         Ok(())
+    }
+
+    fn portable(&self) -> Option<Portable> {
+        Some(Portable::Rankings(self.clone()))
     }
 }
 

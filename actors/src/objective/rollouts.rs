@@ -4,12 +4,13 @@ use candle_core::Tensor;
 use rehearsal_learn::BatchTotals;
 use rehearsal_learn::ppo::{PolicyLossConfig, PolicyTokens, policy_loss};
 use rehearsal_lm::Batch;
+use serde::{Deserialize, Serialize};
 
-use super::{Cut, Demonstrations, Objective, Pass, check_per_token, length, sum_f64, tensor_like};
+use super::{Cut, Demonstrations, Objective, Pass, Portable, check_per_token, length, sum_f64, tensor_like};
 use crate::{Result, Tokens};
 
 /// A sampled completion with one value per token in each list.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RolloutTokens {
     /// Prompt and completion.
     pub tokens: Tokens,
@@ -27,7 +28,7 @@ pub struct RolloutTokens {
 ///
 /// Statistics, as means over tokens: `clip_fraction`, `approx_kl`, `policy_kl`, `ratio`, and `policy_entropy` where the loss
 /// has an entropy term; with a pretraining mix also its `nll`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Rollouts {
     /// Rollouts of the minibatch.
     pub rollouts: Vec<RolloutTokens>,
@@ -66,6 +67,10 @@ impl Objective for Rollouts {
             Some((text, weight)) => text.accumulate_weighted(pass, *weight),
             None => Ok(()),
         }
+    }
+
+    fn portable(&self) -> Option<Portable> {
+        Some(Portable::Rollouts(self.clone()))
     }
 }
 

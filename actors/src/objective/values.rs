@@ -3,12 +3,13 @@
 use rehearsal_learn::BatchTotals;
 use rehearsal_learn::ppo::value_loss;
 use rehearsal_lm::Batch;
+use serde::{Deserialize, Serialize};
 
-use super::{Cut, Objective, Pass, check_per_token, length, tensor_like};
+use super::{Cut, Objective, Pass, Portable, check_per_token, length, tensor_like};
 use crate::{Result, Tokens};
 
 /// A completion with one value per token in each list.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ValueTokens {
     /// Prompt and completion.
     pub tokens: Tokens,
@@ -21,7 +22,7 @@ pub struct ValueTokens {
 /// The clipped value loss of PPO's critic on one minibatch.
 ///
 /// Statistics: `value_clip_fraction`, the mean over tokens.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Values {
     /// Rollouts of the minibatch.
     pub rollouts: Vec<ValueTokens>,
@@ -58,5 +59,9 @@ impl Objective for Values {
             )?;
         }
         Ok(())
+    }
+
+    fn portable(&self) -> Option<Portable> {
+        Some(Portable::Values(self.clone()))
     }
 }

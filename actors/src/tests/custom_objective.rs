@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rehearsal_learn::AdamWConfig;
+use rehearsal_lm::generate::{Options, Request, Sampling};
 use rehearsal_lm::random::Stream;
 use rehearsal_lm::{Architecture, Batch, Checkpoint, Precision, Text};
 use serde_json::json;
@@ -13,7 +14,7 @@ use candle_core::{Device, Tensor};
 
 use crate::{
     Demonstrations, Devices, Director, Error, MaskedSequence, Objective, PairTokens, Pairs, Pass, Placement,
-    PolicyHandle, Result, Tokens, TrainedConfig, UpdateBatch,
+    PolicyHandle, Ranks, Result, Tokens, TrainedConfig, UpdateBatch, serve, wires,
 };
 
 /// A Llama of one layer with random weights and a vocabulary of four tokens.
@@ -50,10 +51,16 @@ async fn policy_of(members: usize, leaves: usize) -> (Director, PolicyHandle) {
     let deadline = Duration::from_secs(60);
     let (events, _) = mpsc::unbounded_channel();
     let director = Director::start(0, deadline, events).await.unwrap();
+    let devices = Devices::new(1).unwrap();
+    let policy = start(&director, members, leaves, false, devices).await;
+    (director, policy)
+}
+
+async fn start(director: &Director, members: usize, leaves: usize, shard: bool, devices: Devices) -> PolicyHandle {
     let config = TrainedConfig {
         placements: vec![Placement::Cpu; members],
         leaves,
-        shard: false,
+        shard,
         optimizer: AdamWConfig::default(),
         max_grad_norm: None,
         micro_batch_tokens: 8,
@@ -62,8 +69,7 @@ async fn policy_of(members: usize, leaves: usize) -> (Director, PolicyHandle) {
         ema_decay: None,
         lora: None,
     };
-    let policy = director.policy(Arc::new(tiny_model()), config, Devices::new(1).unwrap()).await.unwrap();
-    (director, policy)
+    director.policy(Arc::new(tiny_model()), config, devices).await.unwrap()
 }
 
 fn wanted() -> Vec<Tokens> {
@@ -220,4 +226,72 @@ async fn an_objective_that_is_not_cut_is_refused_where_there_are_leaves() {
     step(1).await.unwrap();
     let error = step(2).await.unwrap_err().to_string();
     assert!(error.contains("micro_batches") && error.contains("2 leaves"), "{error}");
+}
+
+/// What a policy of some ranks ends with after a few steps and a restored snapshot.
+async fn of_ranks(ranks: usize, shard: bool) -> (Vec<f64>, Vec<Vec<f32>>, Vec<Vec<u32>>) {
+    let (events, _) = mpsc::unbounded_channel();
+    let director = Director::start(0, Duration::from_secs(60), events).await.unwrap();
+    let mut wires = wires(ranks).into_iter();
+    let ranks = Ranks::new(wires.next().unwrap());
+    let others: Vec<_> = wires.map(|wire| std::thread::spawn(move || serve(&*wire, 1))).collect();
+    let devices = Devices::new(1).unwrap().with_ranks(ranks.clone());
+    let policy = start(&director, 1, 4, shard, devices).await;
+    let (mut numbers, mut kept) = (Vec::new(), None);
+    for step in 0..4 {
+        let sequences = wanted().into_iter().map(|t| MaskedSequence {
+            tokens: Arc::new([t.prompt.as_slice(), t.completion.as_slice()].concat()),
+            loss_mask: Arc::new(vec![true; t.prompt.len() + t.completion.len()]),
+        });
+        let objective = Arc::new(Demonstrations { sequences: sequences.collect(), reduction: Default::default() });
+        let batch = UpdateBatch { objective, learning_rate: 1e-2, temperature: 1.0 };
+        let report = policy.step(batch, Default::default()).await.unwrap();
+        numbers.extend([report.loss, report.grad_norm, report.stats["nll"], report.tokens as f64]);
+        match step {
+            1 => kept = Some(policy.snapshot().await.unwrap().copied()),
+            2 => policy.restore(kept.take().unwrap()).await.unwrap(),
+            _ => {}
+        }
+    }
+    let logprobs = policy.logprobs(wanted(), 1.0).await.unwrap();
+    let (sender, mut receiver) = mpsc::unbounded_channel();
+    let requests = wanted().iter().zip(0..).map(|(t, id)| Request { id, prompt: t.prompt.clone() }).collect();
+    let options = Options {
+        sampling: Sampling::default(),
+        max_new_tokens: 5,
+        min_new_tokens: 0,
+        eos: vec![3],
+        stop: Vec::new(),
+        seed: 1,
+        batch: 2,
+    };
+    policy.generate(requests, options, 0, sender, Default::default()).await.unwrap();
+    let mut completions = Vec::new();
+    while let Ok(completion) = receiver.try_recv() {
+        completions.push(completion);
+    }
+    completions.sort_by_key(|c| c.id);
+
+    // An objective of the program's own stays in its process.
+    if ranks.size() > 1 {
+        let objective = Arc::new(Likelihood { wanted: wanted(), constant: false });
+        let batch = UpdateBatch { objective, learning_rate: 1e-2, temperature: 1.0 };
+        let error = policy.step(batch, Default::default()).await.unwrap_err().to_string();
+        assert!(error.contains("portable"), "{error}");
+    }
+    director.stop().await;
+    ranks.stop();
+    others.into_iter().for_each(|other| other.join().unwrap().unwrap());
+    (numbers, logprobs, completions.into_iter().map(|c| c.tokens).collect())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn members_in_other_processes_change_no_bit() {
+    let one = of_ranks(1, false).await;
+    assert_eq!(one.2.len(), 3);
+    for ranks in [2, 4] {
+        for shard in [false, true] {
+            assert_eq!(of_ranks(ranks, shard).await, one, "{ranks} ranks, shard: {shard}");
+        }
+    }
 }

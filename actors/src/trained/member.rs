@@ -23,7 +23,7 @@ use crate::passes;
 use crate::{Error, ModelSnapshot, Result, Tokens};
 
 /// A member. All members of a model have the same weights between two requests.
-pub(super) struct Member {
+pub(crate) struct Member {
     checkpoint: Arc<Checkpoint>,
     pub compute: SharedDevice,
     config: TrainedConfig,
@@ -185,24 +185,48 @@ impl Member {
             let trained = self.lora.as_ref().map_or(decoder.variables(), Lora::variables);
             let gradients = on_device(gradients, &self.compute.device)?;
             self.optimizer.step(trained, &gradients, learning_rate, scale)?;
-            let updated = |(name, range): (&String, &Range<usize>)| {
-                let part = trained[name].as_detached_tensor().flatten_all()?.narrow(0, range.start, range.len())?;
-                Ok((name.clone(), part.copy()?))
-            };
-            self.ranges.iter().flatten().map(updated).collect()
+            self.own_elements()
         })
     }
 
-    /// Sets the elements that another member has updated.
-    pub fn set_elements(&self, ranges: &Ranges, updated: &BTreeMap<String, Tensor>) -> Result<()> {
-        self.compute.run(|| {
-            for (name, values) in updated {
-                let variable = self.variables()[name].as_detached_tensor();
-                let values = values.to_device(&self.compute.device)?;
-                variable.flatten_all()?.slice_set(&values, 0, ranges[name].start)?;
-            }
-            Ok(())
+    /// [`Member::update`] by the gradients of the member's own elements, flat.
+    pub fn update_shard(
+        &mut self,
+        gradients: &BTreeMap<String, Tensor>,
+        learning_rate: f64,
+        scale: f64,
+    ) -> Result<BTreeMap<String, Tensor>> {
+        let compute = self.compute.clone();
+        compute.run(|| {
+            let decoder = self.decoder.clone();
+            let trained = self.lora.as_ref().map_or(decoder.variables(), Lora::variables);
+            let gradients = on_device(gradients, &self.compute.device)?;
+            self.optimizer.step_shard(trained, &gradients, learning_rate, scale)?;
+            self.own_elements()
         })
+    }
+
+    /// Copies of the elements that the member updates, flat; none if it updates all.
+    fn own_elements(&self) -> Result<BTreeMap<String, Tensor>> {
+        let own = |(name, range): (&String, &Range<usize>)| {
+            let whole = self.variables()[name].as_detached_tensor();
+            Ok((name.clone(), whole.flatten_all()?.narrow(0, range.start, range.len())?.copy()?))
+        };
+        self.ranges.iter().flatten().map(own).collect()
+    }
+
+    /// Sets elements of a variable, from `start` on, that another member has updated.
+    pub fn set_elements(&self, name: &str, start: usize, values: &Tensor) -> Result<()> {
+        self.compute.run(|| {
+            let variable = self.variables()[name].as_detached_tensor();
+            Ok(variable.flatten_all()?.slice_set(&values.to_device(&self.compute.device)?, 0, start)?)
+        })
+    }
+
+    /// Zeros in the shapes of the trained variables.
+    pub fn zeros(&self) -> Result<BTreeMap<String, Tensor>> {
+        let zeros = |(name, var): (&String, &Var)| Ok((name.clone(), var.zeros_like()?));
+        self.variables().iter().map(zeros).collect()
     }
 
     /// Follows an update of the weights, when all elements are there: checks them, merges adapters, moves the average.

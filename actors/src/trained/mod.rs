@@ -10,21 +10,23 @@ mod members;
 mod sum;
 mod tree;
 
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use candle_core::{DType, Device};
-use rehearsal_learn::{AdamWConfig, clip_scale, global_norm};
+use rehearsal_learn::{AdamWConfig, clip_scale};
 use rehearsal_lm::generate::{Completion, Options, Request};
 use rehearsal_lm::{Checkpoint, HeadKind, Lora, LoraConfig, Precision};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio_util::sync::CancellationToken;
 
-use self::member::Member;
+pub(crate) use self::member::Member;
 use self::members::Members;
-use crate::passes;
+pub(crate) use self::sum::LeafSum;
+pub(crate) use self::tree::Tree;
 use crate::role::{Build, Permit, Reply, StateMachine, answer, local_message};
 use crate::{Devices, Error, MaskedSequence, ModelSnapshot, Objective, Placement, Result, Stats, StepTimes, Tokens};
 
@@ -56,7 +58,7 @@ pub struct TrainedConfig {
 }
 
 /// What adapters are initialized from.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LoraInit {
     /// Rank, scale and layers of the adapters.
     pub config: LoraConfig,
@@ -215,66 +217,24 @@ impl Trained {
         Ok(())
     }
 
-    fn generate(
-        &mut self,
-        requests: Vec<Request>,
-        options: &Options,
-        keep_tokens: usize,
-        finished: &UnboundedSender<Completion>,
-        cancel: &CancellationToken,
-    ) -> Result<u64> {
-        let parts = self.members.split(&requests, |a, b| a.prompt == b.prompt);
-        self.members.each(|index, member| {
-            let requests = requests[parts[index].clone()].to_vec();
-            member.generate(requests, options, keep_tokens, finished, cancel)
-        })?;
-        Ok(self.version)
-    }
-
-    /// Answers about tokens, each member for its part of them.
-    fn ask<T: Send>(
-        &mut self,
-        tokens: &[Tokens],
-        of: impl Fn(&Member, &[Tokens]) -> Result<Vec<T>> + Sync,
-    ) -> Result<Vec<T>> {
-        let parts = self.members.split(tokens, |a, b| a.prompt == b.prompt);
-        let answers = self.members.each(|index, member| of(member, &tokens[parts[index].clone()]))?;
-        Ok(answers.into_iter().flatten().collect())
-    }
-
-    fn likelihoods(&mut self, sequences: &[MaskedSequence]) -> Result<Vec<f64>> {
-        let budget = self.config.micro_batch_tokens;
-        let parts = self.members.split(sequences, |_, _| false);
-        let answers = self.members.each(|index, member| {
-            let part = &sequences[parts[index].clone()];
-            member.compute.run(|| passes::likelihoods(&member.decoder, part, budget))
-        })?;
-        Ok(answers.into_iter().flatten().collect())
-    }
-
     fn step(&mut self, batch: &UpdateBatch, cancel: &CancellationToken) -> Result<StepReport> {
-        let leaves = self.config.leaves;
-        let parts = self.members.leaves(leaves);
-        let sums = self.members.each(|index, member| member.gradients(batch, parts[index].clone(), cancel))?;
+        let summed = self.members.gradients(batch, cancel)?;
         let start = Instant::now();
-        let (sum, mut times) = self.members.add(leaves, sums)?;
-        let gradients = sum.gradients.as_ref().ok_or_else(|| rehearsal_lm::Error::NoGradient("(every one)".into()))?;
-        let (loss, stats) = (sum.loss, sum.stats());
-        let grad_norm = self.members.run(|| global_norm(gradients))?;
+        let (loss, grad_norm, tokens, stats) = (summed.sum.loss, summed.norm, summed.sum.tokens, summed.sum.stats());
         for (what, value) in [("loss", loss), ("gradient norm", grad_norm)] {
             if !value.is_finite() {
                 return Err(Error::NotFinite { what, value });
             }
         }
-        let scale = clip_scale(grad_norm, self.config.max_grad_norm);
-        self.members.update(gradients, batch.learning_rate, scale)?;
+        let (scale, mut times) = (clip_scale(grad_norm, self.config.max_grad_norm), summed.times);
+        self.members.update(summed, batch.learning_rate, scale)?;
         self.version += 1;
         times.optimizer += start.elapsed();
-        Ok(StepReport { version: self.version, tokens: sum.tokens, loss, grad_norm, stats, times })
+        Ok(StepReport { version: self.version, tokens, loss, grad_norm, stats, times })
     }
 
     fn restore(&mut self, snapshot: &ModelSnapshot) -> Result<()> {
-        self.members.each(|_, member| member.restore(snapshot))?;
+        self.members.restore(snapshot)?;
         self.version = snapshot.version;
         self.ready = true;
         Ok(())
@@ -288,25 +248,18 @@ impl StateMachine for Trained {
         if !self.ready && !matches!(message, TrainedMsg::Restore { .. } | TrainedMsg::Reset { .. }) {
             return; // the dropped reply tells the caller that the role died
         }
-        let budget = self.config.micro_batch_tokens;
         match message {
             TrainedMsg::Generate { requests, options, keep_tokens, finished, cancel, reply, .. } => {
-                answer(reply, self.generate(requests, &options, keep_tokens, &finished, &cancel))
+                let result = self.members.generate(&requests, &options, keep_tokens, &finished, &cancel);
+                drop(finished);
+                answer(reply, result.map(|()| self.version))
             }
             TrainedMsg::Logprobs { tokens, temperature, reply, .. } => {
-                answer(reply, self.ask(&tokens, |member, tokens| member.logprobs(tokens, temperature)))
+                answer(reply, self.members.logprobs(&tokens, temperature))
             }
-            TrainedMsg::Likelihoods { sequences, reply, .. } => answer(reply, self.likelihoods(&sequences)),
-            TrainedMsg::Values { tokens, reply, .. } => {
-                let values =
-                    |m: &Member, tokens: &[Tokens]| m.compute.run(|| passes::values(&m.decoder, tokens, budget));
-                answer(reply, self.ask(&tokens, values))
-            }
-            TrainedMsg::Scores { tokens, reply, .. } => {
-                let scores =
-                    |m: &Member, tokens: &[Tokens]| m.compute.run(|| passes::scores(&m.decoder, tokens, budget));
-                answer(reply, self.ask(&tokens, scores))
-            }
+            TrainedMsg::Likelihoods { sequences, reply, .. } => answer(reply, self.members.likelihoods(&sequences)),
+            TrainedMsg::Values { tokens, reply, .. } => answer(reply, self.members.values(&tokens)),
+            TrainedMsg::Scores { tokens, reply, .. } => answer(reply, self.members.scores(&tokens)),
             TrainedMsg::Step { batch, cancel, reply, .. } => answer(reply, self.step(&batch, &cancel)),
             TrainedMsg::Snapshot { reply, .. } => answer(reply, self.members.snapshot(self.version)),
             TrainedMsg::Weights { reply, .. } => answer(reply, self.members.first().weights(self.version)),

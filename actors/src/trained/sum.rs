@@ -10,7 +10,7 @@ use crate::objective::{Pass, Stats, StepTimes, Sums};
 
 /// Sums over one leaf of a step, or several.
 #[derive(Default)]
-pub(super) struct LeafSum {
+pub(crate) struct LeafSum {
     /// Gradients of the trained variables by name; `None` where the leaves hold no data.
     pub gradients: Option<BTreeMap<String, Tensor>>,
     /// Share of the step's loss.
@@ -27,6 +27,21 @@ impl LeafSum {
     pub fn of(pass: &Pass<'_>) -> Self {
         let (loss, tokens, times) = (pass.loss(), pass.tokens(), pass.times());
         Self { gradients: None, loss, tokens, times, sums: pass.sums().clone() }
+    }
+
+    /// A sum whose gradients are in another process.
+    pub fn received(loss: f64, tokens: usize, times: StepTimes, stats: Vec<(String, f64, f64)>) -> Self {
+        Self { gradients: None, loss, tokens, times, sums: Sums::of_names(stats) }
+    }
+
+    /// Sum and count of each statistic by name.
+    pub fn named_sums(&self) -> Vec<(String, f64, f64)> {
+        self.sums.named()
+    }
+
+    /// The sum without its gradients.
+    pub fn without_gradients(&self) -> Self {
+        Self { gradients: None, sums: self.sums.clone(), ..*self }
     }
 
     /// The sum of two; that of gradients takes the memory of the first.

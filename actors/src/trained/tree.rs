@@ -6,7 +6,7 @@ use std::ops::Range;
 /// where they differ, plus that of its second half. Consecutive ranges are pushed from left to right, and two that are the halves of a
 /// range are added at once. So the result is the same for every division of the leaves into ranges, and a range in
 /// progress holds as many sums as the tree is deep, at most.
-pub(super) struct Tree<T> {
+pub(crate) struct Tree<T> {
     leaves: usize,
     sums: Vec<(Range<usize>, T)>,
 }

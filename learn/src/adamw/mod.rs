@@ -5,6 +5,7 @@ mod moments;
 mod shards;
 mod update;
 
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,10 +22,10 @@ pub use shards::{Ranges, joined, shards};
 use update::Rule;
 
 /// Elements of a gradient that are summed as one block of the gradient norm. This fixes the order of summation.
-const BLOCK: usize = 64 * 1024;
+pub const BLOCK: usize = 64 * 1024;
 
 /// Settings of [`AdamW`].
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct AdamWConfig {
     /// Decay of the first moment.
     pub beta1: f64,
@@ -41,7 +42,7 @@ pub struct AdamWConfig {
 }
 
 /// Where `eps` is added. The two variants differ in the first steps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum AdamRule {
     /// `lr · m̂ / (√v̂ + eps)`, with both moments corrected (PyTorch).
     #[default]
@@ -188,6 +189,39 @@ impl AdamW {
         if let Some(name) = variables.keys().find(|name| !gradients.contains_key(*name)) {
             return Err(Error::NoGradient(name.clone()));
         }
+        self.advance(variables, rate, scale, |name, range| match range {
+            Some(range) => part(&gradients[name].contiguous()?, range),
+            None => Ok(gradients[name].contiguous()?),
+        })
+    }
+
+    /// [`AdamW::step`] of a shard by the gradients of its own elements, flat.
+    ///
+    /// # Errors
+    /// If one of its variables has no gradient; then nothing is changed.
+    pub fn step_shard(
+        &mut self,
+        variables: &BTreeMap<String, Var>,
+        gradients: &BTreeMap<String, Tensor>,
+        rate: f64,
+        scale: f64,
+    ) -> Result<()> {
+        if let Some(name) =
+            self.ranges.iter().flatten().map(|(name, _)| name).find(|name| !gradients.contains_key(*name))
+        {
+            return Err(Error::NoGradient(name.clone()));
+        }
+        self.advance(variables, rate, scale, |name, _| Ok(gradients[name].clone()))
+    }
+
+    /// Takes a step. `gradient` gives the gradients of the elements of a variable that are updated.
+    fn advance(
+        &mut self,
+        variables: &BTreeMap<String, Var>,
+        rate: f64,
+        scale: f64,
+        gradient: impl Fn(&String, Option<&Range<usize>>) -> Result<Tensor>,
+    ) -> Result<()> {
         self.step += 1;
         let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
         let correction = |beta: f64| 1.0 - beta.powi(self.step.min(i32::MAX as u64) as i32);
@@ -199,10 +233,11 @@ impl AdamW {
                     None => return Err(Error::StrayGradient(name.clone())),
                 }
             };
-            let (mut parameter, mut gradient) = (var.as_detached_tensor(), gradients[name].contiguous()?);
+            let range = self.ranges.as_ref().and_then(|ranges| ranges.get(name));
+            let (mut parameter, gradient) = (var.as_detached_tensor(), gradient(name, range)?);
             let mut from = 0;
-            if let Some(range) = self.ranges.as_ref().and_then(|ranges| ranges.get(name)) {
-                (parameter, gradient, from) = (part(&parameter, range)?, part(&gradient, range)?, range.start as u32);
+            if let Some(range) = range {
+                (parameter, from) = (part(&parameter, range)?, range.start as u32);
             }
             let decay = if var.dims().len() > 1 { 1.0 - rate * weight_decay } else { 1.0 };
             let (rate, root) = (rate / correction(beta1), correction(beta2).sqrt());
@@ -241,6 +276,12 @@ pub fn global_norm(gradients: &BTreeMap<String, Tensor>) -> Result<f64> {
     Ok(total.sqrt())
 }
 
+/// Sums of squares of the blocks of [`BLOCK`] elements; the last may be shorter.
+pub fn block_squares(data: &[f32]) -> Vec<f64> {
+    let square = |block: &[f32]| block.iter().map(|&x| x as f64 * x as f64).sum();
+    data.par_chunks(BLOCK).map(square).collect()
+}
+
 /// Sum of the squares of an f32 tensor on the CPU; `None` for other tensors.
 fn sum_of_squares(x: &Tensor) -> Option<f64> {
     if !x.device().is_cpu() {
@@ -249,9 +290,7 @@ fn sum_of_squares(x: &Tensor) -> Option<f64> {
     let (storage, layout) = x.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {
         (candle_core::Storage::Cpu(CpuStorage::F32(data)), Some((from, to))) => {
-            let square = |block: &[f32]| block.iter().map(|&x| x as f64 * x as f64).sum();
-            let blocks: Vec<f64> = data[from..to].par_chunks(BLOCK).map(square).collect();
-            Some(blocks.iter().sum())
+            Some(block_squares(&data[from..to]).iter().sum())
         }
         _ => None,
     }
@@ -363,15 +402,11 @@ mod tests {
 
     #[test]
     fn shards_together_do_what_the_whole_does() {
-        let n = 3 * shards::UNIT + 700;
+        let n = 3 * BLOCK + 700;
         let start: Vec<f32> = (0..n).map(|i| (i as f32 * 0.37).sin()).collect();
         let make = || {
             let var = |from: usize, len: usize| Var::new(&start[from..from + len], &Device::Cpu).unwrap();
-            BTreeMap::from([
-                ("a".to_string(), var(0, n)),
-                ("b".into(), var(5, 9)),
-                ("c".into(), var(1, shards::UNIT + 1)),
-            ])
+            BTreeMap::from([("a".to_string(), var(0, n)), ("b".into(), var(5, 9)), ("c".into(), var(1, BLOCK + 1))])
         };
         for moments in [MomentType::Full, MomentType::Bf16, MomentType::Int8] {
             let config = AdamWConfig { moments, ..Default::default() };

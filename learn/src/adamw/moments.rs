@@ -4,11 +4,12 @@
 //! that small changes are right on average. The random bits are a function of the step and the element's index alone.
 
 use candle_core::{DType, Tensor};
+use serde::{Deserialize, Serialize};
 
 use crate::Result;
 
 /// Type in which moments are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum MomentType {
     /// The type of the parameter.
     #[default]

@@ -13,7 +13,7 @@ use crate::{Error, Result};
 pub type Ranges = BTreeMap<String, Range<usize>>;
 
 /// Variables are cut at multiples of this many elements: blocks of eight-bit moments and of the gradient norm stay whole.
-pub const UNIT: usize = super::BLOCK;
+const UNIT: usize = super::BLOCK;
 
 /// Divides all elements of variables among members: contiguous parts, as equal as cuts at multiples of 65,536 elements of a
 /// variable allow.

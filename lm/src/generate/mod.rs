@@ -12,6 +12,7 @@ mod sampling;
 
 pub use sampling::{Sampling, Scratch};
 
+use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -40,7 +41,7 @@ pub struct Request {
 }
 
 /// Settings shared by the requests of a call.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Options {
     /// How tokens are sampled.
     pub sampling: Sampling,
@@ -59,7 +60,7 @@ pub struct Options {
 }
 
 /// Finish reason of a completion.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Finish {
     /// An end-of-sequence token was sampled.
     #[default]
@@ -71,7 +72,7 @@ pub enum Finish {
 }
 
 /// A finished completion.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Completion {
     /// Id of the request.
     pub id: u64,

@@ -1,6 +1,7 @@
 //! Sampling of the next token: temperature, top-k, top-p and min-p, in the order of `transformers`.
 
 use rehearsal_kernels::math::{SUM_BLOCK, block_sums, exp_all, log_sum_exp, max};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
@@ -12,7 +13,7 @@ pub struct Scratch {
 }
 
 /// Sampling settings.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Sampling {
     /// Divides the logits; 0 is greedy decoding.
     pub temperature: f64,

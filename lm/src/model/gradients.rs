@@ -31,9 +31,7 @@ pub fn add_gradients(
         if sum.device().is_cpu() && sum.is_contiguous() && more.is_contiguous() && sum.dims() == more.dims() {
             with_floats_mut(sum, |sum| {
                 with_floats(&more, |more| {
-                    for_each_chunk(sum, CHUNK, |i, sum| {
-                        sum.iter_mut().zip(chunk(more, CHUNK, i)).for_each(|(x, y)| *x += y);
-                    });
+                    add_floats(sum, more);
                     Ok(())
                 })
             })?;
@@ -42,6 +40,11 @@ pub fn add_gradients(
         }
     }
     Ok(a)
+}
+
+/// `x += y`, element by element.
+pub fn add_floats(x: &mut [f32], y: &[f32]) {
+    for_each_chunk(x, CHUNK, |i, x| x.iter_mut().zip(chunk(y, CHUNK, i)).for_each(|(x, y)| *x += y));
 }
 
 /// Gradients by parameter name, summed over micro-batches.

@@ -14,7 +14,7 @@ pub use architecture::{Architecture, HeadKind, NormKind, Parameters, Position, R
 pub use batch::{Batch, Sequence};
 pub(crate) use config::with_head;
 pub use decoder::Decoder;
-pub use gradients::{Gradients, add_gradients};
+pub use gradients::{Gradients, add_floats, add_gradients};
 pub(crate) use layers::{Block, Layers, Norm, Projection};
 pub(crate) use names::{LANGUAGE_HEAD, SCORE_HEAD};
 pub use rehearsal_kernels::activation::Activation;

@@ -41,10 +41,12 @@ pub enum Part {
     Qemu,
     /// This program, built for AArch64.
     Aarch64,
+    /// This program, built with the feature `mpi`, and `mpirun`.
+    Mpi,
 }
 
 impl Part {
-    pub const ALL: [(Self, &str); 16] = [
+    pub const ALL: [(Self, &str); 17] = [
         (Self::Prometheus, "prometheus"),
         (Self::Chromium, "chromium"),
         (Self::Python, "python"),
@@ -61,6 +63,7 @@ impl Part {
         (Self::Fuse, "fuse"),
         (Self::Qemu, "qemu"),
         (Self::Aarch64, "aarch64"),
+        (Self::Mpi, "mpi"),
     ];
 
     fn name(self) -> &'static str {
