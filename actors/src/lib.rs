@@ -71,8 +71,9 @@ pub use snapshot::{ModelSnapshot, Restored};
 pub use trained::{LoraInit, StepReport, TrainedConfig, UpdateBatch};
 pub use waits::{Wait, WaitName, Waits};
 
-use serde::{Deserialize, Serialize};
 use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
 
 /// Token ids of a prompt and a completion. Clones share them.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

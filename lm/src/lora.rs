@@ -4,7 +4,6 @@
 //! `B` follow from that of `W` by the chain rule. The base weights `W₀` never change, so they can be shared, for
 //! example with the reference. Only the adapters have gradients, optimiser state and checkpoints.
 
-use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
@@ -12,6 +11,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor, Var};
 use rehearsal_kernels::gemm::{Packed, Precision, gemm};
 use rehearsal_kernels::random::{Region, Stream};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::cpu::with_views;

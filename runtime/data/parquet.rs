@@ -115,6 +115,13 @@ mod tests {
     use super::*;
 
     #[test]
+    fn offsets_that_the_library_panics_on_are_an_error() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/rows_parquet/negative_offset");
+        let error = read(&file).err().expect("an error").to_string();
+        assert!(error.contains("column `") && error.contains("offset or size -"), "{error}");
+    }
+
+    #[test]
     fn a_group_that_grows_too_large_is_refused_before_it_is_decompressed() {
         let file = tempfile::NamedTempFile::with_suffix(".parquet").unwrap();
         write(&[json!({"prompt": "a".repeat(1 << 20)})], file.path()).unwrap();

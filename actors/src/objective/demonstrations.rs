@@ -1,10 +1,10 @@
 //! Supervised fine-tuning, alone or as PPO's pretraining mix.
 
-use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 use rehearsal_learn::{BatchTotals, NllReduction, sft};
 use rehearsal_lm::Batch;
+use serde::{Deserialize, Serialize};
 
 use super::{Objective, Pass, Portable, sum_f64};
 use crate::{Error, Result};

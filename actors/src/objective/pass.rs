@@ -1,6 +1,5 @@
 //! The forward and backward passes of one optimizer step.
 
-use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -9,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor, Var};
 use rehearsal_lm::{Batch, Decoder, Forward, Gradients, Recording};
+use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::micro_batch::micro_batches;

@@ -10,7 +10,6 @@ mod members;
 mod sum;
 mod tree;
 
-use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,6 +19,7 @@ use candle_core::{DType, Device};
 use rehearsal_learn::{AdamWConfig, clip_scale};
 use rehearsal_lm::generate::{Completion, Options, Request};
 use rehearsal_lm::{Checkpoint, HeadKind, Lora, LoraConfig, Precision};
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio_util::sync::CancellationToken;
 

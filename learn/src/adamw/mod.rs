@@ -5,7 +5,6 @@ mod moments;
 mod shards;
 mod update;
 
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,6 +12,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, DType, Tensor, Var};
 use rayon::prelude::*;
 use rehearsal_kernels::gpu::{self as backends, GpuBackend};
+use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 pub use gpu::SOURCE as GPU_SOURCE;

@@ -12,7 +12,6 @@ mod sampling;
 
 pub use sampling::{Sampling, Scratch};
 
-use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -21,6 +20,7 @@ use rehearsal_kernels::head::logprob;
 use rehearsal_kernels::math::{LogSum, log_sum_exp};
 use rehearsal_kernels::random::Stream;
 use rehearsal_kernels::team::{for_each_chunk, with_team};
+use serde::{Deserialize, Serialize};
 
 use crate::cpu::{Recorder, Recording, Trail};
 use crate::error::{Error, Result};
