@@ -2,16 +2,13 @@
 //! median over rounds of a step's time against that of the first kind.
 //!
 //!     cargo bench --bench members                          # the embedded model, in f32
-//!     cargo bench --bench members -- MODEL bf16 4          # a model's directory or file, 4 steps a job
-//!     cargo bench --bench members -- ahead [MODEL f32 4]   # generation ahead of learning, with answers of 256 tokens
+//!     cargo bench --bench members -- MODEL bf16 4 3        # a model's directory or file, 4 steps a job, 3 rounds
+//!     cargo bench --bench members -- ahead MODEL f32 4 3   # generation ahead of learning, with answers of 256 tokens
 //!
 //! Ranks are started by `mpirun` where `REHEARSAL_MPI` names a program built with `--features mpi`.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-
-/// Rounds of all kinds.
-const ROUNDS: usize = 5;
 
 /// A kind of job.
 struct Arm {
@@ -100,11 +97,12 @@ fn main() {
     let model = arguments.first().map(|m| format!("policy = \"{m}\"\n")).unwrap_or_default();
     let dtype = arguments.get(1).map_or("f32", String::as_str);
     let steps = arguments.get(2).map_or(12, |n| n.parse().expect("steps"));
+    let rounds = arguments.get(3).map_or(5, |n| n.parse().expect("rounds"));
     let common = format!("[model]\n{model}dtype = \"{dtype}\"\n");
     let (arms, tokens): (&[Arm], usize) = if ahead { (&AHEAD, 256) } else { (&MEMBERS, 48) };
     let mut times: Vec<Vec<f64>> = arms.iter().map(|_| Vec::new()).collect();
     let mut memory = vec![0.0f64; arms.len()];
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds {
         for (index, arm) in arms.iter().enumerate() {
             let Some((seconds, peak)) = run(arm, &common, steps + 2, tokens) else { continue };
             times[index].push(median(&seconds));

@@ -13,7 +13,7 @@ mod shared;
 pub use dpo::Dpo;
 pub use iterative_dpo::IterativeDpo;
 pub use online_dpo::OnlineDpo;
-pub use ppo::{Advantages, CriticSettings, Ppo, PpoSettings};
+pub use ppo::{Advantages, CriticSettings, OffPolicy, Ppo, PpoSettings};
 pub(crate) use registry::ALGORITHMS;
 pub use registry::{Algorithms, Entry};
 pub use reward_model::{Normalise, RewardModel};
