@@ -147,8 +147,8 @@ impl SharedDevice {
         Ok(Self { lock: Arc::default(), pool: Arc::new(pool(threads, "beside")?), ..self.clone() })
     }
 
-    /// `n` shares of the device, each with its part of the threads, and at least one. They are independent of each other and
-    /// of the whole: whoever uses them must have [the turn](Self::turn) of the whole.
+    /// `n` shares of the device, each with its part of the threads, and at least one. They have locks of their own, so the lock of
+    /// the whole device ([`Self::turn`]) must be held while they compute.
     pub fn shares(&self, n: usize) -> Result<Vec<Self>> {
         let threads = self.pool.current_num_threads();
         let share = |index: usize| self.beside(((index + 1) * threads / n - index * threads / n).max(1));

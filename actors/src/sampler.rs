@@ -63,10 +63,7 @@ impl Sampler {
 
     fn load(&mut self, weights: &ModelSnapshot) -> Result<Generator> {
         let variables = self.lora.as_ref().map_or(self.decoder.variables(), Lora::variables);
-        for (name, var) in variables {
-            let tensor = weights.weight(name)?;
-            var.set(&tensor.to_device(&self.compute.device)?.to_dtype(var.dtype())?)?;
-        }
+        weights.set_weights(variables)?;
         if let Some(lora) = &self.lora {
             lora.apply(&self.checkpoint, &self.decoder)?;
         }

@@ -59,9 +59,13 @@ impl ModelSnapshot {
         Self { tensors: self.tensors.iter().map(copy).collect(), ..*self }
     }
 
-    /// A trained tensor.
-    pub(crate) fn weight(&self, name: &str) -> Result<&Tensor> {
-        self.tensor(WEIGHTS, name)
+    /// Sets variables to the snapshot's trained tensors, on the variables' devices and in their types.
+    pub(crate) fn set_weights(&self, variables: &BTreeMap<String, Var>) -> Result<()> {
+        for (name, var) in variables {
+            let tensor = self.tensor(WEIGHTS, name)?;
+            var.set(&tensor.to_device(var.device())?.to_dtype(var.dtype())?)?;
+        }
+        Ok(())
     }
 
     /// The average of a trained tensor.

@@ -267,8 +267,9 @@ impl Peers {
         let mut all = Vec::new();
         for rank in 1..self.size() {
             send(&**wire, rank, &Request::Moments { model: self.model });
-            match succeeded(vec![read(&wait_for(&**wire, rank))])?.pop() {
-                Some(Reply::Tensors(described)) => all.push(tensors::receive(&**wire, rank, described)?),
+            match read(&wait_for(&**wire, rank)) {
+                Reply::Tensors(described) => all.push(tensors::receive(&**wire, rank, described)?),
+                Reply::Failed(failure) => return Err(failure.into_error(rank)),
                 _ => return Err(unexpected()),
             }
         }

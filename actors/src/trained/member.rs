@@ -179,13 +179,8 @@ impl Member {
         learning_rate: f64,
         scale: f64,
     ) -> Result<BTreeMap<String, Tensor>> {
-        let compute = self.compute.clone();
-        compute.run(|| {
-            let decoder = self.decoder.clone();
-            let trained = self.lora.as_ref().map_or(decoder.variables(), Lora::variables);
-            let gradients = on_device(gradients, &self.compute.device)?;
-            self.optimizer.step(trained, &gradients, learning_rate, scale)?;
-            self.own_elements()
+        self.optimize(gradients, |optimizer, trained, gradients| {
+            optimizer.step(trained, gradients, learning_rate, scale)
         })
     }
 
@@ -196,12 +191,23 @@ impl Member {
         learning_rate: f64,
         scale: f64,
     ) -> Result<BTreeMap<String, Tensor>> {
+        self.optimize(gradients, |optimizer, trained, gradients| {
+            optimizer.step_shard(trained, gradients, learning_rate, scale)
+        })
+    }
+
+    /// Lets `step` update the trained variables by gradients on their device.
+    fn optimize(
+        &mut self,
+        gradients: &BTreeMap<String, Tensor>,
+        step: impl FnOnce(&mut AdamW, &BTreeMap<String, Var>, &BTreeMap<String, Tensor>) -> rehearsal_learn::Result<()>
+        + Send,
+    ) -> Result<BTreeMap<String, Tensor>> {
         let compute = self.compute.clone();
         compute.run(|| {
             let decoder = self.decoder.clone();
             let trained = self.lora.as_ref().map_or(decoder.variables(), Lora::variables);
-            let gradients = on_device(gradients, &self.compute.device)?;
-            self.optimizer.step_shard(trained, &gradients, learning_rate, scale)?;
+            step(&mut self.optimizer, trained, &on_device(gradients, &self.compute.device)?)?;
             self.own_elements()
         })
     }
@@ -274,10 +280,7 @@ impl Member {
 
     pub fn restore(&mut self, snapshot: &ModelSnapshot) -> Result<()> {
         (self.generator, self.recording) = (None, None);
-        for (name, var) in self.variables() {
-            let tensor = snapshot.weight(name)?;
-            var.set(&tensor.to_device(&self.compute.device)?.to_dtype(var.dtype())?)?;
-        }
+        snapshot.set_weights(self.variables())?;
         if let Some(lora) = &self.lora {
             lora.apply(&self.checkpoint, &self.decoder)?;
         }
