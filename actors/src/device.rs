@@ -104,7 +104,12 @@ impl Devices {
                 cuda(n).map_err(|e| Error::Placement { given: placement.to_string(), reason: reason(e) })?
             }
         };
-        let (lock, pool, waits) = (Arc::new(FairMutex::new(())), self.pool.clone(), self.waits.clone());
+        // A GPU's work is asked for by a thread of its own: in the CPU's pool two GPUs would wait for each other.
+        let pool = match placement {
+            Placement::Cpu => self.pool.clone(),
+            Placement::Cuda(n) => Arc::new(pool(1, &format!("cuda{n}"))?),
+        };
+        let (lock, waits) = (Arc::new(FairMutex::new(())), self.waits.clone());
         let shared = SharedDevice { device, placement, lock, pool, waits };
         open.insert(placement, shared.clone());
         Ok(shared)
@@ -117,6 +122,15 @@ impl Devices {
     /// [`Error::Placement`] if this machine or build has no such device.
     pub fn open(&self, placement: Placement) -> Result<()> {
         self.get(placement).map(drop)
+    }
+
+    /// Candle's device of a placement, for tensors of one's own.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Placement`] if this machine or build has no such device.
+    pub fn candle(&self, placement: Placement) -> Result<Device> {
+        Ok(self.get(placement)?.device)
     }
 
     /// Runs `f` on the job's thread pool while it holds the device, which roles use in turn.
@@ -157,8 +171,8 @@ impl SharedDevice {
 }
 
 /// A pool of `threads` threads, or of one for each core if that is 0.
-fn pool(threads: usize, name: &'static str) -> Result<rayon::ThreadPool> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+fn pool(threads: usize, name: &str) -> Result<rayon::ThreadPool> {
+    let (pool, name) = (rayon::ThreadPoolBuilder::new().num_threads(threads), name.to_string());
     let pool = pool.thread_name(move |i| format!("rehearsal-{name}-{i}")).build();
     pool.map_err(|e| Error::Placement { given: "cpu".into(), reason: e.to_string() })
 }

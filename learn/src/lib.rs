@@ -45,7 +45,7 @@ pub mod schedule;
 pub mod sft;
 pub mod token;
 
-pub use adamw::{AdamRule, AdamW, AdamWConfig, MomentType, clip_scale, global_norm};
+pub use adamw::{AdamRule, AdamW, AdamWConfig, MomentType, clip_scale, global_norm, global_norm_on};
 pub use importance::{ImportanceConfig, importance_weights};
 pub use kl::{AdaptiveKl, KlEstimator};
 pub use pairs::{Pair, TieRule, select_pair};

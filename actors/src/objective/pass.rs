@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use rehearsal_lm::{Batch, Decoder, Forward, Gradients, Recording};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
@@ -262,8 +262,8 @@ impl<'a> Pass<'a> {
     /// Runs forward pass, loss and backward pass of one micro-batch of `tokens` tokens.
     ///
     /// `forward` is given the model and the step's temperature and calls [`Decoder::forward`] or
-    /// [`Decoder::forward_values`]. `loss` is given the output of the forward pass as a variable, f32 on the model's
-    /// device, `[batch.scored()]` or `[batch.rows()]`; it returns the micro-batch's share of the step's loss, a scalar
+    /// [`Decoder::forward_values`]. `loss` is given the output of the forward pass as a variable, f32 on the CPU,
+    /// `[batch.scored()]` or `[batch.rows()]`; it returns the micro-batch's share of the step's loss, a scalar
     /// that depends on that variable.
     ///
     /// # Errors
@@ -285,7 +285,8 @@ impl<'a> Pass<'a> {
         }
         let start = Instant::now();
         let forward = forward(self.decoder, self.temperature)?;
-        let output = Var::from_tensor(&forward.output())?;
+        // The loss is some arithmetic on a few numbers, each operation of which would be a launch on a GPU.
+        let output = Var::from_tensor(&forward.output().to_device(&Device::Cpu)?)?;
         let loss = loss(self, &output)?;
         self.loss += loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
         self.tokens += tokens;
@@ -294,7 +295,7 @@ impl<'a> Pass<'a> {
         let start = Instant::now();
         let grad = loss.backward()?.remove(&output);
         let grad = grad.ok_or_else(|| rehearsal_lm::Error::NoGradient("(the model's output)".into()))?;
-        forward.backward(&grad, &mut self.gradients)?;
+        forward.backward(&grad.to_device(self.decoder.device())?, &mut self.gradients)?;
         self.times.backward += start.elapsed();
         Ok(())
     }

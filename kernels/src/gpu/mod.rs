@@ -30,13 +30,13 @@ pub use cuda::CudaBackend;
 pub use launcher::Launcher;
 pub use source::{ATTENTION, DECODE, ElementType, FILES, HEAD, ROWS, SAMPLE, Source, SourceFile};
 pub use tables::{Context, Table};
-pub use tiles::{KEY_TILE, Layout, QUERY_TILE, by_target};
+pub use tiles::{AttentionShared, KEY_TILE, Layout, QUERY_TILE, by_target};
 
 /// The backend of a candle device, or `None` if the device is not a GPU that this build supports.
 #[cfg(feature = "cuda")]
 pub fn for_device(device: &Device) -> Result<Option<Arc<dyn GpuBackend>>> {
     match device {
-        Device::Cuda(device) => Ok(Some(Arc::new(CudaBackend::new(device)?))),
+        Device::Cuda(device) => Ok(Some(CudaBackend::shared(device)?)),
         _ => Ok(None),
     }
 }

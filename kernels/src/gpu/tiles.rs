@@ -6,6 +6,7 @@ use candle_core::Result;
 
 use super::buffer::Buffer;
 use super::launcher::Launcher;
+use super::source::ElementType;
 use crate::attention::Family;
 
 /// Integers per tile of queries: first row, number of rows, first row of its part, first row of its prompt, length of the
@@ -16,6 +17,25 @@ pub const KEY_TILE: usize = 3;
 
 /// Rows per tile, at most.
 const TILE: usize = 64;
+
+/// Bytes of dynamic shared memory per block of the attention kernels, by the constants of `attention.cu`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionShared {
+    /// Of the kernels that take a tile of queries: the forward pass, and the gradient of the queries.
+    pub queries: usize,
+    /// Of the kernel that takes a tile of keys: the gradients of keys and values.
+    pub keys: usize,
+}
+
+impl AttentionShared {
+    /// What heads of a width need. Tiles are loaded ahead where a row of them has 256 bytes at most.
+    pub fn of(head_dim: usize, element: ElementType) -> Self {
+        let (pad, bytes) = (head_dim.next_multiple_of(16), element.bytes());
+        let (buffers, queries) = if pad * bytes > 256 { (1, 16) } else { (2, 32) };
+        let line = (pad + 8) * bytes;
+        Self { queries: buffers * 2 * TILE * line, keys: (2 * TILE + buffers * 2 * queries) * line }
+    }
+}
 
 /// Positions of packed rows, and their tiles, on the device.
 pub struct Layout {
@@ -97,6 +117,22 @@ mod tests {
         let (targets, starts, order) = by_target(&[7, 3, 7, 7, 1]);
         assert_eq!((targets, starts, order), (vec![1, 3, 7], vec![0, 1, 2, 5], vec![4, 1, 0, 2, 3]));
         assert_eq!(by_target(&[]), (vec![], vec![0], vec![]));
+    }
+
+    #[test]
+    fn attention_fits_the_shared_memory_of_every_card_but_for_wide_f32_heads() {
+        // Compute capability, and kilobytes that a block may use, of which the kernels' own variables take less than one.
+        let cards = [(80, 163), (86, 99), (89, 99), (90, 227)];
+        let fits = |dim, element, card: (u32, usize)| {
+            let AttentionShared { queries, keys } = AttentionShared::of(dim, element);
+            queries.max(keys) <= (card.1 - 1) << 10
+        };
+        for card in cards {
+            for dim in [16, 32, 64, 80, 96, 128, 256] {
+                assert!(fits(dim, ElementType::Bf16, card), "bf16, {dim}, sm_{}", card.0);
+                assert_eq!(fits(dim, ElementType::F32, card), dim < 256 || card.0 == 90, "f32, {dim}, sm_{}", card.0);
+            }
+        }
     }
 
     #[test]

@@ -88,3 +88,18 @@ KERNEL adamw_int8(
     v[i] = (u8)encode(y, 255, (r.from + (u32)i) ^ r.salt2);
     p[i] = moved(r, p[i], with_sign(m[i]) * m_top, decode(v[i], 255) * v_top);
 }
+
+// Sums of squares of the blocks of 65,536 elements, each summed in the same order every time. 256 threads per block.
+#define SQUARED 65536
+KERNEL squares(const float* x, size_t n, double* sums) {
+    __shared__ double parts[256];
+    size_t first = (size_t)blockIdx.x * SQUARED, end = first + SQUARED < n ? first + SQUARED : n;
+    double sum = 0.0;
+    for (size_t i = first + threadIdx.x; i < end; i += 256) sum += (double)x[i] * (double)x[i];
+    parts[threadIdx.x] = sum;
+    for (int half = 128; half; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) parts[threadIdx.x] += parts[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) sums[blockIdx.x] = parts[0];
+}

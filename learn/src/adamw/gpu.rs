@@ -1,7 +1,7 @@
 //! AdamW's arithmetic on a GPU: parameter and moments in one kernel launch.
 
 use candle_core::{DType, Result, Tensor, bail};
-use rehearsal_kernels::gpu::{ElementType, Fields, GpuBackend, KernelArgument, Launch, Source, SourceFile};
+use rehearsal_kernels::gpu::{Buffer, ElementType, Fields, GpuBackend, KernelArgument, Launch, Source, SourceFile};
 
 use super::moments::Moments;
 use super::update::Rule;
@@ -39,15 +39,46 @@ pub fn update(
     }
     pointers.push(backend.tensor(&gradient)?);
     let n = parameter.elem_count();
-    let mut arguments: Vec<_> = pointers.iter().map(KernelArgument::argument).collect();
-    arguments.extend([n.argument(), fields(rule).argument()]);
+    let mut arguments: Vec<&dyn KernelArgument> = pointers.iter().map(|p| p as &dyn KernelArgument).collect();
+    let fields = fields(rule);
+    arguments.extend([&n as &dyn KernelArgument, &fields]);
+    launch(backend, kernel, n.div_ceil(THREADS), &arguments)
+}
+
+/// Sums of the squares of f32 tensors, in f64: one for each block of [`super::BLOCK`] elements of each tensor, in order.
+pub fn squares(backend: &dyn GpuBackend, tensors: &[Tensor]) -> Result<Vec<f64>> {
+    let blocks = |tensor: &Tensor| tensor.elem_count().div_ceil(super::BLOCK);
+    let total: usize = tensors.iter().map(blocks).sum();
+    let mut sums = Buffer::empty(ElementType::F32);
+    // A sum takes the room of two f32.
+    sums.resize(backend, 2 * total)?;
+    let mut at = 0;
+    for tensor in tensors {
+        let (x, n, sum) = (backend.tensor(tensor)?, tensor.elem_count(), sums.at(2 * at));
+        launch(backend, "squares", blocks(tensor), &[&x, &n, &sum])?;
+        at += blocks(tensor);
+    }
+    let mut found = vec![0f64; total];
+    backend.download(sums.pointer(), bytemuck::cast_slice_mut(&mut found))?;
+    Ok(found)
+}
+
+fn launch(
+    backend: &dyn GpuBackend,
+    kernel: &'static str,
+    blocks: usize,
+    arguments: &[&dyn KernelArgument],
+) -> Result<()> {
+    if blocks == 0 {
+        return Ok(());
+    }
     backend.launch(&Launch {
         source: Source { file: &SOURCE, element: ElementType::F32, head_dim: 1 },
         kernel,
-        grid: (n.div_ceil(THREADS) as u32, 1),
+        grid: (blocks as u32, 1),
         block: (THREADS as u32, 1),
         shared: 0,
-        arguments,
+        arguments: arguments.iter().map(|a| a.argument()).collect(),
     })
 }
 

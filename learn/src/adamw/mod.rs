@@ -263,17 +263,18 @@ fn part(tensor: &Tensor, range: &Range<usize>) -> Result<Tensor> {
 
 /// Euclidean norm of all gradients together, summed in f64 in a fixed order. Synchronises with a GPU once.
 pub fn global_norm(gradients: &BTreeMap<String, Tensor>) -> Result<f64> {
-    let (mut total, mut pending) = (0.0, Vec::new());
-    for gradient in gradients.values() {
-        match sum_of_squares(gradient) {
-            Some(sum) => total += sum,
-            None => pending.push(gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?),
-        }
+    let device = gradients.values().next().map(Tensor::device);
+    match device.map_or(Ok(None), backends::for_device)? {
+        Some(backend) => global_norm_on(&*backend, gradients),
+        None => Ok(gradients.values().map(sum_of_squares).sum::<Result<f64>>()?.sqrt()),
     }
-    if !pending.is_empty() {
-        total += Tensor::stack(&pending, 0)?.to_vec1::<f64>()?.iter().sum::<f64>();
-    }
-    Ok(total.sqrt())
+}
+
+/// [`global_norm`] by a GPU backend, which must be able to access the gradients.
+pub fn global_norm_on(backend: &dyn GpuBackend, gradients: &BTreeMap<String, Tensor>) -> Result<f64> {
+    let tensor = |gradient: &Tensor| gradient.to_dtype(DType::F32)?.contiguous();
+    let tensors = gradients.values().map(tensor).collect::<candle_core::Result<Vec<_>>>()?;
+    Ok(gpu::squares(backend, &tensors)?.iter().sum::<f64>().sqrt())
 }
 
 /// Sums of squares of the blocks of [`BLOCK`] elements; the last may be shorter.
@@ -282,17 +283,14 @@ pub fn block_squares(data: &[f32]) -> Vec<f64> {
     data.par_chunks(BLOCK).map(square).collect()
 }
 
-/// Sum of the squares of an f32 tensor on the CPU; `None` for other tensors.
-fn sum_of_squares(x: &Tensor) -> Option<f64> {
-    if !x.device().is_cpu() {
-        return None;
-    }
+/// Sum of the squares of a tensor on the CPU.
+fn sum_of_squares(x: &Tensor) -> Result<f64> {
     let (storage, layout) = x.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {
         (candle_core::Storage::Cpu(CpuStorage::F32(data)), Some((from, to))) => {
-            Some(block_squares(&data[from..to]).iter().sum())
+            Ok(block_squares(&data[from..to]).iter().sum())
         }
-        _ => None,
+        _ => Ok(x.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar()?),
     }
 }
 

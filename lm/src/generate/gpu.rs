@@ -25,8 +25,8 @@ const PREFILL_TOKENS: usize = 8192;
 /// Most end-of-sequence tokens: the size of the kernel's array.
 const EOS_MAX: usize = 16;
 
-/// Threads per block of the sampling kernel and of the cache kernels, and keys per block of decode attention: the
-/// kernels' own constants.
+/// Threads per block of the sampling kernel and of the cache kernels, and keys per block of attention: the kernels' own
+/// constants.
 const SAMPLE_THREADS: u32 = 1024;
 const ATTEND_THREADS: u32 = 128;
 const SPAN: usize = 128;
@@ -53,6 +53,26 @@ struct Step {
     _pass: Rows<Gpu>,
     _buffers: Buffers<Gpu>,
     _logits: Buffer,
+    _spans: Spans,
+}
+
+/// What the blocks of decode attention leave for the last of a row and key head, which merges it.
+struct Spans {
+    /// Blocks of a row and key head at most.
+    count: usize,
+    /// Sums of each block, `[rows][query heads][count][dim + 2]`.
+    parts: Buffer,
+    /// Blocks that are done, `[rows][key heads]`; zeros before and after a step.
+    arrived: Buffer,
+}
+
+impl Spans {
+    fn new(gpu: &Gpu, rows: usize, capacity: usize, heads: &Heads) -> Result<Self> {
+        let count = capacity.div_ceil(SPAN);
+        let mut parts = gpu.wide();
+        gpu.room(&mut parts, rows * heads.queries * count * (heads.dim + 2))?;
+        Ok(Self { count, parts, arrived: gpu.launcher.upload(&vec![0; rows * heads.keys])? })
+    }
 }
 
 /// KV cache: keys and values of each layer, `[slots][key heads][capacity][dim]`.
@@ -253,7 +273,8 @@ impl GpuGenerator {
         let pass = Rows::with_layout(&self.gpu, decoder, layout, rows)?;
         let settings = settings(decoder, options);
         let (mut buffers, mut logits) = (Buffers::new(&self.gpu), self.gpu.wide());
-        let mut step = || self.step(decoder, &pass, &state, &settings, &mut buffers, &mut logits);
+        let spans = Spans::new(&self.gpu, rows, self.cache.capacity, &decoder.architecture().attention(0))?;
+        let mut step = || self.step(decoder, &pass, &state, &settings, &spans, &mut buffers, &mut logits);
         // Run once unrecorded, with no active row: it compiles the kernels and allocates the buffers, which a recording
         // must not do.
         step()?;
@@ -268,17 +289,19 @@ impl GpuGenerator {
         match (failed, recorded) {
             (Some(error), _) => Err(error),
             (None, recorded) => {
-                Ok(Step { recorded: recorded?, state, _pass: pass, _buffers: buffers, _logits: logits })
+                Ok(Step { recorded: recorded?, state, _pass: pass, _buffers: buffers, _logits: logits, _spans: spans })
             }
         }
     }
 
+    #[allow(clippy::too_many_arguments)]
     fn step(
         &self,
         decoder: &Decoder,
         pass: &Rows<Gpu>,
         state: &StepState,
         settings: &Fields,
+        spans: &Spans,
         b: &mut Buffers<Gpu>,
         logits: &mut Buffer,
     ) -> Result<()> {
@@ -288,7 +311,7 @@ impl GpuGenerator {
         let cache_rows = CacheRows { slots: &state.slots, positions: &state.positions, active: Some(&state.active) };
         self.weights.pass(gpu, decoder, pass, &state.tokens, cache_rows.positions, b, |layer, qkv, out, _| {
             self.cache.append(gpu, layer, pass.heads(layer), &cache_rows, qkv)?;
-            self.cache.attend(gpu, layer, pass.heads(layer), &cache_rows, qkv, out)
+            self.cache.attend(gpu, layer, pass.heads(layer), &cache_rows, spans, qkv, out)
         })?;
         gpu.norm(&b.x, &self.weights.norm, &mut b.normed)?;
         let arch = decoder.architecture();
@@ -347,21 +370,23 @@ impl Cache {
     }
 
     /// Computes the attention of rows, one per sequence, over the cache, which already has their own keys and values.
+    #[allow(clippy::too_many_arguments)]
     fn attend(
         &self,
         gpu: &Gpu,
         layer: usize,
         heads: &Heads,
         cache_rows: &CacheRows<'_>,
+        spans: &Spans,
         qkv: &Buffer,
         out: &mut Buffer,
     ) -> candle_core::Result<()> {
         let rows = qkv.len() / heads.width();
         gpu.room(out, rows * heads.query_width())?;
-        let shared = 4 * heads.group() * (2 * heads.dim + SPAN + 3);
+        let (grid, count) = ((rows * spans.count, heads.keys), int(spans.count));
         self.with_arguments(layer, heads, cache_rows, qkv, |arguments| {
-            let arguments = [arguments, &[&*out]].concat();
-            gpu.launcher.run(&DECODE, "attend", (rows, heads.keys), (ATTEND_THREADS, 1), shared, &arguments)
+            let arguments = [arguments, &[&count, &spans.parts, &spans.arrived, &*out]].concat();
+            gpu.launcher.run(&DECODE, "attend", grid, (ATTEND_THREADS, 1), 0, &arguments)
         })
     }
 

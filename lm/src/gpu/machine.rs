@@ -7,8 +7,8 @@ use rehearsal_kernels::activation::Activation;
 use rehearsal_kernels::attention::Heads;
 use rehearsal_kernels::gemm::Precision;
 use rehearsal_kernels::gpu::{
-    Buffer, Context, ElementType, Factor, Fields, Gemm, GpuBackend, KernelArgument, Launcher, ROWS, SourceFile, Table,
-    by_target,
+    AttentionShared, Buffer, Context, ElementType, Factor, Fields, Gemm, GpuBackend, KernelArgument, Launcher, ROWS,
+    SourceFile, Table, by_target,
 };
 use rehearsal_kernels::rope::Angles;
 
@@ -226,11 +226,9 @@ impl Gpu {
         Ok(matrix)
     }
 
-    /// Bytes of shared memory of an attention kernel that stores `rows` rows of a head, and `transposed` elements of
-    /// transposed ones.
-    pub(super) fn shared(&self, rows: usize, transposed: usize) -> usize {
-        let pad = self.launcher.head_dim.next_multiple_of(16);
-        (rows * (pad + SPREAD) + transposed) * self.launcher.element.bytes()
+    /// Shared memory of the attention kernels.
+    pub(super) fn attention_shared(&self) -> AttentionShared {
+        AttentionShared::of(self.launcher.head_dim, self.launcher.element)
     }
 
     /// The rotary table of `angles` on the device.
@@ -256,11 +254,6 @@ impl Gpu {
         self.launcher.rows(&ROWS, kernel, ids.len(), ROW_THREADS, &arguments)
     }
 }
-
-/// Rows per tile of queries or keys, padding of rows in shared memory, and queries per step, as in `attention.cu`.
-pub(super) const TILE: usize = 64;
-pub(super) const SPREAD: usize = 8;
-pub(super) const QUERIES: usize = 32;
 
 /// Converts to a kernel's `int`.
 pub fn int(x: usize) -> i32 {

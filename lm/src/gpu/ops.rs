@@ -10,8 +10,7 @@ use rehearsal_kernels::gpu::{
 use rehearsal_kernels::rope::Angles;
 
 use super::machine::{
-    Gpu, NOTHING, Numbers, QUERIES, ROW_THREADS, SPREAD, TILE, VOCABULARY_THREADS, Weights, int, kind, place,
-    row_major, shape, transposed,
+    Gpu, NOTHING, Numbers, ROW_THREADS, VOCABULARY_THREADS, Weights, int, kind, place, row_major, shape, transposed,
 };
 use crate::model::{Layers, Projection};
 use crate::pass::{Answers, Mlp, Norm, Ops, Question, Sum};
@@ -263,9 +262,8 @@ impl Ops for Gpu {
         let rows = qkv.len() / heads.width();
         self.room(out, rows * heads.query_width())?;
         self.room(lse, rows * heads.queries)?;
-        let pad = heads.dim.next_multiple_of(16);
         let grid = (layout.query_tiles.len() / QUERY_TILE, heads.queries);
-        let shared = self.shared(TILE, pad * (TILE + SPREAD));
+        let shared = self.attention_shared().queries;
         let arguments: [&dyn KernelArgument; 5] = [qkv, &layout.query_tiles, &shape(heads), &*out, &*lse];
         self.launcher.run(&ATTENTION, "attention", grid, (128, 1), shared, &arguments)
     }
@@ -280,7 +278,6 @@ impl Ops for Gpu {
         heads: &Heads,
         d_qkv: &mut Buffer,
     ) -> Result<()> {
-        let pad = heads.dim.next_multiple_of(16);
         self.room(d_qkv, qkv.len())?;
         let mut delta = self.wide();
         self.room(&mut delta, lse.len())?;
@@ -288,14 +285,13 @@ impl Ops for Gpu {
         self.launcher.each(&ATTENTION, "attention_delta", 32 * n, &[out, grad, &n, &delta])?;
         let shape = shape(heads);
         let grid = (layout.query_tiles.len() / QUERY_TILE, heads.queries);
-        let shared = self.shared(2 * TILE, pad * (TILE + SPREAD));
+        let shared = self.attention_shared();
         let arguments: [&dyn KernelArgument; 7] = [qkv, grad, lse, &delta, &layout.query_tiles, &shape, &*d_qkv];
-        self.launcher.run(&ATTENTION, "attention_queries", grid, (128, 1), shared, &arguments)?;
+        self.launcher.run(&ATTENTION, "attention_queries", grid, (128, 1), shared.queries, &arguments)?;
         let grid = (layout.key_tiles.len() / KEY_TILE, heads.keys);
-        let shared = self.shared(2 * TILE, 2 * pad * (QUERIES + SPREAD));
         let arguments: [&dyn KernelArgument; 8] =
             [qkv, grad, lse, &delta, &layout.positions, &layout.key_tiles, &shape, &*d_qkv];
-        self.launcher.run(&ATTENTION, "attention_keys", grid, (128, 1), shared, &arguments)
+        self.launcher.run(&ATTENTION, "attention_keys", grid, (128, 1), shared.keys, &arguments)
     }
 
     fn project(&self, x: &Buffer, w: &Weights, out: &mut Buffer) -> Result<()> {

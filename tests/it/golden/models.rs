@@ -9,7 +9,7 @@ use rehearsal_lm::ops::Kernels;
 use rehearsal_lm::{Architecture, Batch, Decoder, Forward, Gradients, Parameters, Sequence};
 
 use super::{Golden, flat, folder, rows};
-use crate::gpu::backend;
+use crate::gpu::board;
 
 /// A model folder; it has no tokenizer, so the weights are read as they are.
 fn parameters(model: &str) -> (Architecture, Parameters) {
@@ -42,15 +42,15 @@ pub fn unpadded(golden: &Golden, side: &str) -> Vec<Vec<u32>> {
 pub enum Machine {
     Kernels,
     Graph,
-    /// The kernels of a GPU, on an emulated one.
+    /// The kernels of a GPU, on an emulated one or on a real one.
     Gpu,
 }
 
 impl Machine {
     pub fn run(self, decoder: Decoder) -> Decoder {
-        match (self, backend()) {
+        match (self, board()) {
             (Self::Graph, _) => decoder.with_kernels(Kernels::Plain),
-            (Self::Gpu, Some(backend)) => decoder.with_gpu_backend(backend),
+            (Self::Gpu, Some(board)) => board.on(&decoder),
             _ => decoder,
         }
     }
@@ -59,7 +59,7 @@ impl Machine {
 /// The kernels are f32; f64 shows that the graph is exact.
 pub fn machines(dtype: DType) -> Vec<Machine> {
     match dtype {
-        DType::F32 if backend().is_some() => vec![Machine::Kernels, Machine::Graph, Machine::Gpu],
+        DType::F32 if board().is_some() => vec![Machine::Kernels, Machine::Graph, Machine::Gpu],
         DType::F32 => vec![Machine::Kernels, Machine::Graph],
         _ => vec![Machine::Graph],
     }
@@ -103,7 +103,7 @@ fn forward_and_gradients(model: &str, golden: &Golden, dtype: DType, machine: Ma
         golden.check(&format!("{side}_nll"), &nll);
         if side == "right" {
             let n = batch.scored();
-            let grad = Tensor::full(-1.0 / n as f64, n, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let grad = Tensor::full(-1.0 / n as f64, n, decoder.device()).unwrap().to_dtype(dtype).unwrap();
             let mut gradients = Gradients::default();
             forward.backward(&grad, &mut gradients).unwrap();
             let gradients = gradients.complete(&decoder).unwrap();

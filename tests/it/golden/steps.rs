@@ -28,6 +28,11 @@ fn golden_dpo_and_rpo_steps() {
     }
 }
 
+/// Losses are computed on the host, wherever the model is.
+fn host(t: &Tensor) -> Tensor {
+    t.to_device(&Device::Cpu).unwrap()
+}
+
 fn preference_step(golden: &Golden, dtype: DType, machine: Machine) {
     let params = &golden.value["params"];
     let single = dtype == DType::F32;
@@ -42,8 +47,8 @@ fn preference_step(golden: &Golden, dtype: DType, machine: Machine) {
     let device = Device::Cpu;
 
     let forward = policy.forward(&batch, 1.0).unwrap();
-    let logprobs = Var::from_tensor(&forward.output()).unwrap();
-    let ref_logprobs = reference.logprobs(&batch, 1.0).unwrap();
+    let logprobs = Var::from_tensor(&host(&forward.output())).unwrap();
+    let ref_logprobs = host(&reference.logprobs(&batch, 1.0).unwrap());
     let sums = token::span_sums(&logprobs, batch.spans()).unwrap();
     let ref_sums = token::span_sums(&ref_logprobs, batch.spans()).unwrap();
     golden.check("policy_logps", &sums);
@@ -83,7 +88,7 @@ fn preference_step(golden: &Golden, dtype: DType, machine: Machine) {
 
     let grad = mean.backward().unwrap().remove(&logprobs).unwrap();
     let mut gradients = Gradients::default();
-    forward.backward(&grad, &mut gradients).unwrap();
+    forward.backward(&grad.to_device(policy.device()).unwrap(), &mut gradients).unwrap();
     let gradients = gradients.complete(&policy).unwrap();
     golden.check_gradients("grads", &gradients, single);
 
@@ -193,12 +198,12 @@ fn ppo_step(golden: &Golden, dtype: DType, machine: Machine) {
     let tensor = |x: Vec<f64>| Tensor::new(x, &device).unwrap().to_dtype(dtype).unwrap();
     let policy_forward = policy.forward(&batch, temperature).unwrap();
     let n = batch.scored();
-    let both = policy.forward(&batch.clone().with_entropy(), temperature).unwrap().output();
+    let both = host(&policy.forward(&batch.clone().with_entropy(), temperature).unwrap().output());
     let entropy = both.narrow(0, n, n).unwrap().mean_all().unwrap();
     golden.check("entropy", &entropy);
     let value_forward = critic.forward_values(&batch).unwrap();
-    let logprobs = Var::from_tensor(&policy_forward.output()).unwrap();
-    let values = Var::from_tensor(&value_forward.output()).unwrap();
+    let logprobs = Var::from_tensor(&host(&policy_forward.output())).unwrap();
+    let values = Var::from_tensor(&host(&value_forward.output())).unwrap();
     packing.check(golden, "logprobs", &flat(&logprobs), single);
     packing.check(golden, "values", &flat(&values), single);
     let clip = golden.param("clip");
@@ -233,20 +238,24 @@ fn ppo_step(golden: &Golden, dtype: DType, machine: Machine) {
             .collect();
         let batch = Batch::new(text.iter().map(|s| Sequence { prompt: &s[..1], completion: &s[1..] }));
         let forward = policy.forward(&batch, 1.0).unwrap();
-        let logprobs = Var::from_tensor(&forward.output()).unwrap();
+        let logprobs = Var::from_tensor(&host(&forward.output())).unwrap();
         let whole = BatchTotals { sequences: text.len(), tokens: batch.scored() };
         let nll = sft::nll(&logprobs, batch.spans(), NllReduction::TokenMean, whole).unwrap();
         golden.check("ptx_loss", &nll);
         let weighted = (nll * gamma).unwrap();
         let grad = weighted.backward().unwrap().remove(&logprobs).unwrap();
-        forward.backward(&grad, &mut gradients).unwrap();
+        forward.backward(&grad.to_device(policy.device()).unwrap(), &mut gradients).unwrap();
         loss = (loss + weighted).unwrap();
     }
     golden.check("loss", &loss);
     let mut grads = loss.backward().unwrap();
-    policy_forward.backward(&grads.remove(&logprobs).unwrap(), &mut gradients).unwrap();
+    policy_forward
+        .backward(&grads.remove(&logprobs).unwrap().to_device(policy.device()).unwrap(), &mut gradients)
+        .unwrap();
     let mut value_gradients = Gradients::default();
-    value_forward.backward(&grads.remove(&values).unwrap(), &mut value_gradients).unwrap();
+    value_forward
+        .backward(&grads.remove(&values).unwrap().to_device(policy.device()).unwrap(), &mut value_gradients)
+        .unwrap();
 
     // One optimiser over both, as the peer has it.
     let both = |a: BTreeMap<String, Tensor>, b: BTreeMap<String, Tensor>| -> BTreeMap<String, Tensor> {

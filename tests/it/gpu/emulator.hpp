@@ -13,6 +13,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #define __shared__ static
 
 struct uint4 { unsigned x, y, z, w; };
@@ -36,6 +37,10 @@ struct Fiber {
     State state = DONE;
     std::vector<unsigned char> stack;
     float slots[12];
+    // Asynchronous copies to shared memory that are not waited for yet, and the number of finished groups before each.
+    struct Copy { void* to; const void* from; unsigned bytes, group; };
+    std::vector<Copy> copies;
+    unsigned group = 0;
 };
 static std::vector<Fiber*> all;
 static jmp_buf scheduler;
@@ -66,7 +71,22 @@ static void resume(unsigned i) {
     setcontext(&all[i]->first);
 }
 
+// Which thread runs next: the order is another one for every block, by a seed; 0 is the order of their numbers.
+static unsigned seed;
+static std::vector<unsigned> order;
+static void shuffle(unsigned threads) {
+    order.resize(threads);
+    for (unsigned i = 0; i < threads; i++) order[i] = i;
+    static unsigned state;
+    if (seed && !state) state = seed;
+    for (unsigned i = threads; seed && i > 1; i--) {
+        state = state * 1664525u + 1013904223u;
+        std::swap(order[i - 1], order[(state >> 8) % i]);
+    }
+}
+
 static void run_block(unsigned threads) {
+    shuffle(threads);
     while (all.size() < threads) {
         Fiber* fiber = new Fiber;
         fiber->stack.resize(1 << 18);
@@ -77,9 +97,12 @@ static void run_block(unsigned threads) {
         makecontext(&fiber->first, body, 0);
         all.push_back(fiber);
     }
-    for (unsigned i = 0; i < threads; i++) all[i]->state = READY;
+    for (unsigned i = 0; i < threads; i++) {
+        all[i]->state = READY;
+        all[i]->copies.clear();
+    }
     for (;;) {
-        for (unsigned i = 0; i < threads; i++)
+        for (unsigned i : order)
             if (all[i]->state == READY) resume(i);
         // Nobody runs: whoever is complete at its barrier goes on.
         bool moved = false, done = true, block = true;
@@ -109,6 +132,24 @@ static void run_block(unsigned threads) {
 }  // namespace fibers
 
 static inline unsigned thread_number() { return threadIdx.y * blockDim.x + threadIdx.x; }
+static void __threadfence() {}
+static unsigned atomicInc(unsigned* p, unsigned last) { unsigned old = *p; *p = old >= last ? 0 : old + 1; return old; }
+
+// A copy is made when it is waited for, as late as it may be.
+static const uint4 zeros = {};
+static void later(void* to, const void* from, unsigned bytes) {
+    fibers::Fiber* me = fibers::all[thread_number()];
+    me->copies.push_back({to, from, bytes, me->group});
+}
+static void end_group() { fibers::all[thread_number()]->group++; }
+static void wait_groups(unsigned under_way) {
+    fibers::Fiber* me = fibers::all[thread_number()];
+    size_t done = 0;
+    for (; done < me->copies.size() && me->copies[done].group + under_way < me->group; done++)
+        memcpy(me->copies[done].to, me->copies[done].from, me->copies[done].bytes);
+    me->copies.erase(me->copies.begin(), me->copies.begin() + done);
+}
+
 static void __syncthreads() { fibers::wait(fibers::AT_BLOCK); }
 static float __shfl_sync(unsigned, float x, int lane) {
     unsigned me = thread_number();
@@ -158,7 +199,9 @@ static void launch(void (*kernel)(P...), const unsigned* shape, void** arguments
     Bound<P...> bound{kernel, arguments};
     gridDim = {shape[0], shape[1]};
     blockDim = {shape[2], shape[3]};
-    std::vector<uint4> shared(shape[4] / 16 + 1);
+    // Uninitialised shared memory reads as NaN.
+    std::vector<uint4> shared(shape[4] / 16 + 1, uint4{~0u, ~0u, ~0u, ~0u});
+    fibers::seed = shape[5];
     dynamic_shared = (unsigned char*)shared.data();
     fibers::job = Bound<P...>::go;
     fibers::job_data = &bound;

@@ -65,6 +65,8 @@ fn build(folder: &Path, name: &str, text: &str) -> Library {
 /// The emulated GPU backend.
 pub struct Emulator {
     libraries: Arc<Libraries>,
+    /// Seed of the order in which the threads of a block run; 0 for the order of their numbers.
+    order: u32,
     /// Operations captured so far, by the thread that captures.
     captured: Mutex<HashMap<ThreadId, Vec<Step>>>,
 }
@@ -77,6 +79,9 @@ enum Step {
     Zero(u64, usize),
 }
 
+/// Bytes of dynamic shared memory that a block of a Hopper GPU has at most.
+const SHARED_MOST: u32 = 227 << 10;
+
 /// Held during a launch: fibers of a compiled source share its statics.
 static LAUNCHING: Mutex<()> = Mutex::new(());
 
@@ -86,7 +91,20 @@ impl Emulator {
     pub fn new(shuffles: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let libraries = Libraries { folder, shuffles, loaded: Mutex::default() };
-        Self { libraries: Arc::new(libraries), captured: Mutex::default() }
+        Self { libraries: Arc::new(libraries), order: 0, captured: Mutex::default() }
+    }
+
+    /// The same backend, where the threads of a block run in an order that `order` seeds.
+    pub fn ordered(&self, order: u32) -> Self {
+        Self { libraries: self.libraries.clone(), order, captured: Mutex::default() }
+    }
+
+    /// An error if this thread captures: on a device it would break the capture.
+    fn uncaptured(&self, what: &str) -> Result<()> {
+        match self.captured.lock().unwrap().contains_key(&current().id()) {
+            true => bail!("{what} cannot be captured"),
+            false => Ok(()),
+        }
     }
 
     /// The backend that tests share, so that each source is compiled once.
@@ -99,13 +117,13 @@ impl Emulator {
         if let Some(steps) = self.captured.lock().unwrap().get_mut(&current().id()) {
             return steps.push(step);
         }
-        run(&self.libraries, &step);
+        run(&self.libraries, self.order, &step);
     }
 }
 
-fn run(libraries: &Libraries, step: &Step) {
+fn run(libraries: &Libraries, order: u32, step: &Step) {
     match step {
-        Step::Launch(l) => launch(&libraries.library(l.source), l),
+        Step::Launch(l) => launch(&libraries.library(l.source), l, order),
         Step::Gemm(p) => gemm(p),
         // SAFETY: the memory is this backend's or a tensor's, and has `bytes` bytes.
         Step::Copy(from, to, bytes) => unsafe { std::ptr::copy(*from as *const u8, *to as *mut u8, *bytes) },
@@ -115,7 +133,8 @@ fn run(libraries: &Libraries, step: &Step) {
 }
 
 /// Runs a kernel of a compiled source. Panics if the arguments are not those of the kernel, in number or size.
-fn launch(library: &Library, l: &Launch) {
+fn launch(library: &Library, l: &Launch, order: u32) {
+    assert!(l.shared <= SHARED_MOST, "{} bytes of shared memory for {}", l.shared, l.kernel);
     let _launching = LAUNCHING.lock().unwrap_or_else(|e| e.into_inner());
     let name = l.kernel;
     // SAFETY: every kernel is exported with these signatures, and its arguments are checked against what it takes.
@@ -127,7 +146,7 @@ fn launch(library: &Library, l: &Launch) {
         assert_eq!(found, wanted[..n], "arguments of {name}");
         let run = library.get::<Run>(format!("launch_{name}")).unwrap();
         let pointers: Vec<*const c_void> = l.arguments.iter().map(|a| a.0.as_ptr().cast()).collect();
-        let shape = [l.grid.0, l.grid.1, l.block.0, l.block.1, l.shared];
+        let shape = [l.grid.0, l.grid.1, l.block.0, l.block.1, l.shared, order];
         run(shape.as_ptr(), pointers.as_ptr());
     }
 }
@@ -175,6 +194,7 @@ fn gemm(p: &Gemm) {
 
 impl GpuBackend for Emulator {
     fn allocate(&self, bytes: usize) -> Result<DeviceMemory> {
+        self.uncaptured("an allocation")?;
         // Uninitialised memory reads as NaN.
         let memory = vec![u64::MAX; bytes.div_ceil(8).max(1)];
         Ok(DeviceMemory { pointer: memory.as_ptr() as u64, bytes, owner: Box::new(memory) })
@@ -191,14 +211,14 @@ impl GpuBackend for Emulator {
     }
 
     fn upload(&self, from: &[u8], to: u64) -> Result<()> {
-        assert!(!self.captured.lock().unwrap().contains_key(&current().id()), "an upload cannot be captured");
+        self.uncaptured("an upload")?;
         // SAFETY: the memory has as many bytes.
         unsafe { std::ptr::copy(from.as_ptr(), to as *mut u8, from.len()) };
         Ok(())
     }
 
     fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
-        assert!(!self.captured.lock().unwrap().contains_key(&current().id()), "a download cannot be captured");
+        self.uncaptured("a download")?;
         // SAFETY: the memory has as many bytes.
         unsafe { std::ptr::copy(from as *const u8, to.as_mut_ptr(), to.len()) };
         Ok(())
@@ -225,23 +245,28 @@ impl GpuBackend for Emulator {
         }
     }
 
+    fn synchronize(&self) -> Result<()> {
+        self.uncaptured("a wait")
+    }
+
     fn capture(&self, f: &mut dyn FnMut() -> Result<()>) -> Result<Box<dyn LaunchGraph>> {
         self.captured.lock().unwrap().insert(current().id(), Vec::new());
         let result = f();
         let steps = self.captured.lock().unwrap().remove(&current().id()).unwrap_or_default();
         result?;
-        Ok(Box::new(Tape { libraries: self.libraries.clone(), steps }))
+        Ok(Box::new(Tape { libraries: self.libraries.clone(), order: self.order, steps }))
     }
 }
 
 struct Tape {
     libraries: Arc<Libraries>,
+    order: u32,
     steps: Vec<Step>,
 }
 
 impl LaunchGraph for Tape {
     fn replay(&self) -> Result<()> {
-        self.steps.iter().for_each(|step| run(&self.libraries, step));
+        self.steps.iter().for_each(|step| run(&self.libraries, self.order, step));
         Ok(())
     }
 }

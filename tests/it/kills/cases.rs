@@ -49,7 +49,7 @@ impl Case {
             if let Some(rewards) = &rewards {
                 text = rewarded_by(&text, rewards);
             }
-            std::fs::write(&file, text).unwrap();
+            std::fs::write(&file, jobs::placed(text)).unwrap();
             Prepared { file, directory, stages: &[] }
         })
     }
@@ -99,7 +99,7 @@ fn chain() -> Case {
     Case::new("chain of SFT, reward model, PPO", |folder| {
         jobs::data(folder);
         let file = folder.join("chain.toml");
-        std::fs::write(&file, CHAIN).unwrap();
+        std::fs::write(&file, jobs::placed(CHAIN.into())).unwrap();
         Prepared { file, directory: folder.join("chain"), stages: &["01-sft", "02-reward_model", "03-ppo"] }
     })
 }

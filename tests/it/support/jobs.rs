@@ -57,12 +57,26 @@ every_steps = 2
 learning_rate = 1e-4
 ";
 
+/// The GPU that tests and their jobs use, such as `cuda:0`: `REHEARSAL_GPU`. Without it an emulated one is tested, and jobs run on
+/// the CPU.
+pub fn gpu() -> Option<String> {
+    std::env::var("REHEARSAL_GPU").ok().filter(|device| !device.is_empty())
+}
+
+/// A job's text with its roles on that GPU, unless it places them itself.
+pub fn placed(text: String) -> String {
+    match gpu() {
+        Some(device) if !text.contains("[placement]") => format!("{text}\n[placement]\npolicy = \"{device}\"\n"),
+        _ => text,
+    }
+}
+
 /// A job's file and its directory.
 pub fn job(folder: &Path, algorithm: &str, steps: u64, more: &str) -> (PathBuf, PathBuf) {
     data(folder);
     let (file, directory) = (folder.join("job.toml"), folder.join("job"));
     let text = format!("[job]\ndirectory = \"job\"\nalgorithm = \"{algorithm}\"\nsteps = {steps}\nseed = 3\n{more}");
-    std::fs::write(&file, text).unwrap();
+    std::fs::write(&file, placed(text)).unwrap();
     (file, directory)
 }
 

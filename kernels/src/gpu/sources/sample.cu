@@ -72,7 +72,7 @@ INLINE float threshold(int vocab, u64 wanted, V value, W weight) {
 KERNEL sample(
     const float* logits, Settings s, const u64* ids, u32* tokens, u32* positions, u32* drawn, u32* active, const u32* step,
     u32* drawn_tokens, float* drawn_logprobs) {
-    __shared__ double sums[THREADS];
+    __shared__ double sums[THREADS], parts[THREADS / 32];
     __shared__ u32 chosen;
     u32 row = blockIdx.x;
     size_t at = (size_t)*step * gridDim.x + row;
@@ -136,11 +136,20 @@ KERNEL sample(
         for (int c = from; c < to; c++) mass += p(c);
         sums[threadIdx.x] = mass;
         __syncthreads();
+        // Sums of 32 threads each, so that one thread has few to go through.
+        if (threadIdx.x < THREADS / 32) {
+            double part = 0.0;
+            for (int i = 0; i < 32; i++) part += sums[threadIdx.x * 32 + i];
+            parts[threadIdx.x] = part;
+        }
+        __syncthreads();
         if (threadIdx.x == 0) {
             double total = 0.0;
-            for (int i = 0; i < THREADS; i++) total += sums[i];
+            for (int i = 0; i < THREADS / 32; i++) total += parts[i];
             double left = uniform(s.seed, ids[row], drawn[row]) * total;
-            int i = 0;
+            int part = 0;
+            while (part + 1 < THREADS / 32 && left >= parts[part]) left -= parts[part++];
+            int i = part * 32;
             while (i + 1 < THREADS && left >= sums[i]) left -= sums[i++];
             u32 last = s.vocab;
             for (int c = i * stretch; c < s.vocab; c++) {
