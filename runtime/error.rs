@@ -102,6 +102,21 @@ pub enum Error {
         /// What failed, and what to do.
         reason: String,
     },
+    /// Nodes generate for the job, and cannot go on.
+    #[error("nodes: {0}")]
+    Nodes(String),
+    /// A node's coordinator was not there.
+    #[error(
+        "the coordinator at {join} was not there for {seconds} s: {reason}; see that its job runs, or give `--patience`"
+    )]
+    Coordinator {
+        /// The coordinator's address.
+        join: String,
+        /// How long the node waited.
+        seconds: u64,
+        /// What failed last.
+        reason: String,
+    },
     /// The system starts no more threads.
     #[error("the system starts no threads for the program: {0}; free resources and try again")]
     Threads(std::io::Error),
@@ -169,6 +184,7 @@ impl Error {
             Self::SavedState { .. } => Store,
             Self::Role(e) => of_role(e),
             Self::Model(e) => of_model(e),
+            Self::Nodes(_) | Self::Coordinator { .. } => Role,
             Self::Store(e) => of_store(e),
         }
     }

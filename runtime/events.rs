@@ -39,6 +39,18 @@ pub enum Event {
         /// URL of the page; it may hold the token.
         url: String,
     },
+    /// Nodes may join at this address (`nodes.listen`).
+    NodesWanted {
+        /// The address, with the port that was assigned if the setting's was 0.
+        address: std::net::SocketAddr,
+    },
+    /// Something happened to a node: it joined, left, was not heard of, or is shut out.
+    Node {
+        /// Its name.
+        node: String,
+        /// What happened, as a sentence whose subject is the node.
+        what: String,
+    },
     /// Completions are there.
     Rollout {
         /// Steps done before this one.

@@ -22,6 +22,9 @@ pub const ENCODERS: Feature = Feature { name: "encoders", enabled: cfg!(feature 
 /// The Prometheus endpoint.
 pub const PROMETHEUS: Feature = Feature { name: "prometheus", enabled: cfg!(feature = "prometheus") };
 
+/// Nodes that generate.
+pub const NODES: Feature = Feature { name: "nodes", enabled: cfg!(feature = "nodes") };
+
 /// Members in other processes.
 #[cfg_attr(
     any(feature = "mpi", not(feature = "cli")),
@@ -48,7 +51,8 @@ mod tests {
     use crate::Config;
 
     /// The keys that need a feature.
-    const KEYS: [(&str, &str, Feature); 5] = [
+    const KEYS: [(&str, &str, Feature); 6] = [
+        ("nodes", "listen = \"127.0.0.1:0\"", NODES),
         ("judge", "url = \"http://localhost/v1\"", HTTP),
         ("scorer", "url = \"http://localhost\"", HTTP),
         ("encoder", "model = \"/\"", ENCODERS),

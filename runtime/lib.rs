@@ -62,12 +62,13 @@ mod job;
 pub mod judge;
 #[cfg(feature = "label")]
 pub mod label;
-#[cfg(any(feature = "label", feature = "prometheus"))]
+#[cfg(any(feature = "label", feature = "nodes", feature = "prometheus"))]
 mod listen;
 mod memory;
 pub mod metrics;
 mod model_directory;
 mod models;
+mod nodes;
 mod readiness;
 pub mod rewards;
 pub mod settings;
@@ -91,6 +92,9 @@ pub use heap::use_one_arena;
 pub use job::{CONFIG_FILE, Chain, Config, Job, JobBuilder, JobHandle};
 pub use memory::MemoryBudget;
 pub use metrics::Metric;
+pub use nodes::{Credentials, NodesSettings};
+#[cfg(feature = "nodes")]
+pub use nodes::{NodeEvent, NodeOptions, make_certificates, run_node};
 pub use readiness::Readiness;
 pub use rehearsal_actors as actors;
 pub use rehearsal_actors::{Devices, Judged, Reward, RewardError, RewardFn, Sample};

@@ -31,6 +31,7 @@ mod buffer;
 mod device;
 mod director;
 mod error;
+mod files;
 mod frozen;
 mod micro_batch;
 mod models;
@@ -53,6 +54,7 @@ pub use buffer::{BufferHandle, Group, ScoredCompletion};
 pub use device::{Devices, Placement};
 pub use director::{Director, DirectorEvent, RoleStatus};
 pub use error::{Error, Result};
+pub use files::{Described, ModelFiles};
 pub use frozen::FrozenModel;
 pub use models::{CriticHandle, PolicyHandle};
 pub use objective::{

@@ -6,6 +6,8 @@ mod export;
 mod generate;
 #[cfg(feature = "label")]
 mod label;
+#[cfg(feature = "nodes")]
+mod node;
 mod print;
 mod progress;
 mod ranks;
@@ -134,6 +136,19 @@ A job trains on the ledger by `data.train = [\"labels\"]`.")]
     /// Serve a page on which people rank completions or write their own
     #[cfg(feature = "label")]
     Label(label::Label),
+    /// Generate completions for a job that runs elsewhere
+    #[cfg(feature = "nodes")]
+    Node(node::Node),
+    /// Make the certificates of a job and its nodes
+    #[cfg(feature = "nodes")]
+    #[command(after_help = "Example:
+  rehearsal certificates certificates trainer.example.org 10.0.0.7")]
+    Certificates {
+        /// Directory to make; it must have no authority yet
+        directory: PathBuf,
+        /// Names and addresses of the coordinator's machine, beside localhost
+        hosts: Vec<String>,
+    },
     /// Check every checksum of a job's store
     #[command(after_help = "Example:
   rehearsal verify runs/quickstart
@@ -171,6 +186,10 @@ pub fn main() -> ExitCode {
         Command::Evaluate(what) => evaluate::evaluate(what),
         Command::Export(export) => export::export(export),
         Command::Import { directory, files, judge } => export::import(&directory, &files, &judge),
+        #[cfg(feature = "nodes")]
+        Command::Node(settings) => node::node(settings),
+        #[cfg(feature = "nodes")]
+        Command::Certificates { directory, hosts } => node::certificates(&directory, &hosts),
         #[cfg(feature = "label")]
         Command::Label(settings) => label::label(settings),
         Command::Verify { directory } => status::verify(&directory),

@@ -60,6 +60,8 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
                 line(format!("{} rows left out: each {reason}{first}", d.rows));
             }
         }
+        Event::NodesWanted { address } => line(format!("nodes may join at {address}")),
+        Event::Node { node, what } => line(format!("node {node} {what}")),
         Event::PeopleWanted { url } => line(format!("waiting for people at {url}")),
         Event::Rollout { done, of, .. } => {
             if let Some(bar) = bar {

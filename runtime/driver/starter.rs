@@ -13,6 +13,7 @@ use super::roles::{Roles, TrainedModel};
 use super::rollouts::Schedule;
 use crate::error::Result;
 use crate::memory::MemoryBudget;
+use crate::nodes::{Coordinator, NodesSettings};
 use crate::rewards::{HostScores, LoadedReward, RewardContext, StartedReward, WeightedReward};
 use crate::settings::Common;
 
@@ -108,6 +109,14 @@ impl Starter<'_> {
         let sampler = self.roles.director.sampler(model, config, self.devices.clone()).await?;
         self.roles.watch("sampler", &sampler);
         Ok((sampler, occupied))
+    }
+
+    /// Where other processes join to generate, if the settings say so.
+    pub(super) fn nodes(&mut self, settings: &NodesSettings, model: &Checkpoint) -> Result<Option<Arc<Coordinator>>> {
+        let generates_by = (self.common.model.dtype, self.common.lora_init());
+        let (events, waits) = (self.context.events.clone(), self.roles.director.waits());
+        let patience = self.common.limits.request;
+        Ok(Coordinator::start(settings, model, generates_by, events, waits, patience)?.map(Arc::new))
     }
 
     /// The schedule of generation `steps` steps ahead of learning, which checkpoints hold the weights of.

@@ -19,6 +19,7 @@ pub const WAITED_FOR: Label = Label {
         "device",
         "files",
         "director",
+        "nodes",
     ],
 };
 /// The phase of a step.

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::Wire;
-use super::tensors::Described;
+use crate::files::{Described, ModelFiles};
 use crate::objective::Portable;
 use crate::{Error, LoraInit, MaskedSequence, StepTimes, Tokens};
 
@@ -90,14 +90,6 @@ pub enum Request {
 
 /// A range of leaves that is summed, and whether it has gradients.
 pub type Node = (Range<usize>, bool);
-
-/// What a model's files say beside its weights.
-#[derive(Serialize, Deserialize)]
-pub struct ModelFiles {
-    pub config: String,
-    pub tokenizer: String,
-    pub tokenizer_config: String,
-}
 
 /// Settings of a member.
 #[derive(Clone, Serialize, Deserialize)]

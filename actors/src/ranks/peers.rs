@@ -9,9 +9,10 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio_util::sync::CancellationToken;
 
 use super::exchange::Exchange;
-use super::message::{MemberConfig, ModelFiles, Node, NodeSum, Pause, Reply, Request, read, send, wait_for};
+use super::message::{MemberConfig, Node, NodeSum, Pause, Reply, Request, read, send, wait_for};
 use super::tensors::{self, described};
 use super::{Ranks, Wire};
+use crate::files::ModelFiles;
 use crate::objective::Portable;
 use crate::trained::{LeafSum, Member, TrainedConfig, UpdateBatch};
 use crate::{Error, MaskedSequence, ModelSnapshot, Result, Tokens};
@@ -29,11 +30,7 @@ impl Peers {
     /// Makes a member of the model in every other rank.
     pub fn new(ranks: &Ranks, checkpoint: &Checkpoint, config: &TrainedConfig) -> Result<Self> {
         let peers = Self { ranks: ranks.clone(), model: ranks.next_model() };
-        let files = ModelFiles {
-            config: checkpoint.config.to_string(),
-            tokenizer: checkpoint.text.tokenizer_json().into(),
-            tokenizer_config: checkpoint.text.config().to_string(),
-        };
+        let files = ModelFiles::of(checkpoint);
         let config = MemberConfig {
             leaves: config.leaves,
             shard: config.shard,

@@ -6,14 +6,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use rehearsal_lm::generate::{Completion, Request as Prompt};
-use rehearsal_lm::{Architecture, Checkpoint, Text};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 
 use super::Wire;
 use super::exchange::Exchange;
-use super::message::{Failure, MemberConfig, ModelFiles, NodeSum, Pause, Reply, Request, read, send, wait_for};
-use super::tensors::{self, Described, described};
+use super::message::{Failure, MemberConfig, NodeSum, Pause, Reply, Request, read, send, wait_for};
+use super::tensors::{self, described};
+use crate::files::{Described, ModelFiles};
 use crate::role::panic_text;
 use crate::trained::{LeafSum, Member, TrainedConfig, UpdateBatch};
 use crate::{Devices, Error, ModelSnapshot, Placement, Result, passes};
@@ -103,16 +103,7 @@ fn build(
     config: MemberConfig,
 ) -> Result<Held> {
     let parameters = tensors::receive(wire, 0, parameters)?;
-    let json = |text: &str| {
-        serde_json::from_str(text).map_err(|e| Error::Data(format!("a model's `config.json` cannot be read: {e}")))
-    };
-    let of_model: serde_json::Value = json(&files.config)?;
-    let checkpoint = Checkpoint {
-        architecture: Architecture::from_json(&of_model)?,
-        config: of_model,
-        parameters,
-        text: Text::from_json(files.tokenizer.as_bytes(), Some(files.tokenizer_config.as_bytes()), None)?,
-    };
+    let checkpoint = files.checkpoint(parameters)?;
     let trained = TrainedConfig {
         placements: vec![Placement::Cpu],
         leaves: config.leaves,

@@ -3,39 +3,28 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
-use serde::{Deserialize, Serialize};
 
 use super::Wire;
 use super::message::wait_for;
-use crate::snapshot::{stored_dtype, tensor_of, with_bytes};
+use crate::files::{self, Described};
 use crate::{Error, Result};
-
-/// What tensors follow a message, each as a message of its bytes.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Described {
-    name: String,
-    dtype: String,
-    shape: Vec<usize>,
-}
 
 /// Descriptions of tensors, and their bytes.
 pub fn described(tensors: &BTreeMap<String, Tensor>) -> Result<(Vec<Described>, Vec<Vec<u8>>)> {
     let mut all = (Vec::new(), Vec::new());
     for (name, tensor) in tensors {
-        let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
-        let (dtype, shape) = (stored_dtype(name, tensor.dtype())?.to_string(), tensor.dims().to_vec());
-        all.0.push(Described { name: name.clone(), dtype, shape });
-        all.1.push(with_bytes(name, &tensor, <[u8]>::to_vec)?);
+        let (described, bytes) = files::described(name, tensor)?;
+        all.0.push(described);
+        all.1.push(bytes);
     }
     Ok(all)
 }
 
 /// Receives the tensors that follow a message.
 pub fn receive(wire: &dyn Wire, from: usize, described: Vec<Described>) -> Result<BTreeMap<String, Tensor>> {
-    let one = |Described { name, dtype, shape }: Described| {
-        let bytes = wait_for(wire, from);
-        let tensor = tensor_of(&name, &dtype, &shape, &bytes)?;
-        Ok((name, tensor))
+    let one = |described: Described| {
+        let tensor = described.tensor(&wait_for(wire, from))?;
+        Ok((described.name, tensor))
     };
     described.into_iter().map(one).collect()
 }

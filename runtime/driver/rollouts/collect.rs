@@ -51,7 +51,9 @@ impl Rollouts {
     /// Starts policy, reference, reward and buffer, and a sampler where completions are generated ahead.
     pub async fn start(inputs: RolloutInputs, starter: &mut Starter<'_>) -> Result<Self> {
         let RolloutInputs { settings, prompts, policy: model, reference, updates_generator } = inputs;
-        let recorded_tokens = recorded_tokens(starter.common, updates_generator && settings.ahead == 0);
+        // What others generate leaves no activations here.
+        let updates_generator = updates_generator && settings.ahead == 0 && settings.nodes.listen.is_none();
+        let recorded_tokens = recorded_tokens(starter.common, updates_generator);
         let policy = starter.policy(model.clone()).await?;
         let reference = starter.reference(reference).await?;
         let reward = starter.reward().await?;
@@ -63,6 +65,7 @@ impl Rollouts {
                 Some(Ahead { schedule: starter.schedule(steps), sampler, occupied })
             }
         };
+        let nodes = starter.nodes(&settings.nodes, &model)?;
         let collector = Collector {
             policy: policy.clone(),
             reference: reference.clone(),
@@ -70,6 +73,7 @@ impl Rollouts {
             settings: settings.clone(),
             model,
             recorded_tokens,
+            nodes,
         };
         Ok(Self { policy, reference, reward, buffer, settings, prompts, collector, ahead })
     }

@@ -25,6 +25,7 @@ use crate::data::PromptRow;
 use crate::driver::run::Run;
 use crate::error::{Error, Result};
 use crate::events::{Event, NewCompletion, ScoredText, tell};
+use crate::nodes::{Coordinator, Generates};
 use crate::summary::Seconds;
 
 /// The roles that turn prompts into scored completions.
@@ -37,6 +38,8 @@ pub struct Collector {
     pub model: Arc<Checkpoint>,
     /// Tokens of a step's completions whose activations generation records for the update.
     pub recorded_tokens: usize,
+    /// Other processes that generate completions which are learned from.
+    pub nodes: Option<Arc<Coordinator>>,
 }
 
 /// Whose weights generate.
@@ -213,14 +216,35 @@ impl Collector {
             let (policy, options, cancel) = (self.policy.clone(), self.options(context.seed), context.cancel.clone());
             let keep = if logged.is_some() { self.recorded_tokens } else { 0 };
             let role = if let Source::Policy = context.source { "policy" } else { "sampler" };
-            let generating = match context.source.clone() {
+            let nodes = self.nodes.clone().filter(|_| logged.is_some());
+            let here: Generates = match context.source.clone() {
                 Source::Policy => {
-                    tokio::spawn(
-                        async move { policy.generate(requests, options, keep, sender, cancel).await.map(drop) },
-                    )
+                    let options = options.clone();
+                    Arc::new(move |requests, sender, cancel| {
+                        let (policy, options) = (policy.clone(), options.clone());
+                        Box::pin(
+                            async move { policy.generate(requests, options, keep, sender, cancel).await.map(drop) },
+                        )
+                    })
                 }
                 Source::Sampler(sampler, weights) => {
-                    tokio::spawn(async move { sampler.generate(weights, requests, options, sender, cancel).await })
+                    let options = options.clone();
+                    Arc::new(move |requests, sender, cancel| {
+                        let (sampler, weights, options) = (sampler.clone(), weights.clone(), options.clone());
+                        Box::pin(async move { sampler.generate(weights, requests, options, sender, cancel).await })
+                    })
+                }
+            };
+            let generating = match nodes {
+                None => tokio::spawn(async move { Ok(here(requests, sender, cancel).await?) }),
+                Some(nodes) => {
+                    let weights = match &context.source {
+                        Source::Policy => Arc::new(self.policy.weights().await?),
+                        Source::Sampler(_, weights) => weights.clone(),
+                    };
+                    tokio::spawn(
+                        async move { nodes.generate(weights, requests, options, &here, sender, &cancel).await },
+                    )
                 }
             };
             // An error of a request ends the step only when all completions are there and logged.

@@ -3,6 +3,7 @@
 use rehearsal_lm::generate::Sampling;
 
 use crate::config::{Keys, Range, Settings};
+use crate::nodes::NodesSettings;
 use crate::settings::Common;
 
 /// `[rollout]`
@@ -24,6 +25,8 @@ pub struct RolloutSettings {
     pub batch: usize,
     /// Steps that generation runs ahead of learning.
     pub ahead: u64,
+    /// `[nodes]`: other processes that generate.
+    pub nodes: NodesSettings,
 }
 
 impl Default for RolloutSettings {
@@ -37,6 +40,7 @@ impl Default for RolloutSettings {
             stop: Vec::new(),
             batch: 64,
             ahead: 0,
+            nodes: NodesSettings::default(),
         }
     }
 }
@@ -109,6 +113,7 @@ impl Settings for RolloutSettings {
             "Steps that generation runs ahead of learning (η): the completions of step s are those of the policy before step s - η, \
              and are generated meanwhile (`placement.sampler`, `placement.sampler_threads`). 0 learns from the newest policy's.",
         );
+        self.nodes.visit(keys);
     }
 }
 

@@ -2,4 +2,5 @@
 
 mod ahead;
 mod members;
+mod nodes;
 mod ranks;
