@@ -72,6 +72,11 @@ impl Lora {
         Ok(lora)
     }
 
+    /// Rank, scale and layers.
+    pub fn config(&self) -> &LoraConfig {
+        &self.config
+    }
+
     fn empty(base: &Checkpoint, config: LoraConfig) -> Result<Self> {
         let wrong = |message: String| Err(Error::Config(message));
         if config.rank == 0 || !(config.alpha > 0.0 && config.alpha.is_finite()) {

@@ -11,6 +11,7 @@ use rehearsal_actors::{
 use tokio_util::sync::CancellationToken;
 
 use super::rollouts::Schedule;
+use crate::nodes::Coordinator;
 
 /// A role whose weights are part of every checkpoint.
 #[derive(Clone)]
@@ -74,6 +75,8 @@ pub struct Roles {
     pub buffer: Option<BufferHandle>,
     /// Returns to the checkpoint too, which holds its weights.
     pub schedule: Option<Arc<Schedule>>,
+    /// Where other processes join to generate.
+    pub nodes: Option<Arc<Coordinator>>,
     watched: Vec<(&'static str, Box<dyn RoleLoad>)>,
 }
 
@@ -81,7 +84,7 @@ impl Roles {
     /// The roles that every job has.
     pub fn new(director: Director, archivist: ArchivistHandle) -> Self {
         let watched: Vec<(_, Box<dyn RoleLoad>)> = vec![("archivist", Box::new(archivist.clone()))];
-        Self { director, archivist, trained: Vec::new(), buffer: None, schedule: None, watched }
+        Self { director, archivist, trained: Vec::new(), buffer: None, schedule: None, nodes: None, watched }
     }
 
     /// Adds a role whose load is exported.

@@ -206,6 +206,13 @@ impl Run {
             self.meters.set_series(process::ROLE_BUSY_SECONDS, role, busy);
             self.meters.set_series(process::MAILBOX_DEPTH, role, depth as f64);
         }
+        if let Some(nodes) = &self.roles.nodes {
+            let load = nodes.load();
+            self.meters.set(process::NODES, load.nodes as f64);
+            self.meters.set_series(process::NODE_COMPLETIONS, "counted", load.counted as f64);
+            self.meters.set_series(process::NODE_COMPLETIONS, "again", load.again as f64);
+            self.meters.set(process::NODE_BYTES, load.bytes as f64);
+        }
         if let Some(evaluation) = self.state.evaluations.last() {
             // Numbers that an earlier version kept and this one has no metric for are not exported.
             let _ = self.meters.evaluation(evaluation);

@@ -116,7 +116,9 @@ impl Starter<'_> {
         let generates_by = (self.common.model.dtype, self.common.lora_init());
         let (events, waits) = (self.context.events.clone(), self.roles.director.waits());
         let patience = self.common.limits.request;
-        Ok(Coordinator::start(settings, model, generates_by, events, waits, patience)?.map(Arc::new))
+        let nodes = Coordinator::start(settings, model, generates_by, events, waits, patience)?.map(Arc::new);
+        self.roles.nodes.clone_from(&nodes);
+        Ok(nodes)
     }
 
     /// The schedule of generation `steps` steps ahead of learning, which checkpoints hold the weights of.

@@ -22,6 +22,8 @@ pub const WAITED_FOR: Label = Label {
         "nodes",
     ],
 };
+/// What became of completions of nodes.
+const NODE_RESULTS: Label = Label { key: "result", values: &["counted", "again"] };
 /// The phase of a step.
 const PHASES: Label = Label {
     key: "phase",
@@ -176,6 +178,11 @@ pub mod process {
         WAIT_SECONDS = Metric::gauge("wait_seconds", "seconds",
             "How long the job has been waiting for someone; the oldest wait for each, 0 where it waits for nothing.")
             .by(WAITED_FOR);
+        NODES = Metric::gauge("nodes", "nodes", "Nodes that have joined the job (`nodes.listen`).");
+        NODE_COMPLETIONS = Metric::gauge("node_completions", "completions", "Completions, in this process, that nodes \
+            generated and that count; and those that were generated again because a node was not heard of or shut out.")
+            .by(NODE_RESULTS);
+        NODE_BYTES = Metric::gauge("node_bytes", "bytes", "Bytes of weights that nodes have asked for, in this process.");
         JOB_STEPS = Metric::gauge("job_steps", "steps", "Steps of the whole job.");
     }
 }

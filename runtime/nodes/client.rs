@@ -9,8 +9,8 @@ use reqwest::{Client, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::Credentials;
 use super::protocol::Manifest;
+use super::settings::Credentials;
 use crate::error::{Error, Result};
 
 /// How long a request may take, beside those for shards and leases, which end when nothing comes for so long.

@@ -12,8 +12,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::leases::{Leases, Local, News};
 use super::server::{Base, Server, Shared, bind, serve};
+use super::settings::NodesSettings;
 use super::weights::Weights;
-use super::{Generates, NodesSettings};
+use super::work::{Generates, Load};
 use crate::error::{Error, Result};
 use crate::events::{Event, tell};
 
@@ -43,6 +44,7 @@ impl Coordinator {
     ) -> Result<Option<Self>> {
         let Some(address) = settings.listen else { return Ok(None) };
         let bound = bind(address)?;
+        let lora = lora.map(|start| start.without_directory(model)).transpose()?;
         let start = ModelSnapshot { tensors: model.parameters.clone(), ..ModelSnapshot::default() };
         let base = Base {
             files: ModelFiles::of(model),
@@ -57,6 +59,12 @@ impl Coordinator {
         let local = if settings.local { Local::Share } else { Local::Checks };
         tell(&events, Event::NodesWanted { address: server.address });
         Ok(Some(Self { shared, server, local, events, waits, patience }))
+    }
+
+    /// What nodes have done so far.
+    pub fn load(&self) -> Load {
+        let leases = self.shared.leases();
+        Load { nodes: leases.nodes(), counted: leases.counted, again: leases.again, bytes: self.shared.bytes() }
     }
 
     /// Generates completions with weights of the policy, and sends each to `finished` when it counts. `here` generates in this
@@ -151,7 +159,8 @@ impl Coordinator {
     }
 
     fn tell_news(&self) {
-        for news in self.shared.leases().take_news() {
+        let all = self.shared.leases().take_news();
+        for news in all {
             let (node, what) = match news {
                 News::Joined { node } => (node, "joined".to_string()),
                 News::Left { node } => (node, "left".to_string()),

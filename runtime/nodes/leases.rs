@@ -141,6 +141,9 @@ pub struct Leases {
     /// One lease in so many is checked.
     check_every: u64,
     news: Vec<News>,
+    /// Completions of nodes that count, and those that are leased again.
+    pub counted: u64,
+    pub again: u64,
     /// Completions that count and were found to be wrong.
     wrong: Vec<String>,
 }
@@ -148,7 +151,19 @@ pub struct Leases {
 impl Leases {
     pub fn new(term: Duration, size: usize, check_every: u64) -> Self {
         let (work, nodes, excluded) = Default::default();
-        Self { next: 1, work, nodes, excluded, term, size, check_every, news: Vec::new(), wrong: Vec::new() }
+        Self {
+            next: 1,
+            work,
+            nodes,
+            excluded,
+            term,
+            size,
+            check_every,
+            news: Vec::new(),
+            counted: 0,
+            again: 0,
+            wrong: Vec::new(),
+        }
     }
 
     fn number(&mut self) -> u64 {
@@ -299,6 +314,7 @@ impl Leases {
         for completion in completions {
             if !work.done.contains_key(&completion.id) {
                 work.count(completion, Some(session));
+                self.counted += 1;
             }
         }
         Ok(Delivered::Counted)
@@ -380,6 +396,7 @@ impl Leases {
             let over: Vec<u64> = work.leased.iter().filter(|(_, l)| l.until <= now).map(|(id, _)| *id).collect();
             for id in over {
                 if let Some(leased) = work.leased.remove(&id) {
+                    self.again += leased.ids.len() as u64;
                     *late.entry(leased.session).or_default() += leased.ids.len();
                     work.put_back(leased.ids);
                 }
@@ -388,7 +405,7 @@ impl Leases {
         let silent = self.nodes.iter().filter(|(_, node)| node.seen + self.term <= now).map(|(session, _)| *session);
         for session in silent.collect::<Vec<_>>() {
             if let Some(node) = self.nodes.remove(&session) {
-                let completions = late.remove(&session).unwrap_or_default() + self.release(session);
+                let completions = late.get(&session).copied().unwrap_or_default() + self.release(session);
                 self.news.push(News::Lost { node: node.name, completions });
             }
         }
@@ -405,6 +422,7 @@ impl Leases {
             count += ids.len();
             work.put_back(ids);
         }
+        self.again += count as u64;
         count
     }
 

@@ -27,14 +27,7 @@ mod tests;
 mod tls;
 #[cfg(feature = "nodes")]
 mod weights;
-
-use std::sync::Arc;
-
-use rehearsal_lm::generate::{Completion, Request};
-use tokio::sync::mpsc::UnboundedSender;
-use tokio_util::sync::CancellationToken;
-
-use crate::futures::BoxFuture;
+mod work;
 
 #[cfg(not(feature = "nodes"))]
 pub(crate) use absent::Coordinator;
@@ -45,14 +38,4 @@ pub(crate) use coordinator::Coordinator;
 #[cfg(feature = "nodes")]
 pub use node::{NodeEvent, NodeOptions, run_node};
 pub use settings::{Credentials, NodesSettings};
-
-/// Generates completions in this process, with the weights that the work is for: each is sent when it ends.
-pub(crate) type Generates = Arc<
-    dyn Fn(
-            Vec<Request>,
-            UnboundedSender<Completion>,
-            CancellationToken,
-        ) -> BoxFuture<'static, rehearsal_actors::Result<()>>
-        + Send
-        + Sync,
->;
+pub(crate) use work::Generates;

@@ -9,9 +9,9 @@ use rehearsal_lm::generate::{Completion, Request};
 use tokio::sync::mpsc::unbounded_channel;
 use tokio_util::sync::CancellationToken;
 
-use super::Credentials;
 use super::client::{Answer, Coordinator, Failure};
 use super::protocol::{Beat, Beaten, Bits, Delivery, Join, Joined, Lease};
+use super::settings::Credentials;
 use crate::error::{Error, Result};
 
 /// How long the generation of a lease may take.

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,9 +19,9 @@ use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 use tokio::task::JoinHandle;
 
-use super::Credentials;
 use super::leases::{Leases, Refusal};
 use super::protocol::{BODY_MAX, Beat, Beaten, Bits, Delivery, Join, Joined};
+use super::settings::Credentials;
 use super::tls::{Peer, TlsListener};
 use super::weights::Weights;
 use crate::error::{Error, Result};
@@ -49,16 +50,23 @@ pub struct Shared {
     changed: Notify,
     base: Base,
     bits: Bits,
+    /// Bytes of shards that were asked for.
+    bytes: AtomicU64,
 }
 
 impl Shared {
     pub fn new(leases: Leases, base: Base) -> Self {
-        Self { leases: Mutex::new(leases), changed: Notify::new(), base, bits: Bits::here() }
+        Self { leases: Mutex::new(leases), changed: Notify::new(), base, bits: Bits::here(), bytes: AtomicU64::new(0) }
     }
 
     /// The leases, for as short as possible.
     pub fn leases(&self) -> MutexGuard<'_, Leases> {
         self.leases.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes of shards that were asked for.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
     }
 
     /// Changes the leases, and tells those who wait.
@@ -116,89 +124,95 @@ pub fn serve(bound: Bound, credentials: &Credentials, shared: Arc<Shared>) -> Re
     Ok(Server { address, task })
 }
 
-fn read<T: DeserializeOwned>(body: &Bytes) -> std::result::Result<T, Response> {
-    let unreadable = |e| (StatusCode::BAD_REQUEST, format!("the request cannot be read: {e}")).into_response();
-    postcard::from_bytes(body).map_err(unreadable)
-}
+/// A request that is refused: its status, and why.
+struct Refused(StatusCode, String);
 
-fn answer(message: &impl Serialize) -> Response {
-    match postcard::to_stdvec(message) {
-        Ok(bytes) => bytes.into_response(),
-        Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response(),
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        (self.0, self.1).into_response()
     }
 }
 
-impl IntoResponse for Refusal {
-    fn into_response(self) -> Response {
-        match self {
-            Self::Unknown => (StatusCode::UNAUTHORIZED, "join first").into_response(),
-            Self::Excluded(reason) => (StatusCode::FORBIDDEN, reason).into_response(),
+impl From<Refusal> for Refused {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Unknown => Self(StatusCode::UNAUTHORIZED, "join first".into()),
+            Refusal::Excluded(reason) => Self(StatusCode::FORBIDDEN, reason),
         }
     }
 }
 
-/// The answer to a request that was read.
-type Answer = std::result::Result<Response, Response>;
+type Answer<T> = std::result::Result<T, Refused>;
+
+fn read<T: DeserializeOwned>(body: &Bytes) -> Answer<T> {
+    let unreadable = |e| Refused(StatusCode::BAD_REQUEST, format!("the request cannot be read: {e}"));
+    postcard::from_bytes(body).map_err(unreadable)
+}
+
+fn answer(message: &impl Serialize) -> Answer<Vec<u8>> {
+    postcard::to_stdvec(message).map_err(|e| Refused(StatusCode::INTERNAL_SERVER_ERROR, e.to_string()))
+}
 
 async fn join(
     State(shared): State<Arc<Shared>>,
     ConnectInfo(Peer(identity)): ConnectInfo<Peer>,
     body: Bytes,
-) -> Answer {
+) -> Answer<Vec<u8>> {
     let Join { name, bits } = read(&body)?;
     if let Some(reason) = bits.differ(&shared.bits) {
         tracing::warn!("node {name} was refused: {reason}");
-        return Err((StatusCode::CONFLICT, reason).into_response());
+        return Err(Refused(StatusCode::CONFLICT, reason));
     }
     let mut session = [0; 8];
-    getrandom::fill(&mut session).map_err(|e| (StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response())?;
+    getrandom::fill(&mut session).map_err(|e| Refused(StatusCode::INTERNAL_SERVER_ERROR, e.to_string()))?;
     let session = u64::from_le_bytes(session);
     // Several nodes may share a certificate; each has its name.
     let identity = format!("{identity} {name}");
     let joined = shared.change(|leases| leases.join(session, &name, &identity, Instant::now()));
-    joined.map_err(Refusal::into_response)?;
+    joined?;
     let base = &shared.base;
-    Ok(answer(&Joined {
+    answer(&Joined {
         session,
         files: base.files.clone(),
         start: base.start.manifest.clone(),
         bf16: base.bf16,
         lora: base.lora.clone(),
         lease_seconds: base.lease.as_secs(),
-    }))
+    })
 }
 
 /// Waits for something to do: an empty answer says that there was nothing.
-async fn lease(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer {
+async fn lease(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer<Vec<u8>> {
     let session: u64 = read(&body)?;
     let deadline = Instant::now() + PATIENCE.min(shared.base.lease / 2);
     loop {
         let changed = shared.changed();
-        let found = shared.leases().take(session, Instant::now()).map_err(Refusal::into_response)?;
+        let found = shared.leases().take(session, Instant::now())?;
         let left = deadline.saturating_duration_since(Instant::now());
         if found.is_some() || left.is_zero() {
-            return Ok(answer(&found));
+            return answer(&found);
         }
         let _ = tokio::time::timeout(left, changed).await; // either will do
     }
 }
 
-async fn beat(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer {
+async fn beat(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer<Vec<u8>> {
     let Beat { session, lease } = read(&body)?;
-    let holds = shared.leases().renew(session, lease, Instant::now()).map_err(Refusal::into_response)?;
-    Ok(answer(&Beaten { holds }))
+    let holds = shared.leases().renew(session, lease, Instant::now())?;
+    answer(&Beaten { holds })
 }
 
-async fn deliver(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer {
+async fn deliver(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer<StatusCode> {
     let Delivery { session, lease, completions } = read(&body)?;
     let delivered = shared.change(|leases| leases.deliver(session, lease, completions, Instant::now()));
-    delivered.map(|_| StatusCode::NO_CONTENT.into_response()).map_err(Refusal::into_response)
+    delivered?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
-async fn leave(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer {
+async fn leave(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer<StatusCode> {
     let session: u64 = read(&body)?;
     shared.change(|leases| leases.leave(session));
-    Ok(StatusCode::NO_CONTENT.into_response())
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// A shard, or what of it begins at the byte that the request's range names.
@@ -206,6 +220,7 @@ async fn shard(State(shared): State<Arc<Shared>>, Path(hash): Path<String>, head
     let found = shared.base.start.shard(&hash).or_else(|| shared.leases().shard(&hash));
     let Some(bytes) = found else { return StatusCode::NOT_FOUND.into_response() };
     let range = headers.get(header::RANGE).and_then(|range| range.to_str().ok());
+    shared.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
     let from = range.and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok());
     match from {
         None => Body::from(bytes).into_response(),

@@ -7,11 +7,11 @@ use rehearsal_actors::{ModelFiles, ModelSnapshot};
 use rehearsal_lm::generate::{Completion, Finish, Options, Request, Sampling};
 use tokio::sync::mpsc::unbounded_channel;
 
-use super::Credentials;
 use super::client::{Answer, Coordinator, Failure};
 use super::leases::{Leases, Local, News};
 use super::protocol::{Beat, Beaten, Bits, Delivery, Join, Joined, Lease};
 use super::server::{Base, Server, Shared, bind, serve};
+use super::settings::Credentials;
 use super::weights::Weights;
 use crate::make_certificates;
 
@@ -156,4 +156,67 @@ async fn nonsense_is_answered_and_ends_nothing() {
     let long = node.ask::<Joined>("join", &vec![7u8; 5 << 20]).await;
     assert!(long.is_err(), "more than a request may have");
     assert!(join(&node, "later", Bits::here()).await.is_ok());
+}
+
+/// What requests and shards cost on loopback: `cargo test --features full --lib nodes::tests::cost -- --ignored --nocapture`.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "it measures"]
+async fn cost() {
+    use std::time::Instant;
+    let fixture = Fixture::new();
+    let node = fixture.node("c");
+    let Joined { session, .. } = join(&node, "fast", Bits::here()).await.unwrap_or_else(|_| panic!());
+    let beat = Beat { session, lease: None };
+    assert!(node.ask::<Beaten>("beat", &beat).await.is_ok());
+    let start = Instant::now();
+    for _ in 0..2000 {
+        assert!(node.ask::<Beaten>("beat", &beat).await.is_ok());
+    }
+    println!("a request and its answer: {:.0} µs", start.elapsed().as_secs_f64() / 2000.0 * 1e6);
+
+    let n = 16usize << 20;
+    let tensor = candle_core::Tensor::rand(0f32, 1.0, n, &candle_core::Device::Cpu).unwrap();
+    let tensors = [("weights.w".to_string(), tensor)].into();
+    let snapshot = ModelSnapshot { version: 1, tensors, ..ModelSnapshot::default() };
+    let start = Instant::now();
+    let weights = Arc::new(Weights::new(&snapshot).unwrap());
+    let bytes = 4.0 * n as f64 / 1e6;
+    println!("copied and hashed: {:.0} MB/s", bytes / start.elapsed().as_secs_f64());
+    let manifest = weights.manifest.clone();
+    let options = Options {
+        sampling: Sampling::default(),
+        max_new_tokens: 64,
+        min_new_tokens: 0,
+        eos: vec![2],
+        stop: Vec::new(),
+        seed: 1,
+        batch: 4,
+    };
+    let prompt = Arc::new((0..64).collect::<Vec<u32>>());
+    let requests = (0..20_000).map(|id| Request { id, prompt: prompt.clone() }).collect();
+    let (finished, _received) = unbounded_channel();
+    let work = fixture.shared.change(|leases| leases.add(weights, options, requests, finished));
+    let start = Instant::now();
+    assert!(node.weights(&manifest).await.is_ok());
+    println!("fetched and checked: {:.0} MB/s", bytes / start.elapsed().as_secs_f64());
+
+    let start = Instant::now();
+    let mut leases = 0;
+    while leases < 2000 {
+        let lease = node.ask::<Option<Lease>>("lease", &session).await.unwrap_or_else(|_| panic!());
+        let Some(lease) = lease else { break };
+        let completion =
+            |id: u64| Completion { id, tokens: vec![7; 64], logprobs: vec![-1.0; 64], finish: Finish::Length };
+        let completions = lease.prompts.iter().flat_map(|(_, ids)| ids).map(|id| completion(*id)).collect();
+        node.tell("deliver", &Delivery { session, lease: lease.id, completions }).await.unwrap_or_else(|_| panic!());
+        leases += 1;
+        let checks = fixture.shared.leases().take_local(work, Local::Checks);
+        for request in checks {
+            fixture.shared.change(|leases| leases.deliver_local(work, completion(request.id)));
+        }
+    }
+    println!(
+        "leases of two completions taken and delivered: {:.0} a second",
+        f64::from(leases) / start.elapsed().as_secs_f64()
+    );
 }

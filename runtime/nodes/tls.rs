@@ -19,7 +19,7 @@ use tokio_rustls::rustls::{RootCertStore, ServerConfig};
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::Credentials;
+use super::settings::Credentials;
 use crate::error::{Error, Result};
 use crate::listen::Bound;
 

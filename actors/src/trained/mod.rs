@@ -81,6 +81,16 @@ impl LoraInit {
         Ok(model)
     }
 
+    /// The same adapters without their directory, for another process that sets their weights itself.
+    ///
+    /// # Errors
+    ///
+    /// As reading the adapters.
+    pub fn without_directory(&self, base: &Checkpoint) -> Result<Self> {
+        let config = self.load(base, &Device::Cpu)?.config().clone();
+        Ok(Self { config, adapter: None, seed: self.seed })
+    }
+
     /// Loads or draws the adapters of a model at the start of training.
     pub(crate) fn load(&self, base: &Checkpoint, device: &Device) -> Result<Lora> {
         Ok(match &self.adapter {

@@ -1,7 +1,7 @@
 //! Completions by other processes: who generates them changes no bit, and nothing that happens to them does.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,7 @@ fn certificates(folder: &Path) -> PathBuf {
 }
 
 /// Sections of a job that nodes join at `port`.
-fn with(more: &str, port: u16, certificates: &Path, rest: &str) -> String {
+pub fn with(more: &str, port: u16, certificates: &Path, rest: &str) -> String {
     let path = certificates.display();
     format!(
         "{more}[nodes]\nlisten = \"127.0.0.1:{port}\"\nauthority = \"{path}/authority.pem\"\n\
@@ -29,13 +29,19 @@ fn with(more: &str, port: u16, certificates: &Path, rest: &str) -> String {
 }
 
 /// A node in a process of its own.
-struct Node(Child);
+pub struct Node(Child);
 
 impl Node {
-    fn start(port: u16, certificates: &Path, name: &str) -> Self {
+    /// A node of a coordinator on this machine.
+    pub fn start(port: u16, certificates: &Path, name: &str) -> Self {
+        Self::by(program(), &format!("127.0.0.1:{port}"), certificates, name)
+    }
+
+    /// A node that a command starts, which runs this program.
+    pub fn by(mut command: Command, join: &str, certificates: &Path, name: &str) -> Self {
         let file = |name: &str| certificates.join(name).display().to_string();
-        let child = program()
-            .args(["node", "--join", &format!("127.0.0.1:{port}"), "--name", name, "--threads", "1"])
+        let child = command
+            .args(["node", "--join", join, "--name", name, "--threads", "1"])
             .args(["--authority", &file("authority.pem"), "--certificate", &file("node.pem")])
             .args(["--key", &file("node.key"), "--patience", "120"])
             .stdout(Stdio::piped())
@@ -45,16 +51,21 @@ impl Node {
         Self(child)
     }
 
-    fn kill(&mut self) {
+    /// Sends it a signal.
+    pub fn signal(&self, signal: i32) {
+        let pid = i32::try_from(self.0.id()).unwrap();
+        // SAFETY: a signal to a child that was not waited for.
+        assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+    }
+
+    pub fn kill(&mut self) {
         let _ = self.0.kill(); // it may have ended
         let _ = self.0.wait();
     }
 
     /// Ends it as a service manager does; what it printed.
-    fn end(mut self) -> String {
-        let pid = i32::try_from(self.0.id()).unwrap();
-        // SAFETY: a signal to a child that was not waited for.
-        unsafe { libc::kill(pid, libc::SIGTERM) };
+    pub fn end(mut self) -> String {
+        self.signal(libc::SIGTERM);
         let child = std::mem::replace(&mut self.0, program().arg("--version").stdout(Stdio::null()).spawn().unwrap());
         let output = child.wait_with_output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -68,11 +79,11 @@ impl Drop for Node {
     }
 }
 
-fn config(folder: &Path, algorithm: &str, steps: u64, more: &str) -> Config {
+pub fn config(folder: &Path, algorithm: &str, steps: u64, more: &str) -> Config {
     Config::load(&job(folder, algorithm, steps, more).0).unwrap_or_else(|e| panic!("{e}"))
 }
 
-fn remains(algorithm: &str, steps: u64, more: &str) -> Remains {
+pub fn remains(algorithm: &str, steps: u64, more: &str) -> Remains {
     let folder = tempfile::tempdir().unwrap();
     run(config(folder.path(), algorithm, steps, more)).unwrap();
     Remains::of(&folder.path().join("job"))

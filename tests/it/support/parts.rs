@@ -43,10 +43,12 @@ pub enum Part {
     Aarch64,
     /// This program, built with the feature `mpi`, and `mpirun`.
     Mpi,
+    /// Rights to make network namespaces, by `ip` and `tc`.
+    Netns,
 }
 
 impl Part {
-    pub const ALL: [(Self, &str); 17] = [
+    pub const ALL: [(Self, &str); 18] = [
         (Self::Prometheus, "prometheus"),
         (Self::Chromium, "chromium"),
         (Self::Python, "python"),
@@ -64,6 +66,7 @@ impl Part {
         (Self::Qemu, "qemu"),
         (Self::Aarch64, "aarch64"),
         (Self::Mpi, "mpi"),
+        (Self::Netns, "netns"),
     ];
 
     fn name(self) -> &'static str {
