@@ -108,3 +108,17 @@ fn readme_and_help_agree_on_the_quickstart() {
     let line = help.lines().find(|line| line.contains("run examples/quickstart.toml")).unwrap();
     assert!(line.contains("about fifteen seconds") && read("README.md").contains("in about fifteen seconds"), "{line}");
 }
+
+#[test]
+fn what_starts_nodes_names_options_that_exist() {
+    let help = crate::support::rehearsal(&["node", "--help"]);
+    let help = String::from_utf8(help.stdout).unwrap();
+    for file in ["systemd/rehearsal-node.service", "slurm/nodes.sbatch", "kubernetes/rehearsal.yaml"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy").join(file);
+        let text = std::fs::read_to_string(path).unwrap();
+        for option in ["--join", "--authority", "--certificate", "--key"] {
+            let names = |text: &str| text.split(|c: char| c.is_whitespace() || c == '=').any(|word| word == option);
+            assert!(names(&text) && names(&help), "{file}: {option}");
+        }
+    }
+}
