@@ -21,11 +21,10 @@ use rehearsal_learn::{AdamW, AdamWConfig, MomentType, global_norm};
 
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
-/// Shapes of models: SmolLM2-135M, Qwen2.5-0.5B and Qwen2.5-1.5B.
+/// Shapes of models: SmolLM2-135M and Qwen2.5-1.5B.
 fn config(name: &str) -> serde_json::Value {
     let (vocab, hidden, layers, heads, keys, inner) = match name {
         "135M" => (49_152, 576, 30, 9, 3, 1536),
-        "0.5B" => (151_936, 896, 24, 14, 2, 4864),
         _ => (151_936, 1536, 28, 12, 2, 8960),
     };
     serde_json::json!({

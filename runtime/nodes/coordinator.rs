@@ -142,6 +142,7 @@ impl Coordinator {
         cancel: &CancellationToken,
     ) -> Result<()> {
         let (sender, mut completions) = unbounded_channel();
+        let ids = requests.iter().map(|r| r.id).collect();
         let generating = tokio::spawn(here(requests, sender, cancel.clone()));
         loop {
             match tokio::time::timeout(TICK, completions.recv()).await {
@@ -154,7 +155,7 @@ impl Coordinator {
             }
         }
         let result = generating.await;
-        self.shared.change(|leases| leases.abandon_local(work));
+        self.shared.change(|leases| leases.give_back(work, ids));
         Ok(result.map_err(|e| Error::Internal(format!("generation: {e}")))??)
     }
 

@@ -6,7 +6,7 @@
 //!
 //! This is the state alone: it knows neither the network nor the clock.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -96,8 +96,6 @@ struct Work {
     pending: VecDeque<u64>,
     leased: BTreeMap<u64, Leased>,
     held: BTreeMap<u64, Held>,
-    /// Completions that the coordinator generates.
-    local: BTreeSet<u64>,
     /// Completions that count, and the session of the node that was first; `None` for the coordinator.
     done: BTreeMap<u64, (Completion, Option<u64>)>,
     finished: UnboundedSender<Completion>,
@@ -220,9 +218,9 @@ impl Leases {
     ) -> u64 {
         let pending = requests.iter().map(|r| r.id).collect();
         let prompts = requests.into_iter().map(|r| (r.id, r.prompt)).collect();
-        let (leased, held, local, done) = Default::default();
+        let (leased, held, done) = Default::default();
         let number = self.number();
-        self.work.insert(number, Work { weights, options, prompts, pending, leased, held, local, done, finished });
+        self.work.insert(number, Work { weights, options, prompts, pending, leased, held, done, finished });
         number
     }
 
@@ -284,27 +282,26 @@ impl Leases {
         now: Instant,
     ) -> Result<Delivered, Refusal> {
         self.seen(session, now)?;
-        let Some(number) = self.work.iter().find(|(_, work)| work.leased.contains_key(&lease)).map(|(n, _)| *n) else {
+        let found = self.work.iter_mut().find_map(|(number, work)| Some((*number, work.leased.remove(&lease)?)));
+        let Some((number, leased)) = found else {
             return self.compare(session, &completions).map(|()| Delivered::Late);
         };
-        let Some(work) = self.work.get_mut(&number) else { return Ok(Delivered::Late) };
-        let Some(leased) = work.leased.remove(&lease) else { return Ok(Delivered::Late) };
         let mut ids: Vec<u64> = completions.iter().map(|c| c.id).collect();
         let mut wanted = leased.ids.clone();
         ids.sort_unstable();
         wanted.sort_unstable();
         let whole = completions.iter().all(|c| !c.tokens.is_empty() && c.tokens.len() == c.logprobs.len());
         if ids != wanted || !whole || leased.session != session {
-            work.put_back(leased.ids);
+            self.give_back(number, leased.ids);
             return self.exclude(session, "it delivered other completions than it was asked for".into());
         }
-        if leased.checked
-            && let Some(check) = ids.first().copied()
-        {
-            work.held.insert(lease, Held { session, completions, check });
-            return Ok(Delivered::Held);
+        match (self.work.get_mut(&number), ids.first()) {
+            (Some(work), Some(&check)) if leased.checked => {
+                work.held.insert(lease, Held { session, completions, check });
+                Ok(Delivered::Held)
+            }
+            _ => self.count_all(number, session, completions),
         }
-        self.count_all(number, session, completions)
     }
 
     /// Counts completions of a node.
@@ -344,14 +341,12 @@ impl Leases {
                 ids.retain(|id| !work.done.contains_key(id));
             }
         }
-        work.local.extend(&ids);
         ids.iter().filter_map(|id| work.request(*id)).collect()
     }
 
     /// Takes a completion that the coordinator has generated: it counts, and nodes are checked by it.
     pub fn deliver_local(&mut self, number: u64, completion: Completion) {
         let Some(work) = self.work.get_mut(&number) else { return };
-        work.local.remove(&completion.id);
         match work.done.get(&completion.id) {
             Some((counted, Some(session))) if *counted != completion => {
                 let (session, id) = (*session, completion.id);
@@ -364,28 +359,22 @@ impl Leases {
             None => work.count(completion.clone(), None),
         }
         let Some(work) = self.work.get_mut(&number) else { return };
-        let checked: Vec<u64> =
-            work.held.iter().filter(|(_, held)| held.check == completion.id).map(|(id, _)| *id).collect();
-        for lease in checked {
-            let Some(held) = self.work.get_mut(&number).and_then(|work| work.held.remove(&lease)) else { continue };
-            if held.completions.contains(&completion) {
-                // A refusal was noted as news.
-                let _ = self.count_all(number, held.session, held.completions);
+        let checked = work.held.extract_if(.., |_, held| held.check == completion.id);
+        for held in checked.map(|(_, held)| held).collect::<Vec<_>>() {
+            // A refusal is noted as news.
+            let _ = if held.completions.contains(&completion) {
+                self.count_all(number, held.session, held.completions)
             } else {
-                if let Some(work) = self.work.get_mut(&number) {
-                    work.put_back(held.completions.iter().map(|c| c.id).collect());
-                }
-                let id = completion.id;
-                let _ = self.exclude(held.session, format!("it computed other bits for completion {id}"));
-            }
+                self.give_back(number, held.completions.iter().map(|c| c.id).collect());
+                self.exclude(held.session, format!("it computed other bits for completion {}", completion.id))
+            };
         }
     }
 
-    /// What the coordinator did not finish.
-    pub fn abandon_local(&mut self, number: u64) {
+    /// Takes back what somebody did not finish.
+    pub fn give_back(&mut self, number: u64, ids: Vec<u64>) {
         if let Some(work) = self.work.get_mut(&number) {
-            let ids = std::mem::take(&mut work.local);
-            work.put_back(ids.into_iter().collect());
+            work.put_back(ids);
         }
     }
 
@@ -572,7 +561,7 @@ mod tests {
         assert!(wrong.contains("node a computed other bits for completion 4"), "{wrong}");
         assert_eq!(received(&mut receiver).len(), 8);
         // What it was at when it failed is there again.
-        leases.abandon_local(work);
+        leases.give_back(work, vec![8, 9, 10, 11]);
         assert_eq!(ids(&leases.take(2, now).unwrap().unwrap()), [8, 9, 10, 11]);
     }
 

@@ -8,7 +8,7 @@ mkdir -p "$kit"
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-90}
-${CARGO:-cargo} test --target-dir target/gpu --features full,cuda --no-run --test it --bench gpu 2>&1 | tee "$log"
+cargo test --target-dir target/gpu --features full,cuda --no-run --test it --bench gpu 2>&1 | tee "$log"
 it=$(sed -n 's/.*Executable tests\/it\/main.rs (\(.*\))/\1/p' "$log")
 bench=$(sed -n 's/.*Executable benches\/gpu.rs (\(.*\))/\1/p' "$log")
 for pair in "$it:it" "$bench:gpu" target/gpu/debug/rehearsal:rehearsal; do
