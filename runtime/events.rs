@@ -39,6 +39,11 @@ pub enum Event {
         /// URL of the page; it may hold the token.
         url: String,
     },
+    /// The job's viewer is served (`view.listen`).
+    ViewerServed {
+        /// URL of the page; it may hold the token.
+        url: String,
+    },
     /// Nodes may join at this address (`nodes.listen`).
     NodesWanted {
         /// The address, with the port that was assigned if the setting's was 0.
@@ -162,9 +167,16 @@ impl Event {
             &Self::Rollout { step, done, of, .. } => Self::Rollout { step, done, of, completions: Arc::new([]) },
             &Self::Scored { step, .. } => Self::Scored { step, completions: Arc::new([]) },
             &Self::Preferences { step, .. } => Self::Preferences { step, preferences: Arc::new([]) },
+            Self::PeopleWanted { url } => Self::PeopleWanted { url: without_token(url) },
+            Self::ViewerServed { url } => Self::ViewerServed { url: without_token(url) },
             other => other.clone(),
         }
     }
+}
+
+/// A URL without its fragment, which holds the token.
+fn without_token(url: &str) -> String {
+    url.split('#').next().unwrap_or_default().into()
 }
 
 /// A completion that was just generated.

@@ -22,6 +22,8 @@ pub const ENCODERS: Feature = Feature { name: "encoders", enabled: cfg!(feature 
 /// The Prometheus endpoint.
 pub const PROMETHEUS: Feature = Feature { name: "prometheus", enabled: cfg!(feature = "prometheus") };
 
+/// The job viewer.
+pub const VIEW: Feature = Feature { name: "view", enabled: cfg!(feature = "view") };
 /// Nodes that generate.
 pub const NODES: Feature = Feature { name: "nodes", enabled: cfg!(feature = "nodes") };
 
@@ -51,7 +53,8 @@ mod tests {
     use crate::Config;
 
     /// The keys that need a feature.
-    const KEYS: [(&str, &str, Feature); 6] = [
+    const KEYS: [(&str, &str, Feature); 7] = [
+        ("view", "listen = \"127.0.0.1:0\"", VIEW),
         ("nodes", "listen = \"127.0.0.1:0\"", NODES),
         ("judge", "url = \"http://localhost/v1\"", HTTP),
         ("scorer", "url = \"http://localhost\"", HTTP),

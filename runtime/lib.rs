@@ -56,13 +56,13 @@ pub mod exporter;
 mod features;
 mod futures;
 mod heap;
-#[cfg(any(feature = "label", feature = "prometheus"))]
+#[cfg(any(feature = "label", feature = "prometheus", feature = "view"))]
 mod http;
 mod job;
 pub mod judge;
 #[cfg(feature = "label")]
 pub mod label;
-#[cfg(any(feature = "label", feature = "nodes", feature = "prometheus"))]
+#[cfg(any(feature = "label", feature = "nodes", feature = "prometheus", feature = "view"))]
 mod listen;
 mod memory;
 pub mod metrics;
@@ -76,6 +76,10 @@ mod status;
 mod summary;
 mod time;
 pub mod transformers;
+#[cfg(feature = "view")]
+pub mod view;
+#[cfg(any(feature = "label", feature = "view"))]
+mod web;
 
 pub use access::{Generate, Generated, JobReader, WeightType};
 pub use algorithms::Algorithms;

@@ -64,10 +64,35 @@ impl MemoryBudget {
     }
 }
 
+impl MemoryBudget {
+    /// The bytes by the names of their purposes.
+    pub(crate) fn by_purpose(&self) -> [(&'static str, u64); 7] {
+        let &Self { weights, reference, moments, gradients, activations, generation, peak } = self;
+        [
+            ("weights", weights),
+            ("reference", reference),
+            ("moments", moments),
+            ("gradients", gradients),
+            ("activations", activations),
+            ("generation", generation),
+            ("peak", peak),
+        ]
+    }
+}
+
 /// The most memory this process has held so far, in bytes, where the system says so.
 pub fn measured_peak() -> Option<u64> {
+    of_process("VmHWM:")
+}
+
+/// The memory this process holds, in bytes, where the system says so.
+pub(crate) fn measured() -> Option<u64> {
+    of_process("VmRSS:")
+}
+
+fn of_process(key: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kilobytes * 1024)
 }
@@ -103,6 +128,7 @@ mod tests {
     #[test]
     #[cfg(target_os = "linux")]
     fn the_peak_is_measured() {
-        assert!(measured_peak().unwrap() > 1 << 20);
+        let (current, peak) = (measured().unwrap(), measured_peak().unwrap());
+        assert!(1 << 20 < current && current <= peak.max(measured_peak().unwrap()));
     }
 }

@@ -35,6 +35,7 @@ pub const GROUPS: &[&[Metric]] = &[
     table::preferences::METRICS,
     table::pairs::METRICS,
     table::held_out::METRICS,
+    table::sources::METRICS,
     table::process::METRICS,
 ];
 

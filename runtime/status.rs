@@ -36,6 +36,9 @@ pub struct JobStatus {
     pub dropped: Dropped,
     /// Memory of the process.
     pub memory: MemoryUse,
+    /// Whether it waits for its handle, or who else paused it, to let it go on.
+    #[serde(default)]
+    pub paused: bool,
     /// What a running job has been waiting for for longer than `limits.notice_seconds`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub waiting: Vec<Waiting>,

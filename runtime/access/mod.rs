@@ -2,11 +2,13 @@
 //! while it does not.
 
 mod live;
+mod overrule;
 mod records;
 mod request;
 #[cfg(unix)]
 mod socket;
 mod stored;
+mod tokens;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,11 +18,13 @@ use rehearsal_lm::Checkpoint;
 use rehearsal_store::{CheckpointSummary, Error as StoreError, Preference, Query, Repair, Store};
 
 pub(crate) use live::Live;
+pub use overrule::Overrule;
 pub(crate) use request::Request;
-pub use request::{Generate, Generated, Rollouts, Verified, WeightType};
+pub use request::{Brief, Control, Generate, Generated, Rollouts, Verified, WeightType};
 #[cfg(unix)]
 pub(crate) use socket::{Server, serve};
 pub use stored::complete;
+pub use tokens::{Score, ScoredToken, ScoredTokens};
 
 use self::request::Reply;
 use crate::blocking::blocking;
@@ -35,6 +39,24 @@ macro_rules! expect {
             other => Err(Error::Internal(format!("the reply to another request arrived: {other:?}"))),
         }
     };
+}
+
+/// How far a job is, and whether a process that answers runs it. The store is not opened.
+///
+/// # Errors
+///
+/// Errors of reading the status.
+pub async fn glance(directory: &Path) -> Result<(JobStatus, bool)> {
+    #[cfg(unix)]
+    if socket::connect(directory).await?.is_some() {
+        let running = JobReader { directory: directory.into(), source: Source::Running };
+        // Without an answer it has ended meanwhile.
+        if let Ok(Reply::Status(status)) = running.ask_once(Request::Status).await {
+            return Ok((*status, true));
+        }
+    }
+    let directory = directory.to_path_buf();
+    Ok((blocking(move || stored::status(&directory)).await?, false))
 }
 
 /// How long opening waits for a process that holds the store and does not listen: it is starting, or ending.
@@ -66,7 +88,7 @@ pub struct JobReader {
 #[derive(Clone)]
 enum Source {
     /// A handle to the job, in this process.
-    Here(Live),
+    Here(Box<Live>),
     /// The job's socket.
     #[cfg(unix)]
     Running,
@@ -83,7 +105,7 @@ enum Source {
 impl JobReader {
     /// A reader of a job that this process runs.
     pub(crate) fn live(directory: &Path, live: Live) -> Self {
-        Self { directory: directory.into(), source: Source::Here(live) }
+        Self { directory: directory.into(), source: Source::Here(Box::new(live)) }
     }
 
     /// Opens a job by its directory.
@@ -171,8 +193,8 @@ impl JobReader {
             Source::Stored { store, .. } => {
                 let store = store.clone();
                 blocking(move || {
-                    let store = store.lock().unwrap_or_else(PoisonError::into_inner);
-                    stored::answer(&store, request)
+                    let mut store = store.lock().unwrap_or_else(PoisonError::into_inner);
+                    stored::answer(&mut store, request)
                 })
                 .await
             }
@@ -232,18 +254,52 @@ impl JobReader {
 
     /// The records of the preference ledger that match a query, in the order of steps and indices.
     pub async fn preferences(&self, query: Query) -> Result<Vec<Preference>> {
-        let (mut all, mut after): (Vec<Preference>, _) = (Vec::new(), None);
+        let (mut all, mut query): (Vec<Preference>, _) = (Vec::new(), query);
         loop {
-            let page = self.preferences_after(query.clone(), after).await?;
+            let page = self.preferences_page(query.clone()).await?;
             let Some(last) = page.last() else { return Ok(all) };
-            after = Some((last.step, last.index));
+            query.after = Some((last.step, last.index));
             all.extend(page);
         }
     }
 
-    /// One page of [`preferences`](Self::preferences): at most 256 records, after the one of that step and index.
-    pub async fn preferences_after(&self, query: Query, after: Option<(u64, u32)>) -> Result<Vec<Preference>> {
-        expect!(self, Request::Preferences { query, after }, Reply::Preferences(page) => page)
+    /// One page of [`preferences`](Self::preferences): at most 256 records, the first that match. [`Query::after`] asks for the
+    /// next page.
+    pub async fn preferences_page(&self, query: Query) -> Result<Vec<Preference>> {
+        expect!(self, Request::Preferences(query), Reply::Preferences(page) => page)
+    }
+
+    /// At most 4,096 records without their texts, the first that match. [`Query::after`] asks for the next ones.
+    pub async fn brief_page(&self, query: Query) -> Result<Vec<Brief>> {
+        expect!(self, Request::Brief(query), Reply::Brief(page) => page)
+    }
+
+    /// Log-probabilities of a completion, token by token, under the trained model and the reference: with the weights of this
+    /// moment while the job runs, those of the newest intact checkpoint while it does not.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoPolicy`] if the job trains a reward model, [`Error::Usage`] for an empty completion.
+    pub async fn score(&self, request: Score) -> Result<ScoredTokens> {
+        expect!(self, Request::Score(request), Reply::Scored(scored) => scored)
+    }
+
+    /// Writes a person's ranking into the ledger, in place of a record's. A second one replaces the first.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Usage`] if there is no such record, or name or ranks are invalid.
+    pub async fn overrule(&self, overrule: Overrule) -> Result<()> {
+        expect!(self, Request::Overrule(overrule), Reply::Overruled => ())
+    }
+
+    /// Asks a running job to pause, go on, save a checkpoint or stop; returns the step of the checkpoint if one was saved.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Usage`] if the job does not run.
+    pub async fn control(&self, control: Control) -> Result<Option<u64>> {
+        expect!(self, Request::Control(control), Reply::Controlled { step } => step)
     }
 
     /// The logged completions of a step that is under way, with the scores that are known.

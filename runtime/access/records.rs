@@ -2,22 +2,22 @@
 
 use rehearsal_store::{Query, Result, Store};
 
-use super::request::{PAGE, Reply, Rollouts, Verified};
+use super::request::{BRIEF_PAGE, Brief, PAGE, Reply, Rollouts, Verified};
 
 /// The checkpoints that can be restored, oldest first.
 pub fn checkpoints(store: &Store) -> Result<Reply> {
     Ok(Reply::Checkpoints(store.checkpoints()?))
 }
 
-/// The records that match a query after the one of that step and index, at most [`PAGE`].
-pub fn preferences(store: &Store, mut query: Query, after: Option<(u64, u32)>) -> Result<Reply> {
-    if let Some((step, _)) = after {
-        let steps = query.steps.unwrap_or(0..u64::MAX);
-        query.steps = Some(steps.start.max(step)..steps.end);
-    }
-    let is_later = |p: &rehearsal_store::Preference| after.is_none_or(|last| (p.step, p.index) > last);
-    let records = store.query(query)?.filter(|p| p.as_ref().map_or(true, is_later)).take(PAGE);
-    Ok(Reply::Preferences(records.collect::<Result<_>>()?))
+/// The first records that match a query, at most [`PAGE`].
+pub fn preferences(store: &Store, query: Query) -> Result<Reply> {
+    Ok(Reply::Preferences(store.query(query)?.take(PAGE).collect::<Result<_>>()?))
+}
+
+/// The first records that match a query in brief, at most [`BRIEF_PAGE`].
+pub fn brief(store: &Store, query: Query) -> Result<Reply> {
+    let records = store.query(query)?.take(BRIEF_PAGE);
+    Ok(Reply::Brief(records.map(|p| p.map(|p| Brief::from(&p))).collect::<Result<_>>()?))
 }
 
 /// The logged completions and scores of a step.

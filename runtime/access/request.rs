@@ -6,14 +6,18 @@ use std::path::PathBuf;
 use candle_core::DType;
 use rehearsal_lm::generate::{Finish, Options, Sampling};
 use rehearsal_lm::{Message, Text};
-use rehearsal_store::{CheckpointSummary, Preference, Query, RolloutRecord, ScoreRecord};
+use rehearsal_store::{CheckpointSummary, Preference, Prompt, Query, RolloutRecord, ScoreRecord};
 use serde::{Deserialize, Serialize};
 
+use super::overrule::Overrule;
+use super::tokens::{Score, ScoredTokens};
 use crate::error::{Error, Result};
 use crate::status::JobStatus;
 
 /// Most records that one reply holds; readers ask for the next page.
 pub const PAGE: usize = 256;
+/// The same for records in brief.
+pub const BRIEF_PAGE: usize = 4096;
 /// Longest completion that may be asked for, in tokens; the model's context is a limit too.
 const NEW_TOKENS_MAX: usize = 1 << 20;
 
@@ -28,15 +32,17 @@ pub(crate) enum Request {
         dtype: WeightType,
     },
     Checkpoints,
-    /// The records after the one of that step and index, at most [`PAGE`].
-    Preferences {
-        query: Query,
-        after: Option<(u64, u32)>,
-    },
+    /// The first records that match, at most [`PAGE`].
+    Preferences(Query),
     Rollouts {
         step: u64,
     },
     Verify,
+    /// The first records that match in brief, at most [`BRIEF_PAGE`].
+    Brief(Query),
+    Score(Score),
+    Overrule(Overrule),
+    Control(Control),
 }
 
 /// The reply to a request.
@@ -45,11 +51,88 @@ pub(crate) enum Request {
 pub(crate) enum Reply {
     Status(Box<JobStatus>),
     Generated(Generated),
-    Exported { step: u64 },
+    Exported {
+        step: u64,
+    },
     Checkpoints(Vec<CheckpointSummary>),
     Preferences(Vec<Preference>),
     Rollouts(Rollouts),
     Verified(Verified),
+    Brief(Vec<Brief>),
+    Scored(ScoredTokens),
+    Overruled,
+    /// The step after which a checkpoint was saved, if one was asked for.
+    Controlled {
+        step: Option<u64>,
+    },
+}
+
+/// What a running job is asked to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Control {
+    /// Wait before the next step.
+    Pause,
+    /// Go on after a pause.
+    Unpause,
+    /// Save a checkpoint after the step under way.
+    Checkpoint,
+    /// End with a checkpoint.
+    Stop,
+}
+
+/// A record of the ledger without its texts, for lists of many.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Brief {
+    /// Step of the job.
+    pub step: u64,
+    /// Index in the step.
+    pub index: u32,
+    /// The index of the record that this one, a person's, overrules.
+    pub overrules: Option<u32>,
+    /// The beginning of the prompt's text, or of its last message.
+    pub prompt: String,
+    /// Name of the judge.
+    pub judge: String,
+    /// Number of completions.
+    pub completions: u32,
+    /// Lowest and highest score; 0 for a demonstration.
+    pub scores: (f64, f64),
+    /// Length of the shortest and the longest completion, in characters.
+    pub characters: (u32, u32),
+    /// Whether it is a comparison without a winner.
+    pub tie: bool,
+    /// Disagreement of the judges, 0 to 1.
+    pub disagreement: f64,
+    /// Unix time in milliseconds.
+    pub time_ms: u64,
+}
+
+/// Characters of a prompt in a [`Brief`].
+const PROMPT_SHOWN: usize = 120;
+
+impl From<&Preference> for Brief {
+    fn from(p: &Preference) -> Self {
+        let prompt = match &p.prompt {
+            Prompt::Text(text) => text,
+            Prompt::Conversation(turns) => turns.last().map_or("", |turn| &turn.content),
+        };
+        let scores = || p.scores.iter().copied();
+        let lengths = || p.completions.iter().map(|c| c.chars().count() as u32);
+        Self {
+            step: p.step,
+            index: p.index,
+            overrules: p.overrules(),
+            prompt: prompt.chars().take(PROMPT_SHOWN).collect(),
+            judge: p.judge.clone(),
+            completions: p.completions.len() as u32,
+            scores: (scores().reduce(f64::min).unwrap_or(0.0), scores().reduce(f64::max).unwrap_or(0.0)),
+            characters: (lengths().min().unwrap_or(0), lengths().max().unwrap_or(0)),
+            tie: p.pair.is_none() && p.completions.len() > 1,
+            disagreement: p.disagreement(),
+            time_ms: p.time_ms,
+        }
+    }
 }
 
 /// A prompt for the trained model, and how its completion is sampled.

@@ -5,12 +5,13 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 use rehearsal_actors::Restored;
-use rehearsal_lm::Checkpoint;
 use rehearsal_lm::generate::{Finish, Generator, Request as Prompt, completion_text};
+use rehearsal_lm::{Batch, Checkpoint};
 use rehearsal_store::Store;
 
 use super::records;
 use super::request::{Generate, Generated, Reply, Request};
+use super::tokens::{Score, ScoredTokens};
 use crate::error::{At, Error, Result};
 use crate::job::{saved_config, saved_day};
 use crate::model_directory::Writing;
@@ -18,7 +19,7 @@ use crate::models::{dated, load_model};
 use crate::status::{JobStatus, STATUS_FILE};
 
 /// Answers a request. Blocking.
-pub fn answer(store: &Store, request: Request) -> Result<Reply> {
+pub fn answer(store: &mut Store, request: Request) -> Result<Reply> {
     let directory = store.directory();
     Ok(match request {
         Request::Status => Reply::Status(Box::new(status(directory)?)),
@@ -31,9 +32,19 @@ pub fn answer(store: &Store, request: Request) -> Result<Reply> {
             Reply::Exported { step: trained.step }
         }
         Request::Checkpoints => records::checkpoints(store)?,
-        Request::Preferences { query, after } => records::preferences(store, query, after)?,
+        Request::Preferences(query) => records::preferences(store, query)?,
         Request::Rollouts { step } => records::rollouts(store, step)?,
         Request::Verify => records::verify(store)?,
+        Request::Brief(query) => records::brief(store, query)?,
+        Request::Score(request) => Reply::Scored(score(store, &request)?),
+        Request::Overrule(overrule) => {
+            let record = overrule.record(store)?;
+            store.log_preferences(&[record])?;
+            Reply::Overruled
+        }
+        Request::Control(_) => {
+            return Err(Error::Usage("the job does not run; `rehearsal resume` continues it".into()));
+        }
     })
 }
 
@@ -79,6 +90,24 @@ pub fn model(store: &Store) -> Result<(Checkpoint, Trained)> {
     let model = latest.models.get(role).ok_or_else(missing)?;
     model.apply_to(&mut checkpoint, config.common.lora_init().as_ref())?;
     Ok((checkpoint, Trained { step: latest.step, version: model.version }))
+}
+
+/// Log-probabilities under the trained model and the configured reference, on the CPU in f32.
+fn score(store: &Store, request: &Score) -> Result<ScoredTokens> {
+    let config = saved_config(store.directory())?;
+    if config.algorithm.trains_reward_model() {
+        return Err(Error::NoPolicy);
+    }
+    let (model, trained) = model(store)?;
+    let settings = config.algorithm.prompts().cloned().unwrap_or_default();
+    let tokens = request.encode(&model.text, &settings)?;
+    let logprobs = |model: &Checkpoint| -> Result<Vec<f32>> {
+        let decoder = model.frozen(&Device::Cpu, DType::F32)?;
+        Ok(decoder.logprobs(&Batch::new([tokens.sequence()]), 1.0)?.to_vec1().map_err(rehearsal_lm::Error::from)?)
+    };
+    let reference = load_model(&config.common.model.reference())?;
+    let (policy, reference) = (logprobs(&model)?, logprobs(&reference)?);
+    ScoredTokens::new(&model.text, &tokens.completion, &policy, Some(&reference), trained.version)
 }
 
 fn generate(store: &Store, request: &Generate) -> Result<Generated> {

@@ -11,7 +11,7 @@ use rehearsal_lm::Checkpoint;
 use super::shared::offline::OfflineSettings;
 use super::shared::preference::LossSettings;
 use crate::config::{Keys, Settings};
-use crate::data::{PairRow, Rows};
+use crate::data::{PairRow, PromptsSettings, Rows};
 use crate::driver::{Algorithm, AlgorithmSettings, LoadedAlgorithm, Loader, Run, Starter, Stats, Step, Updates};
 use crate::error::{Error, Result};
 use crate::futures::BoxFuture;
@@ -35,6 +35,10 @@ impl Settings for Dpo {
 }
 
 impl AlgorithmSettings for Dpo {
+    fn prompts(&self) -> Option<&PromptsSettings> {
+        Some(&self.offline.prompts)
+    }
+
     fn check(&self, _: &Common, keys: &mut Keys) {
         self.offline.check(keys, "dpo");
     }

@@ -6,6 +6,7 @@ use rehearsal_learn::pairs::Pair;
 
 use super::shared::rounds::{self, InRounds, RoundSettings};
 use crate::config::{Keys, Settings};
+use crate::data::PromptsSettings;
 use crate::driver::{AlgorithmSettings, LoadedAlgorithm, Loader, Run};
 use crate::error::Result;
 use crate::settings::Common;
@@ -24,6 +25,10 @@ impl Settings for IterativeDpo {
 }
 
 impl AlgorithmSettings for IterativeDpo {
+    fn prompts(&self) -> Option<&PromptsSettings> {
+        Some(&self.rounds.online.prompts)
+    }
+
     fn check(&self, common: &Common, keys: &mut Keys) {
         self.rounds.online.rollout.check(common, keys);
         self.rounds.online.rollout.check_compared(keys, "`iterative_dpo` needs");

@@ -9,6 +9,7 @@ use super::shared::online::OnlineSettings;
 use super::shared::pairs::{pair_stats, pair_tokens};
 use super::shared::preference::LossSettings;
 use crate::config::{Keys, Settings};
+use crate::data::PromptsSettings;
 use crate::driver::{
     Algorithm, AlgorithmSettings, LoadedAlgorithm, Loader, RolloutInputs, Rollouts, Run, Starter, Step, Updates,
     rollout_stats,
@@ -36,6 +37,10 @@ impl Settings for OnlineDpo {
 }
 
 impl AlgorithmSettings for OnlineDpo {
+    fn prompts(&self) -> Option<&PromptsSettings> {
+        Some(&self.online.prompts)
+    }
+
     fn check(&self, common: &Common, keys: &mut Keys) {
         self.online.rollout.check(common, keys);
         self.online.rollout.check_compared(keys, "`online_dpo` needs");

@@ -10,7 +10,7 @@ use rehearsal_lm::Checkpoint;
 
 use super::shared::offline::OfflineSettings;
 use crate::config::{Keys, Range, Settings};
-use crate::data::Rows;
+use crate::data::{PromptsSettings, Rows};
 use crate::driver::{Algorithm, AlgorithmSettings, LoadedAlgorithm, Loader, Run, Starter, Stats, Step, Updates};
 use crate::error::Result;
 use crate::futures::BoxFuture;
@@ -91,6 +91,10 @@ impl Settings for RewardModel {
 }
 
 impl AlgorithmSettings for RewardModel {
+    fn prompts(&self) -> Option<&PromptsSettings> {
+        Some(&self.offline.prompts)
+    }
+
     fn check(&self, _: &Common, keys: &mut Keys) {
         self.offline.check(keys, "reward_model");
     }

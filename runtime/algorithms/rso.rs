@@ -8,6 +8,7 @@ use rehearsal_lm::random::{Region, Stream};
 
 use super::shared::rounds::{self, InRounds, RoundSettings};
 use crate::config::{Keys, Range, Settings};
+use crate::data::PromptsSettings;
 use crate::driver::{AlgorithmSettings, LoadedAlgorithm, Loader, Run};
 use crate::error::Result;
 use crate::settings::Common;
@@ -41,6 +42,10 @@ impl Settings for Rso {
 }
 
 impl AlgorithmSettings for Rso {
+    fn prompts(&self) -> Option<&PromptsSettings> {
+        Some(&self.rounds.online.prompts)
+    }
+
     fn check(&self, common: &Common, keys: &mut Keys) {
         let rollout = &self.rounds.online.rollout;
         rollout.check(common, keys);

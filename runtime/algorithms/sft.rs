@@ -10,7 +10,7 @@ use rehearsal_lm::Checkpoint;
 use super::shared::offline::OfflineSettings;
 use super::shared::preference::REDUCTIONS;
 use crate::config::{Keys, Settings};
-use crate::data::Rows;
+use crate::data::{PromptsSettings, Rows};
 use crate::driver::{Algorithm, AlgorithmSettings, LoadedAlgorithm, Loader, Run, Starter, Stats, Step, Updates};
 use crate::error::Result;
 use crate::futures::BoxFuture;
@@ -46,6 +46,10 @@ impl Settings for Sft {
 }
 
 impl AlgorithmSettings for Sft {
+    fn prompts(&self) -> Option<&PromptsSettings> {
+        Some(&self.offline.prompts)
+    }
+
     fn check(&self, _: &Common, keys: &mut Keys) {
         self.offline.check(keys, "sft");
     }

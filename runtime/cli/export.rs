@@ -75,7 +75,7 @@ impl LedgerFilter {
     fn query(self) -> Query {
         let steps = self.from_step.unwrap_or(0)..self.to_step.map_or(u64::MAX, |to| to.saturating_add(1));
         let prompt = self.prompt.map(Prompt::Text);
-        Query { steps: Some(steps), prompt, judge: self.judge, disagreement_min: self.disagreement }
+        Query { steps: Some(steps), prompt, judge: self.judge, disagreement_min: self.disagreement, ..Query::default() }
     }
 }
 
@@ -107,6 +107,7 @@ async fn write_ledger(job: &JobReader, out: &Path, rows: Rows, query: Query) -> 
         Rows::Verdicts => (Shape::Verdicts, "verdicts"),
     };
     let records = job.preferences(query).await?;
+    let records = if shape == Shape::Verdicts { records } else { ledger::standing(records) };
     let written: Vec<_> = records.iter().filter_map(|record| ledger::row(record, shape)).collect();
     let others = records.len() - written.len();
     if written.is_empty() {

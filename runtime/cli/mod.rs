@@ -14,6 +14,8 @@ mod ranks;
 mod run;
 mod saved;
 mod status;
+#[cfg(feature = "view")]
+mod view;
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -32,6 +34,7 @@ const EXAMPLES: &str = "Examples:
   rehearsal run examples/quickstart.toml      train the embedded model; about fifteen seconds on two cores
   rehearsal resume runs/quickstart            continue after a crash, a kill or Ctrl-C
   rehearsal status runs/quickstart            show progress, also while the job runs
+  rehearsal view runs                         show curves and answers of all jobs in the browser
   rehearsal generate runs/quickstart 'What does the fox do?'
   rehearsal export runs/quickstart --model out/ --ledger pairs.jsonl
   rehearsal verify runs/quickstart            check every checksum
@@ -149,6 +152,9 @@ A job trains on the ledger by `data.train = [\"labels\"]`.")]
         /// Names and addresses of the coordinator's machine, beside localhost
         hosts: Vec<String>,
     },
+    /// Serve a page that shows jobs: curves, answers with scores and verdicts, and controls
+    #[cfg(feature = "view")]
+    View(view::View),
     /// Check every checksum of a job's store
     #[command(after_help = "Example:
   rehearsal verify runs/quickstart
@@ -192,6 +198,8 @@ pub fn main() -> ExitCode {
         Command::Certificates { directory, hosts } => node::certificates(&directory, &hosts),
         #[cfg(feature = "label")]
         Command::Label(settings) => label::label(settings),
+        #[cfg(feature = "view")]
+        Command::View(settings) => view::view(settings),
         Command::Verify { directory } => status::verify(&directory),
         Command::MakeEmbedded { out, steps } => make_embedded(&out, steps),
     };

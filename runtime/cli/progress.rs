@@ -62,6 +62,7 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
         }
         Event::NodesWanted { address } => line(format!("nodes may join at {address}")),
         Event::Node { node, what } => line(format!("node {node} {what}")),
+        Event::ViewerServed { url } => line(format!("viewer at {url}")),
         Event::PeopleWanted { url } => line(format!("waiting for people at {url}")),
         Event::Rollout { done, of, .. } => {
             if let Some(bar) = bar {

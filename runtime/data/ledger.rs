@@ -1,6 +1,7 @@
 //! Conversion between records of the preference ledger and rows in TRL's columns: export, import, and training on a
 //! ledger.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use rehearsal_store::{Preference, Prompt, Query, Store};
@@ -34,14 +35,20 @@ pub fn is_ledger(path: &Path) -> bool {
 pub fn read(directory: &Path, shape: Shape) -> Result<Vec<Row>> {
     let (store, _) = Store::open(directory)?;
     let mut rows = Vec::new();
-    for preference in store.query(Query::default())? {
-        let preference = preference?;
+    for preference in standing(store.query(Query::default())?.collect::<std::result::Result<_, _>>()?) {
         let place = format!("verdict {} of step {}", preference.index, preference.step);
         if let Some(columns) = row(&preference, shape) {
             rows.push(Row { columns, place, index: rows.len() as u64 });
         }
     }
     Ok(rows)
+}
+
+/// The records without those that a person overruled.
+pub fn standing(mut records: Vec<Preference>) -> Vec<Preference> {
+    let overruled: BTreeSet<(u64, u32)> = records.iter().filter_map(|p| Some((p.step, p.overrules()?))).collect();
+    records.retain(|p| !overruled.contains(&(p.step, p.index)));
+    records
 }
 
 /// Converts a record to a row; `None` if it has no row of that kind.
@@ -79,7 +86,7 @@ pub fn row(p: &Preference, shape: Shape) -> Option<Value> {
         Shape::Verdicts => json!({
             "prompt": prompt, "completions": p.completions, "scores": p.scores, "reasons": p.reasons,
             "pair": p.pair.map(|(won, lost)| [won, lost]), "disagreement": p.disagreement(),
-            "row": p.row, "index": p.index, "time_ms": p.time_ms, "exchanges": p.exchanges,
+            "row": p.row, "index": p.index, "overrules": p.overrules(), "time_ms": p.time_ms, "exchanges": p.exchanges,
         }),
     };
     if let (Some(row), Value::Object(origin)) = (row.as_object_mut(), origin) {

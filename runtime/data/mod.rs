@@ -22,6 +22,7 @@ pub use evaluation::prompts_of;
 pub(crate) use evaluation::{LabelledPairs, labelled_pairs};
 pub use offline::{Content, RowReader, Rows};
 pub use preferences::PairRow;
+pub(crate) use prompts::encode_prompt;
 pub use prompts::{PromptRow, Prompts};
 pub use settings::{DataSettings, OnBad, OnLong, PromptsSettings};
 pub use shuffle::order;

@@ -115,13 +115,8 @@ impl Prompts {
                     ));
                 }
             };
-            let messages = messages(&row, settings);
-            let tokens = match (messages.as_slice(), settings.special_tokens) {
-                ([], true) => text.encode(&row.last)?,
-                ([], false) => text.encode(&text.without_special(&row.last))?,
-                (messages, true) => text.encode_chat(messages)?,
-                (messages, false) => text.encode_chat_as_text(messages)?,
-            };
+            let messages = messages(&row.prompt, settings);
+            let tokens = encode(&row.prompt, &messages, settings, text)?;
             if tokens.len() > tokens_max {
                 if settings.on_long == OnBad::Fail {
                     let n = tokens.len();
@@ -170,9 +165,30 @@ impl Prompts {
     }
 }
 
+/// Token ids that the policy continues, of a prompt as it is in the file.
+pub fn encode_prompt(prompt: &Prompt, settings: &PromptsSettings, text: &Text) -> Result<Vec<u32>> {
+    encode(prompt, &messages(prompt, settings), settings, text)
+}
+
+fn encode(prompt: &Prompt, messages: &[Message], settings: &PromptsSettings, text: &Text) -> Result<Vec<u32>> {
+    Ok(match (messages, settings.special_tokens) {
+        ([], true) => text.encode(last(prompt))?,
+        ([], false) => text.encode(&text.without_special(last(prompt)))?,
+        (messages, true) => text.encode_chat(messages)?,
+        (messages, false) => text.encode_chat_as_text(messages)?,
+    })
+}
+
+/// The text, or the content of the last message.
+fn last(prompt: &Prompt) -> &str {
+    match prompt {
+        Prompt::Text(text) => text,
+        Prompt::Conversation(turns) => turns.last().map_or("", |turn| &turn.content),
+    }
+}
+
 struct Parsed {
     prompt: Prompt,
-    last: String,
     answer: Option<String>,
 }
 
@@ -181,8 +197,8 @@ fn parse(value: &Value, settings: &PromptsSettings) -> std::result::Result<Parse
         return Err(reason.into());
     }
     let prompt = value.get("prompt").ok_or("has no column `prompt`")?;
-    let (prompt, last) = match prompt {
-        Value::String(text) => (Prompt::Text(text.clone()), text.clone()),
+    let prompt = match prompt {
+        Value::String(text) => Prompt::Text(text.clone()),
         Value::Array(messages) => {
             let turns: Vec<Turn> = messages
                 .iter()
@@ -191,16 +207,15 @@ fn parse(value: &Value, settings: &PromptsSettings) -> std::result::Result<Parse
                         .map_err(|_| "has a message without `role` and `content`".to_string())
                 })
                 .collect::<std::result::Result<_, _>>()?;
-            let last = turns.last().map(|t| t.content.clone()).unwrap_or_default();
-            (Prompt::Conversation(turns), last)
+            Prompt::Conversation(turns)
         }
         _ => return Err("has a `prompt` that is neither a text nor a list of messages".into()),
     };
-    if last.trim().is_empty() {
+    if last(&prompt).trim().is_empty() {
         return Err("has an empty prompt".into());
     }
     let answer = value.get(&settings.answer_column).map(|a| a.as_str().map_or_else(|| a.to_string(), String::from));
-    Ok(Parsed { prompt, last, answer })
+    Ok(Parsed { prompt, answer })
 }
 
 /// Text of a prompt for scorers: the only message, or `role: content` of each turn, without the system message.
@@ -216,11 +231,11 @@ fn transcript(prompt: &Prompt) -> String {
 }
 
 /// Messages for the chat template; none if prompts are not rendered by it.
-fn messages(row: &Parsed, settings: &PromptsSettings) -> Vec<Message> {
+fn messages(prompt: &Prompt, settings: &PromptsSettings) -> Vec<Message> {
     if !settings.chat {
         return Vec::new();
     }
-    let mut messages: Vec<Message> = match &row.prompt {
+    let mut messages: Vec<Message> = match prompt {
         Prompt::Text(text) => vec![Message::user(text)],
         Prompt::Conversation(turns) => {
             turns.iter().map(|t| Message { role: t.role.clone(), content: t.content.clone() }).collect()

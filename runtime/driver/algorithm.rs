@@ -11,6 +11,7 @@ use super::run::Run;
 use super::starter::Starter;
 use super::stats::Step;
 use crate::config::{Keys, Settings};
+use crate::data::PromptsSettings;
 use crate::error::Result;
 use crate::futures::BoxFuture;
 use crate::metrics::Metric;
@@ -33,6 +34,11 @@ pub trait AlgorithmSettings: Settings + Any + DynClone + Debug + Send + Sync {
     /// Whether it trains a reward model rather than a policy.
     fn trains_reward_model(&self) -> bool {
         false
+    }
+
+    /// How prompts become tokens, if it has prompts.
+    fn prompts(&self) -> Option<&PromptsSettings> {
+        None
     }
 
     /// The metrics that it alone reports: a gauge for each statistic of its steps that no other algorithm has.

@@ -115,13 +115,17 @@ fn checkpoint_due(run: &mut Run) -> bool {
 async fn boundary(run: &mut Run) -> Result<()> {
     if run.roles.director.is_paused() {
         run.tell(Event::Paused { step: run.state.step });
+        run.status.send_modify(|status| status.paused = true);
     }
     loop {
         tokio::select! {
             biased;
             () = run.cancel.cancelled() => return Err(rehearsal_actors::Error::Cancelled.into()),
             Some(command) = run.commands.recv() => run.carry_out(command).await?,
-            () = run.roles.director.wait_while_paused() => return Ok(()),
+            () = run.roles.director.wait_while_paused() => {
+                run.status.send_if_modified(|status| std::mem::take(&mut status.paused));
+                return Ok(());
+            }
         }
     }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use candle_core::DType;
 use rehearsal_actors::{
-    ArchivistHandle, BufferHandle, CriticHandle, Director, ModelSnapshot, PolicyHandle, RoleLoad, StepReport,
-    UpdateBatch,
+    ArchivistHandle, BufferHandle, CriticHandle, Director, ModelSnapshot, PolicyHandle, ReferenceHandle, RoleLoad,
+    StepReport, UpdateBatch,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -71,6 +71,8 @@ pub struct Roles {
     pub archivist: ArchivistHandle,
     /// Roles whose weights are checkpointed. The first is updated by `Run::learn` and exported at the end.
     pub trained: Vec<TrainedModel>,
+    /// The reference, if the algorithm has one.
+    pub reference: Option<ReferenceHandle>,
     /// Emptied when the job returns to a checkpoint.
     pub buffer: Option<BufferHandle>,
     /// Returns to the checkpoint too, which holds its weights.
@@ -84,7 +86,16 @@ impl Roles {
     /// The roles that every job has.
     pub fn new(director: Director, archivist: ArchivistHandle) -> Self {
         let watched: Vec<(_, Box<dyn RoleLoad>)> = vec![("archivist", Box::new(archivist.clone()))];
-        Self { director, archivist, trained: Vec::new(), buffer: None, schedule: None, nodes: None, watched }
+        Self {
+            director,
+            archivist,
+            trained: Vec::new(),
+            reference: None,
+            buffer: None,
+            schedule: None,
+            nodes: None,
+            watched,
+        }
     }
 
     /// Adds a role whose load is exported.

@@ -191,7 +191,9 @@ impl Run {
     /// Notes an evaluation, and makes it visible.
     pub(super) async fn finish_evaluation(&mut self, evaluation: Evaluation) -> Result<()> {
         self.meters.evaluation(&evaluation)?;
-        self.journal.append(Log::Evaluations, &row(&evaluation)).await?;
+        let mut line = row(&evaluation);
+        line["samples"] = json!(evaluation.samples);
+        self.journal.append(Log::Evaluations, &line).await?;
         self.state.evaluated(evaluation.clone());
         self.tell(Event::Evaluated(Box::new(evaluation)));
         self.write_status().await
@@ -202,6 +204,14 @@ impl Run {
         self.meters.counters(&self.state.counters);
         self.meters.set(process::JOB_STEPS, self.common.job.steps as f64);
         self.meters.set(process::DROPPED_ROWS, self.dropped.total() as f64);
+        for (stat, bytes) in [("current", memory::measured()), ("peak", memory::measured_peak())] {
+            if let Some(bytes) = bytes {
+                self.meters.set_series(process::MEMORY_BYTES, stat, bytes as f64);
+            }
+        }
+        for (purpose, bytes) in self.budget.iter().flat_map(MemoryBudget::by_purpose) {
+            self.meters.set_series(process::MEMORY_PREDICTED_BYTES, purpose, bytes as f64);
+        }
         for (role, busy, depth) in self.roles.loads() {
             self.meters.set_series(process::ROLE_BUSY_SECONDS, role, busy);
             self.meters.set_series(process::MAILBOX_DEPTH, role, depth as f64);
@@ -233,6 +243,7 @@ impl Run {
             algorithm: self.algorithm.into(),
             dropped: self.dropped.clone(),
             memory: MemoryUse { predicted: self.budget, measured_peak: None },
+            paused: false,
             waiting: Vec::new(),
         };
         let publish = self.status.clone();

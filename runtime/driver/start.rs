@@ -58,6 +58,7 @@ pub async fn start(setup: Setup, algorithm: Box<dyn LoadedAlgorithm>) -> Result<
         micro_batch_tokens: common.optimizer.micro_batch_tokens,
         archivist: roles.archivist.clone(),
         events: events.clone(),
+        meters: meters.clone(),
         stop: cancel.clone(),
     };
     let Loaded { policy, rewards, rows, dropped, prompt_tokens, .. } = loaded;

@@ -68,14 +68,15 @@ impl Starter<'_> {
         let (placement, tokens) = (self.common.placement.reference(), self.common.optimizer.micro_batch_tokens);
         let dtype = self.common.model.dtype;
         let reference = self.roles.director.reference(model, placement, tokens, dtype, self.devices.clone()).await?;
+        self.roles.reference = Some(reference.clone());
         self.roles.watch("reference", &reference);
         Ok(reference)
     }
 
     /// The reward: the host's in place of rules, and every configured source.
     pub async fn reward(&mut self) -> Result<RewardHandle> {
-        let stop = &self.context.stop;
-        let host = self.host.take().map(|scores| (1.0, scores.reward(stop.clone())));
+        let RewardContext { stop, meters, .. } = &self.context;
+        let host = self.host.take().map(|scores| (1.0, scores.reward(stop.clone(), meters.clone())));
         let mut parts: Vec<(f64, Arc<dyn Reward>)> = host.into_iter().collect();
         for source in std::mem::take(&mut self.rewards) {
             let StartedReward { weight, reward, guard } = source.start(&self.context).await?;

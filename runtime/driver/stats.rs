@@ -25,6 +25,13 @@ pub fn mean(values: impl Iterator<Item = f64>) -> f64 {
     if n == 0 { 0.0 } else { sum / f64::from(n) }
 }
 
+/// The value that a share `q` (0 to 1) of ascending values do not exceed: the nearest rank, which is one of the values; 0 of
+/// nothing.
+pub fn quantile(ascending: &[f64], q: f64) -> f64 {
+    let rank = (q * ascending.len() as f64).ceil() as usize;
+    ascending.get(rank.saturating_sub(1)).copied().unwrap_or(0.0)
+}
+
 /// The updates of a step: the last one's loss and gradient norm, and the means of their statistics.
 #[derive(Default)]
 pub struct Updates {
@@ -94,5 +101,17 @@ impl Updates {
                 ..seconds
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quantile_is_the_value_of_the_nearest_rank() {
+        let ten: Vec<f64> = (1..=10).map(f64::from).collect();
+        assert_eq!([0.0, 0.1, 0.11, 0.5, 0.9, 1.0].map(|q| quantile(&ten, q)), [1.0, 1.0, 2.0, 5.0, 9.0, 10.0]);
+        assert_eq!((quantile(&[7.0], 0.5), quantile(&[], 0.5)), (7.0, 0.0));
     }
 }

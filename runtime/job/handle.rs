@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tokio::sync::{broadcast, watch};
-use tokio_util::sync::CancellationToken;
 
 use crate::access::{Generate, Generated, JobReader, Live, WeightType};
 use crate::error::{Error, Result};
@@ -44,8 +43,6 @@ pub type Ended = Option<std::result::Result<Outcome, Arc<Error>>>;
 pub struct JobHandle {
     pub(super) directory: Arc<PathBuf>,
     pub(super) events: broadcast::Sender<Event>,
-    pub(super) cancel: CancellationToken,
-    pub(super) pause: watch::Sender<bool>,
     pub(super) live: Live,
     pub(super) ended: watch::Receiver<Ended>,
 }
@@ -75,18 +72,18 @@ impl JobHandle {
     /// Lets the job wait before its next step until [`JobHandle::unpause`]. The step under way is finished;
     /// [`Event::Paused`] says when the job waits. A paused job still answers, saves and stops.
     pub fn pause(&self) {
-        self.pause.send_replace(true);
+        self.live.pause.send_replace(true);
     }
 
     /// Lets a paused job go on.
     pub fn unpause(&self) {
-        self.pause.send_replace(false);
+        self.live.pause.send_replace(false);
     }
 
     /// Asks the job to end with a checkpoint: [`JobHandle::wait`] returns an outcome that is `stopped`. A step under way is
     /// given up, and taken again by the job that resumes; its completions are logged and not generated again.
     pub fn stop(&self) {
-        self.cancel.cancel();
+        self.live.cancel.cancel();
     }
 
     /// Waits for the end of the job, and returns how it ended, to every caller.

@@ -17,7 +17,8 @@ use super::handle::JobHandle;
 use super::metrics::{HostRecorder, JobMetrics, MetricsAddress};
 use super::origin::Origin;
 use super::saved::Kept;
-use crate::access::{self, Live};
+use super::view::{Served, ViewAddress};
+use crate::access::{self, JobReader, Live};
 use crate::algorithms::Algorithms;
 use crate::blocking::blocking;
 use crate::driver::{Algorithm, Loaded, LoadedAlgorithm, Loader, Roles, Run, Setup, drive, start, watch_waits};
@@ -201,6 +202,7 @@ struct Running {
     /// Tasks that watch the job; they end with it.
     _watchers: JoinSet<()>,
     _metrics: JobMetrics,
+    _view: Option<Served>,
     span: Span,
     #[cfg(unix)]
     socket: Option<access::Server>,
@@ -260,13 +262,11 @@ impl Job {
 
     /// Starts or resumes the job in the background.
     pub(super) async fn start(self, begin: Begin) -> Result<JobHandle> {
-        let (directory, events, cancel) =
-            (Arc::new(self.directory().to_path_buf()), self.events.clone(), CancellationToken::new());
-        let (running, live) = self.bring_up(begin, cancel.clone()).await?;
-        let pause = running.run.roles.director.pause_switch();
+        let (directory, events) = (Arc::new(self.directory().to_path_buf()), self.events.clone());
+        let (running, live) = self.bring_up(begin, CancellationToken::new()).await?;
         let (sender, ended) = watch::channel(None);
         tokio::spawn(async move { sender.send_replace(Some(running.drive().await.map_err(Arc::new))) });
-        Ok(JobHandle { directory, events, cancel, pause, live, ended })
+        Ok(JobHandle { directory, events, live, ended })
     }
 
     /// Reads models and data, then opens the store. A new job's directory is not written before the input is known to be
@@ -325,6 +325,7 @@ impl Job {
         async move {
             // What can fail does so before anything is written.
             let address = MetricsAddress::bind(self.config.common.metrics.listen, self.recorder.as_ref())?;
+            let view = ViewAddress::bind(&self.config.common.view)?;
             let (placement, devices) = (self.config.common.placement.clone(), self.devices.clone());
             let devices = blocking(move || -> Result<Devices> {
                 let devices = devices.map_or_else(|| Devices::new(placement.shared_threads()), Ok)?;
@@ -335,7 +336,7 @@ impl Job {
             })
             .await?;
             let opened = self.open(begin).await?;
-            self.start_roles(opened, address, devices, cancel).await
+            self.start_roles(opened, (address, view), devices, cancel).await
         }
         .instrument(span)
         .await
@@ -344,7 +345,7 @@ impl Job {
     async fn start_roles(
         self,
         opened: Opened,
-        address: MetricsAddress,
+        (address, view): (MetricsAddress, ViewAddress),
         devices: Devices,
         cancel: CancellationToken,
     ) -> Result<(Running, Live)> {
@@ -399,7 +400,19 @@ impl Job {
         run.restore().await?;
         // A handle outlives its job, and must not hold the model.
         let (text, eos) = (Arc::new(run.model.text.clone()), run.model.architecture.eos.as_slice().into());
-        let live = Live { archivist, policy: run.policy(), text, eos, commands, status };
+        let prompts = Arc::new(config.algorithm.prompts().cloned().unwrap_or_default());
+        let live = Live {
+            archivist,
+            policy: run.policy(),
+            reference: run.roles.reference.clone(),
+            text,
+            eos,
+            prompts,
+            cancel: run.cancel.clone(),
+            pause: run.roles.director.pause_switch(),
+            commands,
+            status,
+        };
         #[cfg(unix)]
         let socket = match access::serve(live.clone(), &run.common.job.directory).await {
             Ok(server) => Some(server),
@@ -408,9 +421,14 @@ impl Job {
                 None
             }
         };
+        let view = view.serve(JobReader::live(&run.common.job.directory, live.clone()))?.map(|(server, url)| {
+            run.tell(Event::ViewerServed { url });
+            server
+        });
         let running = Running {
             run,
             algorithm,
+            _view: view,
             _watchers: watchers,
             _metrics: metrics,
             span,

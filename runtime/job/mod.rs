@@ -9,6 +9,7 @@ mod job;
 mod metrics;
 mod origin;
 mod saved;
+mod view;
 
 pub use chain::Chain;
 pub use config::Config;

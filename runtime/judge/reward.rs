@@ -1,7 +1,7 @@
 //! A judge's verdicts as scores.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rehearsal_actors::{Judged, Placement, Reward, RewardError, Sample};
 use rehearsal_learn::evaluation::judge::BothOrders;
@@ -11,6 +11,8 @@ use super::cache::{Budget, ReplyCache};
 use super::question::{Judge, Question, Reply};
 use super::template::Template;
 use super::verdict::JudgeVerdict;
+use crate::metrics::Meters;
+use crate::metrics::table::sources;
 
 /// Which orders of a pair a judge is shown, and how its verdicts combine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +45,7 @@ pub struct JudgeReward {
     budget: Budget,
     /// Total usage since the job began; `None` until the cache is read for the first question.
     spent: Mutex<Option<Usage>>,
+    meters: Option<Arc<Meters>>,
 }
 
 /// A question and the completions that it shows, as indices in display order.
@@ -66,7 +69,18 @@ impl JudgeReward {
         cache: Option<Arc<dyn ReplyCache>>,
         budget: Budget,
     ) -> Self {
-        Self { judge, template, mode, cache, budget, spent: Mutex::new(None) }
+        Self { judge, template, mode, cache, budget, spent: Mutex::new(None), meters: None }
+    }
+
+    /// Exports what the judge does.
+    pub(crate) fn with_meters(self, meters: Arc<Meters>) -> Self {
+        Self { meters: Some(meters), ..self }
+    }
+
+    fn meter(&self, set: impl FnOnce(&Meters)) {
+        if let Some(meters) = &self.meters {
+            set(meters);
+        }
     }
 
     /// Replies to all questions, from the cache where it has them. A reply without a verdict is asked for once more.
@@ -82,6 +96,8 @@ impl JudgeReward {
             Some(Reply { verdict: self.judge.verdict(a.question.kind, &raw), raw, usage })
         };
         let mut replies: Vec<Option<Reply>> = cached.into_iter().zip(asked).map(parsed).collect();
+        let known = replies.iter().flatten().count() as u64;
+        self.meter(|meters| meters.count(sources::JUDGE_REPLIES, "cached", known));
         // Equal completions give equal questions, of which only the first is sent.
         let first: Vec<usize> = keys.iter().map(|key| keys.iter().position(|k| k == key).unwrap_or_default()).collect();
         let mut open: Vec<usize> = (0..asked.len()).filter(|&i| replies[i].is_none() && first[i] == i).collect();
@@ -133,13 +149,26 @@ impl JudgeReward {
         if let Some((spent, key)) = self.budget.exceeded(&total, questions.len() as u64) {
             return Err(RewardError::Budget { name: self.judge.id().into(), spent, key });
         }
-        let replies = self.judge.ask(questions)?;
+        let start = Instant::now();
+        let replies = self.judge.ask(questions).inspect_err(|_| {
+            self.meter(|meters| meters.count(sources::JUDGE_REPLIES, "failed", 1));
+        })?;
+        let seconds = start.elapsed().as_secs_f64();
         let mut now = Usage::default();
         replies.iter().for_each(|r| now += r.usage);
+        self.meter(|meters| {
+            let read = replies.iter().filter(|r| r.verdict.is_some()).count();
+            meters.set(sources::JUDGE_SECONDS, seconds);
+            meters.count(sources::JUDGE_REPLIES, "read", read as u64);
+            meters.count(sources::JUDGE_REPLIES, "unreadable", (replies.len() - read) as u64);
+            meters.count(sources::JUDGE_TOKENS, "input", now.input_tokens);
+            meters.count(sources::JUDGE_TOKENS, "output", now.output_tokens);
+        });
         if let Some(cache) = &self.cache {
             cache.remember(to_cache(&replies), now)?;
         }
         total += now;
+        self.meter(|meters| meters.set(sources::JUDGE_COST, total.money));
         *spent = Some(total);
         Ok(replies)
     }
@@ -180,6 +209,15 @@ impl JudgeReward {
             let shown_first = first(0).unwrap_or(0.5);
             let shown_second = if orders == Orders::First { shown_first } else { 1.0 - first(1).unwrap_or(0.5) };
             let both = BothOrders { shown_first, shown_second };
+            if orders != Orders::First {
+                let agreement = (shown_first - 0.5) * (shown_second - 0.5);
+                let result = match (unreadable, agreement) {
+                    (0, agreement) if agreement > 0.0 => "agreed",
+                    (0, agreement) if agreement < 0.0 => "disagreed",
+                    _ => "undecided",
+                };
+                self.meter(|meters| meters.count(sources::JUDGE_COMPARISONS, result, 1));
+            }
             let won = match orders {
                 Orders::Agree if (both.shown_first - 0.5) * (both.shown_second - 0.5) <= 0.0 => 0.5,
                 Orders::Agree => f64::from(both.shown_first > 0.5),

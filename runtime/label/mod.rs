@@ -12,9 +12,10 @@ pub mod server;
 pub mod service;
 pub mod store;
 
+pub use crate::web::{Access, WebServer as LabelServer};
 pub use people::PeopleReward;
 pub use queue::{Item, Label, LabelQueue, LabelValue};
-pub use server::{Access, LabelServer, serve};
+pub use server::serve;
 pub(crate) use server::{WHAT, serve_on};
 pub use service::LabelService;
 pub use store::{LabelStore, LedgerLabels};

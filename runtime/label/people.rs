@@ -12,6 +12,8 @@ use super::queue::{Item, ItemId, Label, LabelValue};
 use super::service::LabelService;
 use super::store::{LabelStore, judge_name, preference};
 use crate::judge::{LONGEST_WAIT, ReplyCache, same_prompt};
+use crate::metrics::Meters;
+use crate::metrics::table::sources;
 
 /// Interval at which a waiting job checks whether it is cancelled.
 const CANCEL_POLL: Duration = Duration::from_millis(200);
@@ -21,13 +23,19 @@ pub struct PeopleReward {
     service: Arc<LabelService>,
     cache: Arc<dyn ReplyCache>,
     stop: CancellationToken,
+    meters: Arc<Meters>,
 }
 
 impl PeopleReward {
     /// Adds items to the queue of `service` and reads the labels of a resumed job from `cache`. Cancelling `stop` ends
     /// the wait.
-    pub fn new(service: Arc<LabelService>, cache: Arc<dyn ReplyCache>, stop: CancellationToken) -> Self {
-        Self { service, cache, stop }
+    pub(crate) fn new(
+        service: Arc<LabelService>,
+        cache: Arc<dyn ReplyCache>,
+        stop: CancellationToken,
+        meters: Arc<Meters>,
+    ) -> Self {
+        Self { service, cache, stop, meters }
     }
 
     fn failed(&self, reason: String) -> RewardError {
@@ -70,14 +78,24 @@ impl Reward for PeopleReward {
             }
         }
         let saved = self.saved(&items)?;
+        let known = saved.iter().flatten().filter(|label| label.value != LabelValue::Skipped).count();
         let ids = self.service.add(items.iter().cloned().zip(saved).collect()).map_err(|e| self.failed(e))?;
-        while !self.service.wait(&ids, CANCEL_POLL) {
+        let mut timeout = Duration::ZERO;
+        loop {
+            let open = self.service.wait(&ids, timeout);
+            self.meters.set(sources::PEOPLE_WAITING, open as f64);
+            if open == 0 {
+                break;
+            }
+            timeout = CANCEL_POLL;
             if self.stop.is_cancelled() {
                 self.service.remove(&ids);
                 return Err(RewardError::Stopped { name: self.name().into() });
             }
         }
         let labels = self.service.remove(&ids);
+        let given = labels.iter().flatten().filter(|label| label.value != LabelValue::Skipped).count();
+        self.meters.count(sources::PEOPLE_LABELS, "", given.saturating_sub(known) as u64);
         let mut judged = Vec::with_capacity(samples.len());
         for group in &groups {
             let of_group = item(group);

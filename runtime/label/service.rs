@@ -87,15 +87,16 @@ impl LabelService {
         items.into_iter().map(|(item, labels)| state.queue.add(item, labels)).collect()
     }
 
-    /// Blocks until all items have the labels they need or `timeout` is over, and returns whether they have.
-    pub fn wait(&self, ids: &[ItemId], timeout: Duration) -> bool {
+    /// Blocks until all items have the labels they need, a label arrives or `timeout` is over, and returns how many items still
+    /// lack labels.
+    pub fn wait(&self, ids: &[ItemId], timeout: Duration) -> usize {
         let state = self.lock();
-        let done = |state: &State| ids.iter().all(|&id| state.queue.is_done(id));
-        if done(&state) {
-            return true;
+        let open = |state: &State| ids.iter().filter(|&&id| !state.queue.is_done(id)).count();
+        if open(&state) == 0 {
+            return 0;
         }
         let state = self.changed.wait_timeout(state, timeout).unwrap_or_else(PoisonError::into_inner).0;
-        done(&state)
+        open(&state)
     }
 
     /// Removes items and returns the labels of each, in order.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use metrics::{Counter, Gauge, Histogram, Label, NoopRecorder, Recorder, Unit};
 
-use super::table::{STATISTICS, counters, process, rollouts, updates};
+use super::table::{MEAN, WITH_STATISTICS, counters, process, updates};
 use super::{Kind, Metric};
 use crate::summary::{Counters, Evaluation, StepSummary};
 
@@ -94,6 +94,18 @@ impl Meters {
         );
     }
 
+    /// Adds to a counter, under a value of its label (empty without a label).
+    ///
+    /// # Panics
+    ///
+    /// If the metric is not a declared counter, or its label has no such value.
+    pub fn count(&self, metric: Metric, label: &str, n: u64) {
+        match self.series(metric.name, label) {
+            Some(Handle::Counter(counter)) => counter.increment(n),
+            _ => panic!("counter `{}` with label `{label}` is not declared", metric.name),
+        }
+    }
+
     /// Exports the counters of the job's state.
     pub fn counters(&self, c: &Counters) {
         for (metric, value) in [
@@ -162,19 +174,17 @@ impl Meters {
         self.0.get(name)?.get(label)
     }
 
-    /// The gauge of a statistic. Those of the rewards are series of one metric: `reward`, `reward_min`, `reward_max`,
-    /// `reward_std`.
+    /// The gauge of a statistic. Some are series of one metric: `reward`, `reward_min`, `reward_p90`.
     fn statistic(&self, name: String) -> Result<&Handle, Undeclared> {
-        let reward = rollouts::REWARD.name;
-        let series = match name.strip_prefix(reward) {
-            Some("") => (reward, STATISTICS.values[0]),
-            Some(rest) => match rest.strip_prefix('_') {
-                Some(statistic) if STATISTICS.values.contains(&statistic) => (reward, statistic),
-                _ => (name.as_str(), ""),
-            },
-            None => (name.as_str(), ""),
-        };
-        match self.series(series.0, series.1) {
+        let of_several = WITH_STATISTICS.iter().find_map(|metric| {
+            let statistic = match name.strip_prefix(metric.name)? {
+                "" => MEAN,
+                rest => rest.strip_prefix('_')?,
+            };
+            Some((metric.name, statistic)).filter(|_| metric.label.is_some_and(|l| l.values.contains(&statistic)))
+        });
+        let (metric, label) = of_several.unwrap_or((&name, ""));
+        match self.series(metric, label) {
             Some(gauge @ Handle::Gauge(_)) => Ok(gauge),
             _ => Err(Undeclared { name }),
         }
@@ -193,7 +203,7 @@ fn record(handle: &Handle, value: f64) {
 mod tests {
     use super::*;
     use crate::exporter;
-    use crate::metrics::shared;
+    use crate::metrics::{shared, table};
 
     fn meters(recorder: Option<&(dyn Recorder + Send + Sync)>) -> Meters {
         Meters::new(recorder, &shared().collect::<Vec<_>>(), None)
@@ -207,12 +217,18 @@ mod tests {
     fn a_step_sets_its_metrics() {
         let recorder = exporter::recorder();
         let meters = meters(Some(&recorder));
-        meters.step(&summary(&[("reward", 1.0), ("reward_std", 0.5), ("kl", 2.0), ("minibatches", 3.0)])).unwrap();
+        let stats =
+            [("reward", 1.0), ("reward_p90", 0.5), ("completion_tokens", 9.0), ("kl", 2.0), ("minibatches", 3.0)];
+        meters.step(&summary(&stats)).unwrap();
+        meters.count(table::sources::JUDGE_REPLIES, "cached", 2);
+        meters.count(table::sources::JUDGE_REPLIES, "cached", 1);
         meters.counters(&Counters { steps: 7, ..Counters::default() });
         let text = recorder.handle().render();
         for line in [
             "rehearsal_reward{stat=\"mean\"} 1",
-            "rehearsal_reward{stat=\"std\"} 0.5",
+            "rehearsal_reward{stat=\"p90\"} 0.5",
+            "rehearsal_completion_tokens{stat=\"mean\"} 9",
+            "rehearsal_judge_replies_total{result=\"cached\"} 3",
             "rehearsal_minibatches 3",
             "rehearsal_kl 2",
             "rehearsal_loss 0.25",

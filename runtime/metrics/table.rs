@@ -31,8 +31,29 @@ const PHASES: Label = Label {
 };
 /// The phases that have a token rate.
 const RATES: Label = Label { key: "phase", values: &["generate", "train"] };
-/// Statistics of a sample.
-pub(super) const STATISTICS: Label = Label { key: "stat", values: &["mean", "min", "max", "std"] };
+/// Statistics of scores.
+const SCORE_STATISTICS: Label = Label { key: "stat", values: &["mean", "min", "p10", "p50", "p90", "max", "std"] };
+/// Statistics of lengths.
+const LENGTH_STATISTICS: Label = Label { key: "stat", values: &["mean", "p10", "p50", "p90", "max"] };
+/// Metrics of which a step reports several statistics: `reward` is the mean, `reward_p90` the series `p90`.
+pub(super) const WITH_STATISTICS: [Metric; 2] = [rollouts::REWARD, rollouts::COMPLETION_TOKENS];
+/// The value of `stat` for the number that has the metric's own name.
+pub(super) const MEAN: &str = "mean";
+/// What became of a reply of a judge.
+const REPLIES: Label = Label { key: "result", values: &["read", "unreadable", "cached", "failed"] };
+/// Which tokens a judge counts.
+const DIRECTIONS: Label = Label { key: "direction", values: &["input", "output"] };
+/// Verdicts on a pair that a judge saw in both orders.
+const COMPARISONS: Label = Label { key: "result", values: &["agreed", "disagreed", "undecided"] };
+/// What became of an attempt of a scorer.
+const ATTEMPTS: Label = Label { key: "result", values: &["scored", "late", "failed"] };
+/// Memory of the process.
+const MEMORY: Label = Label { key: "stat", values: &["current", "peak"] };
+/// What memory is predicted to go to.
+const PURPOSES: Label = Label {
+    key: "purpose",
+    values: &["weights", "reference", "moments", "gradients", "activations", "generation", "peak"],
+};
 
 /// Counts since the job began, kept in its checkpoints, and restarts of this process.
 pub mod counters {
@@ -64,14 +85,16 @@ pub mod rollouts {
 
     crate::metrics::declare! {
         REWARD = Metric::gauge("reward", "score",
-            "Scores of the step's completions: mean, minimum, maximum, standard deviation.").by(STATISTICS);
+            "Scores of the step's completions: mean, minimum, quantiles of 10, 50 and 90 % (nearest rank), maximum, standard \
+             deviation.").by(SCORE_STATISTICS);
         KL = Metric::gauge("kl", "nats",
             "Mean over completions of Σ_t [log π(y_t) - log π_ref(y_t)] (k1), y sampled from π.");
         ENTROPY = Metric::gauge("entropy", "nats", "Mean over sampled tokens of -log π(y_t).");
         MISMATCH_KL = Metric::gauge("mismatch_kl", "nats", "Mean over tokens of exp(d) - 1 - d, with d the trainer's \
             log-probability minus the sampler's: rounding noise if they agree. It is 0 where the update reuses the \
             activations of generation (`limits.kept_tokens`), and measured with `limits.kept_tokens = 0`.");
-        COMPLETION_TOKENS = Metric::gauge("completion_tokens", "tokens", "Mean length of the step's completions.");
+        COMPLETION_TOKENS = Metric::gauge("completion_tokens", "tokens",
+            "Length of the step's completions: mean, quantiles (nearest rank), maximum.").by(LENGTH_STATISTICS);
         SKIPPED = Metric::gauge("skipped", "completions",
             "Completions of the step that are left out because the program's scorer gave them no score.");
         STALENESS = Metric::gauge("staleness", "updates", "Updates between the policy that sampled the step's completions and \
@@ -121,6 +144,12 @@ pub mod preferences {
             "Mean over pairs of log π(chosen), summed over tokens.");
         REJECTED_LOGPROB = Metric::gauge("rejected_logprob", "nats",
             "Mean over pairs of log π(rejected), summed over tokens.");
+        GRADIENT_WEIGHT = Metric::gauge("gradient_weight", "ratio", "Mean over pairs of σ(-margin), the factor of a pair's \
+            gradient in DPO; `loss.kind = \"sigmoid\"`. 0.5 where policy and reference agree.");
+        GRADIENT_WEIGHT_LOW = Metric::gauge("gradient_weight_low", "ratio",
+            "Share of pairs whose gradient weight is below 0.1: there is little left to learn from them.");
+        GRADIENT_WEIGHT_HIGH = Metric::gauge("gradient_weight_high", "ratio",
+            "Share of pairs whose gradient weight is above 0.9: the policy orders them wrongly, or the label is wrong.");
     }
 }
 
@@ -154,6 +183,32 @@ pub mod held_out {
     }
 }
 
+/// Judges, people and scorers that a job asks for scores, in this process.
+pub mod sources {
+    use super::*;
+
+    crate::metrics::declare! {
+        JUDGE_REPLIES = Metric::counter("judge_replies_total", "replies", "Replies of the judge: those with a verdict, those \
+            without one that can be read (asked for once more, then a tie), those that were cached and not asked for again, \
+            and calls that failed after their retries.").by(REPLIES);
+        JUDGE_SECONDS = Metric::histogram("judge_seconds", "Time of a call of the judge, with all questions of the call.");
+        JUDGE_TOKENS = Metric::counter("judge_tokens_total", "tokens",
+            "Tokens of questions and of replies, as the judge's server counts them.").by(DIRECTIONS);
+        JUDGE_COST = Metric::gauge("judge_cost", "money",
+            "Cost of the judge since the job began, in the currency of `judge.price_input` and `judge.price_output`.");
+        JUDGE_COMPARISONS = Metric::counter("judge_comparisons_total", "pairs", "Pairs that the judge saw in both orders: those \
+            of which it preferred the same completion twice, those of which it preferred the other one (position bias), and those \
+            with a tie or without a verdict in an order.").by(COMPARISONS);
+        PEOPLE_WAITING = Metric::gauge("people_waiting", "prompts",
+            "Prompts at the label page that do not have all their labels; the job waits for them.");
+        PEOPLE_LABELS = Metric::counter("people_labels_total", "labels", "Labels that people gave, without skips.");
+        SCORER_ATTEMPTS = Metric::counter("scorer_attempts_total", "attempts", "Attempts of the program's scorer: those with a \
+            score, those that took longer than the deadline, and those that failed or panicked.").by(ATTEMPTS);
+        SCORER_RETRIES = Metric::counter("scorer_retries_total", "attempts",
+            "Attempts of the program's scorer after a sample's first. The gauge `skipped` counts samples without a score.");
+    }
+}
+
 /// Progress, time and resources of this process.
 pub mod process {
     use super::*;
@@ -184,5 +239,9 @@ pub mod process {
             .by(NODE_RESULTS);
         NODE_BYTES = Metric::gauge("node_bytes", "bytes", "Bytes of weights that nodes have asked for, in this process.");
         JOB_STEPS = Metric::gauge("job_steps", "steps", "Steps of the whole job.");
+        MEMORY_BYTES = Metric::gauge("memory_bytes", "bytes",
+            "Memory that the process holds, and the most it has held; where the system says so.").by(MEMORY);
+        MEMORY_PREDICTED_BYTES = Metric::gauge("memory_predicted_bytes", "bytes", "Memory that the configuration predicts, by \
+            purpose; `peak` is the most at a time. Of jobs that sample and whose roles are on the CPU.").by(PURPOSES);
     }
 }

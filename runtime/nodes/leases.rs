@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rehearsal_lm::generate::{Completion, Options, Request};
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::protocol::Lease;
+use super::protocol::{Delivery, Lease};
 use super::weights::Weights;
 
 /// What happened to a node or a lease.
@@ -136,7 +136,7 @@ pub struct Leases {
     term: Duration,
     /// Completions of a lease.
     size: usize,
-    /// One lease in so many is checked.
+    /// A node's first lease is checked, and one in so many after it.
     check_every: u64,
     news: Vec<News>,
     /// Completions of nodes that count, and those that are leased again.
@@ -162,11 +162,6 @@ impl Leases {
             again: 0,
             wrong: Vec::new(),
         }
-    }
-
-    fn number(&mut self) -> u64 {
-        self.next += 1;
-        self.next - 1
     }
 
     /// What has happened since the last call.
@@ -219,7 +214,8 @@ impl Leases {
         let pending = requests.iter().map(|r| r.id).collect();
         let prompts = requests.into_iter().map(|r| (r.id, r.prompt)).collect();
         let (leased, held, done) = Default::default();
-        let number = self.number();
+        let number = self.next;
+        self.next += 1;
         self.work.insert(number, Work { weights, options, prompts, pending, leased, held, done, finished });
         number
     }
@@ -242,9 +238,11 @@ impl Leases {
     /// A lease for a node, if there is something to do.
     pub fn take(&mut self, session: u64, now: Instant) -> Result<Option<Lease>, Refusal> {
         self.seen(session, now)?;
-        let id = self.number();
         let Some(work) = self.work.values_mut().find(|work| !work.pending.is_empty()) else { return Ok(None) };
-        let ids: Vec<u64> = work.pending.drain(..self.size.min(work.pending.len())).collect();
+        let id = self.next;
+        self.next += 1;
+        let size = self.size.min(Delivery::completions_max(work.options.max_new_tokens));
+        let ids: Vec<u64> = work.pending.drain(..size.min(work.pending.len())).collect();
         let mut prompts: Vec<(Vec<u32>, Vec<u64>)> = Vec::new();
         let mut last: Option<&Arc<Vec<u32>>> = None;
         for id in &ids {
@@ -258,7 +256,7 @@ impl Leases {
         let lease = Lease { id, weights: work.weights.manifest.clone(), options: work.options.clone(), prompts };
         let until = now + self.term;
         let node = self.nodes.get_mut(&session).ok_or(Refusal::Unknown)?;
-        let checked = node.leases == 0 || id.is_multiple_of(self.check_every);
+        let checked = node.leases.is_multiple_of(self.check_every);
         node.leases += 1;
         work.leased.insert(id, Leased { session, ids, until, checked });
         Ok(Some(lease))

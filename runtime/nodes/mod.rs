@@ -37,5 +37,5 @@ pub use certificates::make_certificates;
 pub(crate) use coordinator::Coordinator;
 #[cfg(feature = "nodes")]
 pub use node::{NodeEvent, NodeOptions, run_node};
-pub use settings::{Credentials, NodesSettings};
+pub use settings::{COMPLETION_TOKENS_MAX, Credentials, NodesSettings};
 pub(crate) use work::Generates;

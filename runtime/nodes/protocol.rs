@@ -4,6 +4,8 @@ use rehearsal_actors::{Described, LoraInit, ModelFiles};
 use rehearsal_lm::generate::{Completion, Options};
 use serde::{Deserialize, Serialize};
 
+use super::settings::COMPLETION_TOKENS_MAX;
+
 /// Version of these messages. Another one is refused.
 pub const PROTOCOL: u32 = 1;
 
@@ -104,6 +106,20 @@ pub struct Delivery {
     pub completions: Vec<Completion>,
 }
 
+/// Bytes of a delivered token at most: its number takes 5 as a varint, and its log-probability 4.
+const TOKEN_BYTES_MAX: usize = 9;
+/// Bytes of a completion at most, beside its tokens; and of a delivery, beside its completions.
+const COMPLETION_BYTES_MAX: usize = 64;
+const _: () = assert!(COMPLETION_TOKENS_MAX * TOKEN_BYTES_MAX + 2 * COMPLETION_BYTES_MAX <= BODY_MAX);
+
+impl Delivery {
+    /// Number of completions of up to `tokens` tokens each that fit into one delivery; at least 1.
+    pub fn completions_max(tokens: usize) -> usize {
+        let each = tokens.saturating_mul(TOKEN_BYTES_MAX).saturating_add(COMPLETION_BYTES_MAX);
+        ((BODY_MAX - COMPLETION_BYTES_MAX) / each).max(1)
+    }
+}
+
 /// A node is there, and works on a lease if it has one.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Beat {
@@ -116,4 +132,28 @@ pub struct Beat {
 pub struct Beaten {
     /// Whether the node still has its lease.
     pub holds: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use rehearsal_lm::generate::Finish;
+
+    use super::*;
+
+    #[test]
+    fn the_longest_completions_that_a_lease_may_have_fit_into_a_delivery() {
+        for tokens in [1, 100, 40_000, COMPLETION_TOKENS_MAX] {
+            let completion = Completion {
+                id: u64::MAX,
+                tokens: vec![u32::MAX; tokens],
+                logprobs: vec![-1.0; tokens],
+                finish: Finish::Length,
+            };
+            let completions = vec![completion; Delivery::completions_max(tokens)];
+            let delivery = Delivery { session: u64::MAX, lease: u64::MAX, completions };
+            let bytes = postcard::to_stdvec(&delivery).unwrap().len();
+            assert!(bytes <= BODY_MAX, "{tokens} tokens: {bytes} bytes");
+        }
+        assert_eq!(Delivery::completions_max(COMPLETION_TOKENS_MAX), 1);
+    }
 }

@@ -7,6 +7,9 @@ use std::time::Duration;
 use crate::config::{Keys, Range, Settings};
 use crate::features::NODES;
 
+/// Tokens of a completion at most that a node may generate: a completion is sent in one message.
+pub const COMPLETION_TOKENS_MAX: usize = 400_000;
+
 /// Files of one side: the certificate of the authority that both sides trust, and the side's own.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Credentials {

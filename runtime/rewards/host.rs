@@ -11,6 +11,8 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::futures::BoxFuture;
+use crate::metrics::Meters;
+use crate::metrics::table::sources;
 
 /// A score of one sample, or why there is none.
 pub type Scored = std::result::Result<Judged, String>;
@@ -173,13 +175,19 @@ pub struct HostReward {
     policy: ScorerPolicy,
     stop: CancellationToken,
     runtime: Handle,
+    meters: Arc<Meters>,
 }
 
 impl HostReward {
     /// Must be called within the tokio runtime that the scorer's futures need. `stop` is cancelled when the job is asked
     /// to stop.
-    pub fn new(scorer: Arc<dyn Scorer>, policy: ScorerPolicy, stop: CancellationToken) -> Self {
-        Self { scorer, policy, stop, runtime: Handle::current() }
+    pub(crate) fn new(
+        scorer: Arc<dyn Scorer>,
+        policy: ScorerPolicy,
+        stop: CancellationToken,
+        meters: Arc<Meters>,
+    ) -> Self {
+        Self { scorer, policy, stop, runtime: Handle::current(), meters }
     }
 
     /// One sample, through all its attempts.
@@ -188,6 +196,7 @@ impl HostReward {
         let attempts = self.policy.attempts.max(1);
         for attempt in 1..=attempts {
             if attempt > 1 {
+                self.meters.count(sources::SCORER_RETRIES, "", 1);
                 tokio::time::sleep(pause).await;
                 pause = (2 * pause).min(PAUSE_MAX);
             }
@@ -209,19 +218,27 @@ impl HostReward {
     async fn attempt(&self, sample: &Sample) -> Scored {
         // The call itself may panic, before there is a future.
         let scored = AssertUnwindSafe(async { self.scorer.score(sample.clone()).await }).catch_unwind();
-        let judged = match tokio::time::timeout(self.policy.deadline, scored).await {
-            Err(_) => return Err(format!("no score within {:?}", self.policy.deadline)),
+        let in_time = tokio::time::timeout(self.policy.deadline, scored).await;
+        let late = in_time.is_err();
+        let outcome = match in_time {
+            Err(_) => Err(format!("no score within {:?}", self.policy.deadline)),
             Ok(Err(panic)) => {
                 let text = panic.downcast_ref::<String>().map(String::as_str);
                 let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-                return Err(format!("panicked: {}", text.unwrap_or("no message")));
+                Err(format!("panicked: {}", text.unwrap_or("no message")))
             }
-            Ok(Ok(scored)) => scored?,
+            Ok(Ok(Ok(judged))) if !judged.score.is_finite() => {
+                Err(format!("the score is {}; it must be a finite number", judged.score))
+            }
+            Ok(Ok(scored)) => scored,
         };
-        match judged.score.is_finite() {
-            true => Ok(judged),
-            false => Err(format!("the score is {}; it must be a finite number", judged.score)),
-        }
+        let result = match &outcome {
+            Ok(_) => "scored",
+            Err(_) if late => "late",
+            Err(_) => "failed",
+        };
+        self.meters.count(sources::SCORER_ATTEMPTS, result, 1);
+        outcome
     }
 }
 
@@ -264,10 +281,10 @@ pub enum HostScores {
 
 impl HostScores {
     /// The reward of a job that is asked to stop by `stop`. Must be called within a tokio runtime.
-    pub fn reward(self, stop: CancellationToken) -> Arc<dyn Reward> {
+    pub(crate) fn reward(self, stop: CancellationToken, meters: Arc<Meters>) -> Arc<dyn Reward> {
         match self {
             Self::Reward(reward) => reward,
-            Self::Scorer(scorer, policy) => Arc::new(HostReward::new(scorer, policy, stop)),
+            Self::Scorer(scorer, policy) => Arc::new(HostReward::new(scorer, policy, stop, meters)),
         }
     }
 }

@@ -213,7 +213,7 @@ impl LoadedReward for Loaded {
             };
             let memory: Arc<dyn ReplyCache> = Arc::new(StoreMemory::new(context.archivist.clone()));
             let reward = JudgeReward::new(judge, template, settings.mode, Some(memory), settings.budget);
-            Ok(StartedReward::new(settings.weight, reward))
+            Ok(StartedReward::new(settings.weight, reward.with_meters(context.meters.clone())))
         })
     }
 }

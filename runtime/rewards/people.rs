@@ -80,7 +80,7 @@ mod page {
 
     use super::PeopleSource;
     use crate::error::Result;
-    use crate::events::Event;
+    use crate::events::{Event, tell};
     use crate::futures::BoxFuture;
     use crate::judge::ReplyCache;
     use crate::label::people::CachedLabels;
@@ -104,8 +104,8 @@ mod page {
                 let service = Arc::new(LabelService::new(queue, Box::new(CachedLabels(memory.clone()))));
                 let served = label::serve_on(bound, service.clone(), access.clone(), true)?;
                 let url = access.url(served.address);
-                let _ = context.events.send(Event::PeopleWanted { url }); // not logged: it may hold the token
-                let people = PeopleReward::new(service, memory, context.stop.clone());
+                tell(&context.events, Event::PeopleWanted { url });
+                let people = PeopleReward::new(service, memory, context.stop.clone(), context.meters.clone());
                 Ok(StartedReward { guard: Some(Box::new(served)), ..StartedReward::new(settings.weight, people) })
             })
         }

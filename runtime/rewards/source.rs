@@ -14,6 +14,7 @@ use crate::config::Settings;
 use crate::error::Result;
 use crate::events::Event;
 use crate::futures::BoxFuture;
+use crate::metrics::Meters;
 use crate::models::ModelCache;
 
 /// A source of rewards: the settings of its section, from which it is loaded.
@@ -70,6 +71,8 @@ pub struct RewardContext {
     pub archivist: ArchivistHandle,
     /// Where events are sent.
     pub events: broadcast::Sender<Event>,
+    /// The job's metrics.
+    pub(crate) meters: Arc<Meters>,
     /// Cancelled when the job is asked to stop.
     pub stop: CancellationToken,
 }

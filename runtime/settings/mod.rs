@@ -8,6 +8,7 @@ mod metrics;
 mod model;
 mod optimizer;
 mod placement;
+mod view;
 pub(crate) mod words;
 
 pub use evaluation::EvaluationSettings;
@@ -18,6 +19,7 @@ pub use metrics::MetricsSettings;
 pub use model::ModelSettings;
 pub use optimizer::OptimizerSettings;
 pub use placement::PlacementSettings;
+pub use view::ViewSettings;
 
 use rehearsal_actors::{LoraInit, Placement, TrainedConfig};
 use rehearsal_learn::Schedule;
@@ -45,6 +47,8 @@ pub struct Common {
     pub limits: LimitsSettings,
     /// `[metrics]`
     pub metrics: MetricsSettings,
+    /// `[view]`
+    pub view: ViewSettings,
 }
 
 impl Settings for Common {
@@ -59,6 +63,7 @@ impl Settings for Common {
         self.placement.check(self.optimizer.leaves, keys);
         self.limits.visit(keys);
         self.metrics.visit(keys);
+        self.view.visit(keys);
     }
 }
 

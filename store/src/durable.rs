@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::files::Files;
 use crate::index::{Index, IndexFiles};
 use crate::journal::{Found, Journal};
-use crate::kv::{Entry, KeyValue, WriteBatch};
+use crate::kv::{Entries, Entry, KeyValue, WriteBatch};
 use crate::sentinel::Sentinel;
 use crate::{Error, Repair, Result};
 
@@ -95,7 +95,7 @@ impl Durable {
         let mut base = state.journal.begin_base(state.number)?;
         drop(state);
         // Damage that is met here is mended meanwhile.
-        let written = Pages::new(self, b"").try_for_each(|entry| base.push(entry?)).and_then(|()| base.end());
+        let written = self.scan(b"")?.try_for_each(|entry| base.push(entry?)).and_then(|()| base.end());
         let journal = &mut self.state.borrow_mut().journal;
         match written {
             Ok(()) => journal.put_base(base),
@@ -312,8 +312,8 @@ impl KeyValue for Durable {
         self.sentinel.write(number)
     }
 
-    fn scan<'a>(&'a self, prefix: &[u8]) -> Result<Box<dyn Iterator<Item = Result<Entry>> + 'a>> {
-        Ok(Box::new(Pages::new(self, prefix)))
+    fn scan_from<'a>(&'a self, prefix: &[u8], from: Bound<&[u8]>) -> Result<Entries<'a>> {
+        Ok(Box::new(Pages::new(self, prefix, from)))
     }
 
     fn repairs(&self) -> Vec<Repair> {
@@ -331,7 +331,7 @@ impl KeyValue for Durable {
                 None => entries.remove(&key),
             };
         }
-        for entry in Pages::new(self, b"") {
+        for entry in self.scan(b"")? {
             let (key, value) = entry?;
             if entries.remove(&key).is_none_or(|known| known != value) {
                 damaged
@@ -353,8 +353,8 @@ struct Pages<'a> {
 }
 
 impl<'a> Pages<'a> {
-    fn new(map: &'a Durable, prefix: &[u8]) -> Self {
-        let from = Some(Bound::Included(prefix.to_vec()));
+    fn new(map: &'a Durable, prefix: &[u8], from: Bound<&[u8]>) -> Self {
+        let from = Some(from.map(<[u8]>::to_vec));
         Self { map, prefix: prefix.to_vec(), page: Vec::new().into_iter(), from }
     }
 }

@@ -1,11 +1,15 @@
 //! The interface to the database, and an implementation in memory for tests.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 use crate::{Repair, Result};
 
 /// A key with its value.
 pub type Entry = (Vec<u8>, Vec<u8>);
+
+/// Entries in the order of keys.
+pub type Entries<'a> = Box<dyn Iterator<Item = Result<Entry>> + 'a>;
 
 /// Writes that become visible and durable together.
 #[derive(Debug, Default, Clone)]
@@ -37,8 +41,12 @@ pub trait KeyValue: Send {
     fn repairs(&self) -> Vec<Repair> {
         Vec::new()
     }
+    /// The entries whose keys begin with `prefix`, from a key on, in the order of keys.
+    fn scan_from<'a>(&'a self, prefix: &[u8], from: Bound<&[u8]>) -> Result<Entries<'a>>;
     /// The entries whose keys begin with `prefix`, in the order of keys.
-    fn scan<'a>(&'a self, prefix: &[u8]) -> Result<Box<dyn Iterator<Item = Result<Entry>> + 'a>>;
+    fn scan<'a>(&'a self, prefix: &[u8]) -> Result<Entries<'a>> {
+        self.scan_from(prefix, Bound::Included(prefix))
+    }
 }
 
 /// A map in memory.
@@ -60,9 +68,9 @@ impl KeyValue for MemoryKv {
         Ok(())
     }
 
-    fn scan<'a>(&'a self, prefix: &[u8]) -> Result<Box<dyn Iterator<Item = Result<Entry>> + 'a>> {
+    fn scan_from<'a>(&'a self, prefix: &[u8], from: Bound<&[u8]>) -> Result<Entries<'a>> {
         let prefix = prefix.to_vec();
-        let from = self.0.range(prefix.clone()..);
+        let from = self.0.range::<[u8], _>((from, Bound::Unbounded));
         Ok(Box::new(from.take_while(move |(k, _)| k.starts_with(&prefix)).map(|(k, v)| Ok((k.clone(), v.clone())))))
     }
 }

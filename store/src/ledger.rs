@@ -1,7 +1,7 @@
 //! The preference ledger: one record per comparison of a prompt's completions, with the judge, its replies, the order in
 //! which it was shown the completions, the policy version and the usage. And the cache of judges' replies.
 
-use std::ops::Range;
+use std::ops::{Bound, Range};
 
 use serde::{Deserialize, Serialize};
 
@@ -161,7 +161,15 @@ impl record::Record for Preference {
     }
 }
 
+/// Added to the index of a record to make that of the one by which a person overrules it.
+pub const OVERRULES: u32 = 1 << 31;
+
 impl Preference {
+    /// The index of the record, in the same step, that this one overrules: a person's ranking in place of a judge's.
+    pub fn overrules(&self) -> Option<u32> {
+        self.index.checked_sub(OVERRULES)
+    }
+
     /// Score of the chosen completion minus that of the rejected one; 0 for a tie.
     pub fn margin(&self) -> f64 {
         let score = |i: u32| self.scores.get(i as usize).copied().unwrap_or(0.0);
@@ -196,6 +204,16 @@ impl Preference {
         judgements.iter().map(gap).fold(0.0, f64::max)
     }
 
+    /// Whether the prompt, a completion or a reply contains a text, which is in lower case.
+    fn has_text(&self, lower: &str) -> bool {
+        let has = |text: &String| text.to_lowercase().contains(lower);
+        let prompt = match &self.prompt {
+            Prompt::Text(text) => has(text),
+            Prompt::Conversation(turns) => turns.iter().any(|turn| has(&turn.content)),
+        };
+        prompt || self.completions.iter().any(has) || self.exchanges.iter().any(|e| has(&e.reply))
+    }
+
     /// Whether two records are equal but for the time at which they were written.
     fn same_content(&self, other: &Self) -> bool {
         Self { time_ms: 0, ..self.clone() } == Self { time_ms: 0, ..other.clone() }
@@ -213,6 +231,12 @@ pub struct Query {
     pub judge: Option<String>,
     /// Smallest [`Preference::disagreement`].
     pub disagreement_min: f64,
+    /// A part of the prompt, of a completion or of a judge's reply, without regard to case.
+    #[serde(default)]
+    pub text: Option<String>,
+    /// Only what comes after the record of this step and index.
+    #[serde(default)]
+    pub after: Option<(u64, u32)>,
 }
 
 impl Query {
@@ -222,6 +246,17 @@ impl Query {
             && self.prompt.as_ref().is_none_or(|prompt| *prompt == p.prompt)
             && self.judge.as_ref().is_none_or(judged)
             && p.disagreement() >= self.disagreement_min
+            && self.after.is_none_or(|after| (p.step, p.index) > after)
+            && self.text.as_ref().is_none_or(|text| p.has_text(&text.to_lowercase()))
+    }
+
+    /// The key that all matches come after, or begin at.
+    fn first(&self) -> Bound<Vec<u8>> {
+        let start = self.steps.as_ref().map_or(0, |steps| steps.start);
+        match self.after {
+            Some((step, index)) if step >= start => Bound::Excluded(key::item(key::LEDGER, step, index)),
+            _ => Bound::Included(key::step(key::LEDGER, start)),
+        }
     }
 }
 
@@ -265,7 +300,12 @@ impl Store {
 
     /// All preferences, in the order of steps and indices.
     pub fn preferences(&self) -> Result<impl Iterator<Item = Result<Preference>>> {
-        let entries = self.kv.scan(key::LEDGER)?;
+        self.preferences_from(Bound::Included(key::LEDGER.to_vec()))
+    }
+
+    /// The preferences from a key on.
+    fn preferences_from(&self, from: Bound<Vec<u8>>) -> Result<impl Iterator<Item = Result<Preference>>> {
+        let entries = self.kv.scan_from(key::LEDGER, from.as_ref().map(Vec::as_slice))?;
         Ok(entries.map(|entry| entry.and_then(|(key, value)| record::decode(&*self.kv, &key, &value, record::LEDGER))))
     }
 
@@ -288,9 +328,11 @@ impl Store {
     pub fn query(&self, query: Query) -> Result<impl Iterator<Item = Result<Preference>>> {
         let all: Box<dyn Iterator<Item = Result<Preference>>> = match &query.prompt {
             Some(prompt) => Box::new(self.preferences_of_prompt(prompt)?.into_iter().map(Ok)),
-            None => Box::new(self.preferences()?),
+            None => Box::new(self.preferences_from(query.first())?),
         };
-        Ok(all.filter(move |p| p.as_ref().map_or(true, |p| query.matches(p))))
+        let end = query.steps.as_ref().map_or(u64::MAX, |steps| steps.end);
+        let before_end = move |p: &Result<Preference>| p.as_ref().map_or(true, |p| p.step < end);
+        Ok(all.take_while(before_end).filter(move |p| p.as_ref().map_or(true, |p| query.matches(p))))
     }
 
     /// The cached reply of a judge to a request, by the hash of the request.

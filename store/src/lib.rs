@@ -50,7 +50,7 @@ pub use error::{Error, Result};
 pub use files::{Disk, Files, beside, replace, replace_directory, replace_durably};
 pub use header::ModelCounters;
 pub use kv::{KeyValue, MemoryKv, WriteBatch};
-pub use ledger::{CachedReply, Exchange, Preference, Prompt, Query, Turn, Usage};
+pub use ledger::{CachedReply, Exchange, OVERRULES, Preference, Prompt, Query, Turn, Usage};
 pub use rollout::{RolloutRecord, ScoreRecord};
 
 use std::fs::{self, File, TryLockError};

@@ -103,7 +103,7 @@ fn preference() -> impl Strategy<Value = Preference> {
         step,
         index,
         prompt: Prompt::Text(format!("question {prompt}")),
-        completions: vec!["a".into(), "b".into()],
+        completions: vec!["a".into(), format!("Answer {step}")],
         scores,
         judge: format!("judge {judge}"),
         ..Preference::default()
@@ -112,12 +112,16 @@ fn preference() -> impl Strategy<Value = Preference> {
 
 fn query() -> impl Strategy<Value = Query> {
     let steps = proptest::option::of((0u64..6, 0u64..6).prop_map(|(a, b)| a.min(b)..a.max(b)));
-    (steps, proptest::option::of(0u8..4), proptest::option::of(0u8..4), 0.0f64..0.8).prop_map(
-        |(steps, prompt, judge, disagreement_min)| Query {
+    let number = || proptest::option::of(0u8..4);
+    let after = proptest::option::of((0u64..6, 0u32..3));
+    (steps, number(), number(), 0.0f64..0.8, number(), after).prop_map(
+        |(steps, prompt, judge, disagreement_min, text, after)| Query {
             steps,
             prompt: prompt.map(|n| Prompt::Text(format!("question {n}"))),
             judge: judge.map(|n| format!("judge {n}")),
             disagreement_min,
+            text: text.map(|n| format!("aNSWER {n}")),
+            after,
         },
     )
 }
@@ -144,6 +148,8 @@ proptest! {
                 && query.prompt.as_ref().is_none_or(|prompt| *prompt == p.prompt)
                 && query.judge.as_ref().is_none_or(|judge| *judge == p.judge)
                 && p.disagreement() >= query.disagreement_min
+                && query.text.as_ref().is_none_or(|text| text.ends_with(&p.step.to_string()))
+                && query.after.is_none_or(|after| (p.step, p.index) > after)
         };
         let wanted: Vec<Preference> = model.values().filter(wanted).cloned().collect();
         prop_assert_eq!(found, wanted);

@@ -1,50 +1,15 @@
 //! People who label: a session in a real Chromium, the same by HTTP, and a job that waits for them.
 
-use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use fantoccini::{Client, ClientBuilder, Locator};
-use hyper_util::client::legacy::connect::HttpConnector;
+use fantoccini::Locator;
 use rehearsal::store::{Preference, Store};
 use serde_json::{Value, json};
 
-use crate::support::parts::{Part, skip};
+use crate::support::browser::{Browser, Page, Server};
 use crate::support::{PATIENCE, job_file, program, rehearsal, rewarded_by, runtime, stderr};
-
-/// A process that serves something, killed at the end.
-struct Server {
-    child: Child,
-    url: String,
-}
-
-impl Server {
-    /// Starts a command and waits for the line that says where it is.
-    fn start(mut command: Command, before: &str, after: &[char]) -> Self {
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let url = lines.by_ref().map_while(Result::ok).find_map(|line| {
-            let rest = line.split_once(before)?.1;
-            Some(rest.split(after).next()?.to_string())
-        });
-        // What it says later is read, so that it never waits for a reader.
-        std::thread::spawn(move || lines.for_each(drop));
-        Self { child, url: url.expect("it never said where it is") }
-    }
-
-    fn kill(mut self) {
-        self.child.kill().unwrap(); // SIGKILL
-        self.child.wait().unwrap();
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 fn labelling(directory: &Path, more: &[&str]) -> Server {
     let mut command = program();
@@ -82,41 +47,25 @@ fn items(folder: &Path) -> std::path::PathBuf {
     file
 }
 
-/// A person at a browser.
-struct Person(Client);
+/// A person at the label page.
+struct Person(Page);
+
+impl std::ops::Deref for Person {
+    type Target = Page;
+
+    fn deref(&self) -> &Page {
+        &self.0
+    }
+}
 
 impl Person {
-    async fn text(&self, css: &str) -> String {
-        self.0.find(Locator::Css(css)).await.unwrap().text().await.unwrap()
-    }
-
-    /// Waits until a part of the page says something.
-    async fn sees(&self, css: &str, wanted: &str) {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let text = self.text(css).await;
-            if text.contains(wanted) {
-                return;
-            }
-            assert!(Instant::now() < deadline, "{css} says {text:?}, not {wanted:?}");
-            tokio::time::sleep(Duration::from_millis(30)).await;
-        }
-    }
-
-    async fn types(&self, keys: &str) {
-        let body = self.0.find(Locator::Css("body")).await.unwrap();
-        body.send_keys(keys).await.unwrap();
-    }
-
     async fn says_who(&self, name: &str) {
-        let field = self.0.find(Locator::Css("#name")).await.unwrap();
-        field.clear().await.unwrap();
-        field.send_keys(&format!("{name}\u{e007}")).await.unwrap(); // with Enter
+        self.0.fills("#name", &format!("{name}{ENTER}")).await;
     }
 
     /// The letter under which an answer is shown.
     async fn letter_of(&self, answer: &str) -> String {
-        for row in self.0.find_all(Locator::Css("#answers li")).await.unwrap() {
+        for row in self.0.0.find_all(Locator::Css("#answers li")).await.unwrap() {
             if row.find(Locator::Css(".text")).await.unwrap().text().await.unwrap() == answer {
                 return row.find(Locator::Css(".letter")).await.unwrap().text().await.unwrap().to_lowercase();
             }
@@ -139,34 +88,13 @@ const BACKSPACE: &str = "\u{e003}";
 
 #[test]
 fn people_rank_tie_undo_reload_and_write_in_a_real_browser() {
-    let driver = Command::new("chromedriver").arg("--version").output();
-    if driver.is_err() {
-        skip(Part::Chromium, "there is no chromedriver; `apt-get install chromium-driver` brings it");
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let (file, labels) = (items(folder.path()), folder.path().join("labels"));
     let server = labelling(&labels, &["--items", file.to_str().unwrap(), "--labels", "2"]);
-    let mut driver = Command::new("chromedriver");
-    driver.arg("--port=0");
-    let driver = Server::start(driver, "started successfully on port ", &['.']);
-    let profile = tempfile::tempdir().unwrap();
-
     runtime().block_on(async {
-        let arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-            .map(String::from)
-            .into_iter()
-            .chain([format!("--user-data-dir={}", profile.path().display())])
-            .collect::<Vec<_>>();
-        let wanted = json!({"goog:chromeOptions": {"args": arguments}});
-        let Value::Object(wanted) = wanted else { unreachable!() };
-        let client = ClientBuilder::new(HttpConnector::new())
-            .capabilities(wanted)
-            .connect(&format!("http://127.0.0.1:{}", driver.url))
-            .await
-            .unwrap();
-        let anna = Person(client);
-        anna.0.goto(&server.url).await.unwrap();
+        let Some(browser) = Browser::start().await else { return };
+        let anna = Person(browser.page);
+        anna.0.0.goto(&server.url).await.unwrap();
         anna.sees("#message", "Say who you are").await;
         anna.says_who("anna").await;
         anna.sees("#prompt", "What is the fox like?").await;
@@ -175,8 +103,8 @@ fn people_rank_tie_undo_reload_and_write_in_a_real_browser() {
         // What an answer contains is shown as it is, and does nothing.
         let letter = anna.letter_of(HOSTILE).await;
         assert_eq!(letter.len(), 1);
-        assert!(anna.0.find_all(Locator::Css("#answers img, #answers script, #answers b")).await.unwrap().is_empty());
-        assert_eq!(anna.0.title().await.unwrap(), "Which answer is better?");
+        assert!(anna.0.0.find_all(Locator::Css("#answers img, #answers script, #answers b")).await.unwrap().is_empty());
+        assert_eq!(anna.0.0.title().await.unwrap(), "Which answer is better?");
 
         // A mistake is taken back key by key; a half-typed ranking survives a reload.
         anna.ranks(&["Go away."]).await;
@@ -184,7 +112,7 @@ fn people_rank_tie_undo_reload_and_write_in_a_real_browser() {
         anna.ranks(&["It is quick.", "A fox."]).await;
         let half = anna.text("#ranking").await;
         assert!(half.ends_with("> …"), "{half}");
-        anna.0.refresh().await.unwrap();
+        anna.0.0.refresh().await.unwrap();
         anna.sees("#ranking", &half).await;
         anna.types(ENTER).await; // not whole: nothing is sent
         anna.ranks(&["Go away.", &format!("={HOSTILE}")]).await;
@@ -206,9 +134,9 @@ fn people_rank_tie_undo_reload_and_write_in_a_real_browser() {
         anna.sees("#prompt", "What does the dog do?").await;
         anna.types("s").await; // she cannot tell
         anna.sees("#task", "Write the answer").await;
-        let field = anna.0.find(Locator::Css("#text")).await.unwrap();
+        let field = anna.0.0.find(Locator::Css("#text")).await.unwrap();
         field.send_keys("Hello, and welcome!").await.unwrap();
-        anna.0.find(Locator::Css("#send")).await.unwrap().click().await.unwrap();
+        anna.0.0.find(Locator::Css("#send")).await.unwrap().click().await.unwrap();
         anna.sees("#idle-text", "That was all").await;
 
         // The second labeller, with another opinion on the first item; by mouse this time.
@@ -217,10 +145,10 @@ fn people_rank_tie_undo_reload_and_write_in_a_real_browser() {
         for answer in ["It is quick.", "A fox.", "Go away.", HOSTILE] {
             let letter = anna.letter_of(answer).await;
             let place = letter.as_bytes()[0] - b'a' + 1;
-            let row = anna.0.find(Locator::Css(&format!("#answers li:nth-child({place})"))).await.unwrap();
+            let row = anna.0.0.find(Locator::Css(&format!("#answers li:nth-child({place})"))).await.unwrap();
             row.click().await.unwrap();
         }
-        anna.0.find(Locator::Css("#send")).await.unwrap().click().await.unwrap();
+        anna.0.0.find(Locator::Css("#send")).await.unwrap().click().await.unwrap();
         anna.sees("#prompt", "Who?").await;
         anna.ranks(&["The dog.", "Whatever."]).await;
         anna.types(ENTER).await;
@@ -228,7 +156,7 @@ fn people_rank_tie_undo_reload_and_write_in_a_real_browser() {
         // 7 pairs, 5 alike: A fox/quick turned round and one tie broken.
         anna.sees("#progress", "κ anna/ben").await;
         anna.sees("#progress", "on 7 pairs").await;
-        anna.0.close().await.unwrap();
+        anna.0.0.close().await.unwrap();
     });
     server.kill();
 

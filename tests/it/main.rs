@@ -36,4 +36,5 @@ mod served_judge;
 mod service;
 mod support;
 mod tutorials;
+mod view;
 mod waits;

@@ -15,7 +15,8 @@ use crate::support::parts::{Part, skip};
 use crate::support::{PATIENCE, free_port, job_file, program, rehearsal, stderr};
 
 /// Expressions that may be empty on a healthy job, each with its reason.
-const MAY_BE_EMPTY: [(&str, &str); 1] = [("ALERTS", "no alert fires on a healthy job")];
+const MAY_BE_EMPTY: [(&str, &str); 2] =
+    [("ALERTS", "no alert fires on a healthy job"), ("judge_seconds", "the job has no judge")];
 
 struct Killed(Child);
 

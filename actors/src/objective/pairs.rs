@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use rehearsal_learn::preference::chosen_nll;
-use rehearsal_learn::{BatchTotals, PreferenceConfig, PreferenceLogprobs, preference_loss, token};
+use rehearsal_learn::{BatchTotals, PreferenceConfig, PreferenceKind, PreferenceLogprobs, preference_loss, token};
 use rehearsal_lm::Batch;
 use serde::{Deserialize, Serialize};
 
@@ -38,8 +38,9 @@ impl PairTokens {
 /// A preference loss on the pairs of one step.
 ///
 /// Statistics, as means over pairs: `preference_accuracy` (share of pairs with a positive margin), `margin`,
-/// `chosen_reward`, `rejected_reward` (implicit rewards), `chosen_logprob`, `rejected_logprob` (sums over tokens); and over
-/// tokens `mismatch_kl`, for completions that the policy sampled.
+/// `chosen_reward`, `rejected_reward` (implicit rewards), `chosen_logprob`, `rejected_logprob` (sums over tokens); for DPO's
+/// loss `gradient_weight`, and the shares `gradient_weight_low` and `gradient_weight_high` of pairs whose weight is below 0.1
+/// and above 0.9; and over tokens `mismatch_kl`, for completions that the policy sampled.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Pairs {
     /// Pairs of the step.
@@ -120,9 +121,15 @@ impl Pairs {
             },
             &self.loss,
         )?;
-        let correct = values_f64(&loss.margins()?)?.iter().filter(|&&m| m > 0.0).count();
-        pass.add("preference_accuracy", correct as f64, n);
+        let margins = values_f64(&loss.margins()?)?;
+        let count = |of: &dyn Fn(f64) -> bool| margins.iter().filter(|&&m| of(m)).count() as f64;
+        pass.add("preference_accuracy", count(&|m| m > 0.0), n);
         pass.add("margin", sum_f64(&loss.margins()?)?, n);
+        if self.loss.kind == PreferenceKind::Sigmoid {
+            pass.add("gradient_weight", margins.iter().copied().map(gradient_weight).sum(), n);
+            pass.add("gradient_weight_low", count(&|m| gradient_weight(m) < 0.1), n);
+            pass.add("gradient_weight_high", count(&|m| gradient_weight(m) > 0.9), n);
+        }
         pass.add("chosen_reward", sum_f64(&loss.chosen_rewards)?, n);
         pass.add("rejected_reward", sum_f64(&loss.rejected_rewards)?, n);
         pass.add("chosen_logprob", sum_f64(&chosen)?, n);
@@ -134,6 +141,12 @@ impl Pairs {
         let nll = chosen_nll(&tokens, &spans, term, whole)?;
         Ok((share + (nll * term.weight)?)?)
     }
+}
+
+/// Factor of a pair's gradient in DPO, from its implicit reward margin: `σ(-margin)` (Rafailov et al. 2023, section 4). 0.5
+/// where policy and reference agree, near 0 for a pair that is learned, near 1 for one that is ordered wrongly.
+fn gradient_weight(margin: f64) -> f64 {
+    1.0 / (1.0 + margin.exp())
 }
 
 /// The log-probabilities of the chosen completions, which are sequences 0, 2, 4, ..., and their spans.

@@ -22,7 +22,7 @@ use super::shared::minibatches::{UpdateSettings, minibatches};
 use super::shared::online::OnlineSettings;
 use super::shared::preference::LossSettings;
 use crate::config::{Keys, Settings};
-use crate::data::{DataSettings, order};
+use crate::data::{DataSettings, PromptsSettings, order};
 use crate::driver::{
     Algorithm, AlgorithmSettings, LoadedAlgorithm, Loader, RolloutInputs, RolloutSettings, Rollouts, Run, Starter,
     Step, Updates, log_ratio, mean, rollout_stats,
@@ -77,6 +77,10 @@ impl Settings for Ppo {
 }
 
 impl AlgorithmSettings for Ppo {
+    fn prompts(&self) -> Option<&PromptsSettings> {
+        Some(&self.online.prompts)
+    }
+
     fn check(&self, common: &Common, keys: &mut Keys) {
         let rollout = &self.online.rollout;
         rollout.check(common, keys);

@@ -3,7 +3,7 @@
 use rehearsal_lm::generate::Sampling;
 
 use crate::config::{Keys, Range, Settings};
-use crate::nodes::NodesSettings;
+use crate::nodes::{COMPLETION_TOKENS_MAX, NodesSettings};
 use crate::settings::Common;
 
 /// `[rollout]`
@@ -114,6 +114,12 @@ impl Settings for RolloutSettings {
              and are generated meanwhile (`placement.sampler`, `placement.sampler_threads`). 0 learns from the newest policy's.",
         );
         self.nodes.visit(keys);
+        let tokens = self.max_new_tokens;
+        if self.nodes.listen.is_some() && tokens > COMPLETION_TOKENS_MAX {
+            let message =
+                format!("= {tokens} is more than the {COMPLETION_TOKENS_MAX} that nodes (`nodes.listen`) can send");
+            keys.section("rollout").problem("max_new_tokens", message);
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Small jobs on the embedded model, in the process and as the real program.
 
+pub mod browser;
 pub mod edit;
 pub mod jobs;
 pub mod parts;
