@@ -39,6 +39,15 @@ pub enum Event {
         /// URL of the page; it may hold the token.
         url: String,
     },
+    /// An evaluation was better than all before it, and its model was written to the folder `best` (`evaluation.best`).
+    Best {
+        /// Step after which it was made.
+        step: u64,
+        /// The number by which evaluations are compared.
+        measure: &'static str,
+        /// Its value.
+        value: f64,
+    },
     /// The job's viewer is served (`view.listen`).
     ViewerServed {
         /// URL of the page; it may hold the token.

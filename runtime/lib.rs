@@ -93,7 +93,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use events::{Event, NewCompletion, Outcome, ScoredText};
 pub use futures::BoxFuture;
 pub use heap::use_one_arena;
-pub use job::{CONFIG_FILE, Chain, Config, Job, JobBuilder, JobHandle};
+pub use job::{CONFIG_FILE, Chain, Checked, Config, Job, JobBuilder, JobHandle};
 pub use memory::MemoryBudget;
 pub use metrics::Metric;
 pub use nodes::{Credentials, NodesSettings};

@@ -36,12 +36,23 @@ pub struct JobStatus {
     pub dropped: Dropped,
     /// Memory of the process.
     pub memory: MemoryUse,
+    /// Whether it is at its end, and its model written. Jobs that ended under older builds do not say so: they have all their
+    /// steps.
+    #[serde(default)]
+    pub done: bool,
     /// Whether it waits for its handle, or who else paused it, to let it go on.
     #[serde(default)]
     pub paused: bool,
     /// What a running job has been waiting for for longer than `limits.notice_seconds`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub waiting: Vec<Waiting>,
+}
+
+impl JobStatus {
+    /// Whether the job is at its end.
+    pub fn is_done(&self) -> bool {
+        self.done || (self.steps > 0 && self.step >= self.steps)
+    }
 }
 
 /// A long wait.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use candle_core::{Device, Tensor};
 use rehearsal_store::{
-    CachedReply, Error as StoreError, Preference, Repair, RolloutRecord, SavedCheckpoint, ScoreRecord, Store,
+    CachedReply, Error as StoreError, Keep, Preference, Repair, RolloutRecord, SavedCheckpoint, ScoreRecord, Store,
     TensorBytes, Usage,
 };
 
@@ -27,8 +27,8 @@ pub struct JobCheckpoint {
     pub models: BTreeMap<String, ModelSnapshot>,
     /// The job's own state; the store does not interpret it.
     pub state: Vec<u8>,
-    /// Number of checkpoints to keep, this one included; at least one is kept.
-    pub keep: usize,
+    /// Which checkpoints to keep, this one included.
+    pub keep: Keep,
 }
 
 /// The logged rollouts and scores of a step that was interrupted, in the order of their indices.

@@ -28,7 +28,7 @@ pub use tokens::{Score, ScoredToken, ScoredTokens};
 
 use self::request::Reply;
 use crate::blocking::blocking;
-use crate::error::{Error, Result};
+use crate::error::{At, Error, Result};
 use crate::status::JobStatus;
 
 /// Asks, and takes the reply that belongs to the request.
@@ -57,6 +57,29 @@ pub async fn glance(directory: &Path) -> Result<(JobStatus, bool)> {
     }
     let directory = directory.to_path_buf();
     Ok((blocking(move || stored::status(&directory)).await?, false))
+}
+
+/// The directories of jobs in a directory: itself, its folders, and theirs, such as those of a chain's stages; by name.
+///
+/// # Errors
+///
+/// If the directory cannot be read.
+pub fn jobs_in(directory: &Path) -> Result<Vec<PathBuf>> {
+    if Store::exists(directory) {
+        return Ok(vec![directory.into()]);
+    }
+    let mut jobs = Vec::new();
+    for entry in std::fs::read_dir(directory).at(directory)? {
+        let path = entry.at(directory)?.path();
+        if Store::exists(&path) {
+            jobs.push(path);
+        } else if path.is_dir() {
+            let inner = std::fs::read_dir(&path).into_iter().flatten().flatten().map(|entry| entry.path());
+            jobs.extend(inner.filter(|path| Store::exists(path)));
+        }
+    }
+    jobs.sort();
+    Ok(jobs)
 }
 
 /// How long opening waits for a process that holds the store and does not listen: it is starting, or ending.

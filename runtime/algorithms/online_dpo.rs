@@ -4,6 +4,7 @@
 
 use rehearsal_actors::{Cut, PairTokens, Pairs};
 use rehearsal_learn::pairs::Pair;
+use rehearsal_lm::Architecture;
 
 use super::shared::online::OnlineSettings;
 use super::shared::pairs::{pair_stats, pair_tokens};
@@ -46,6 +47,10 @@ impl AlgorithmSettings for OnlineDpo {
         self.online.rollout.check_compared(keys, "`online_dpo` needs");
     }
 
+    fn memory(&self, common: &Common, model: &Architecture, prompt_tokens: u64) -> Option<MemoryBudget> {
+        MemoryBudget::predict(common, &self.online.rollout, model, prompt_tokens)
+    }
+
     fn needs_reward(&self) -> bool {
         true
     }
@@ -66,9 +71,7 @@ impl LoadedAlgorithm for Loaded {
     fn start<'a>(self: Box<Self>, starter: &'a mut Starter<'_>) -> BoxFuture<'a, Result<Box<dyn Algorithm>>> {
         Box::pin(async move {
             let model = &starter.model.architecture;
-            let budget =
-                MemoryBudget::predict(starter.common, &self.settings.online.rollout, model, starter.prompt_tokens);
-            starter.expect_memory(budget);
+            starter.expect_memory(self.settings.memory(starter.common, model, starter.prompt_tokens));
             let rollouts = Rollouts::start(self.inputs, starter).await?;
             Ok(Box::new(Running { settings: self.settings, rollouts }) as _)
         })

@@ -1,11 +1,14 @@
 //! The command line. No other module prints, handles signals, sets up logging or exits.
 
+mod check;
 mod evaluate;
 mod exit;
 mod export;
 mod generate;
+mod init;
 #[cfg(feature = "label")]
 mod label;
+mod list;
 #[cfg(feature = "nodes")]
 mod node;
 mod print;
@@ -21,7 +24,7 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use print::{note, say};
 use rehearsal_lm::Message;
 
@@ -32,6 +35,7 @@ const ABOUT: &str = "Aligns language models by SFT, reward models, PPO, DPO and 
 
 const EXAMPLES: &str = "Examples:
   rehearsal run examples/quickstart.toml      train the embedded model; about fifteen seconds on two cores
+  rehearsal check examples/quickstart.toml    show what a job would do
   rehearsal resume runs/quickstart            continue after a crash, a kill or Ctrl-C
   rehearsal status runs/quickstart            show progress, also while the job runs
   rehearsal view runs                         show curves and answers of all jobs in the browser
@@ -51,8 +55,26 @@ struct Cli {
     /// Log more to standard error; RUST_LOG overrides the filter
     #[arg(short, long, global = true)]
     verbose: bool,
+    /// Format of the log: lines of text, or JSON objects
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
     #[command(subcommand)]
     command: Command,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+/// Values in place of a file's.
+#[derive(clap::Args)]
+struct Values {
+    /// A key's value in place of the file's: `section.key=value`, or `stage.2.section.key=value` for the second stage of
+    /// several; may be given more than once
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
 }
 
 #[derive(Subcommand)]
@@ -61,22 +83,49 @@ enum Command {
     #[command(after_help = "Examples:
   rehearsal run examples/quickstart.toml
   rehearsal run examples/instructgpt.toml     several stages in one file
+  rehearsal run job.toml --set job.directory=runs/b --set optimizer.learning_rate=1e-5
 
 Ctrl-C stops the job after a checkpoint; a second Ctrl-C ends it at once. Both can be resumed.")]
     Run {
         /// TOML file of the job; docs/config.md lists every key
         config: PathBuf,
+        #[command(flatten)]
+        values: Values,
     },
+    /// Read everything that a job reads, and show what it would do; nothing is written
+    #[command(after_help = "Example:
+  rehearsal check job.toml --set optimizer.learning_rate=1e-5")]
+    Check {
+        /// TOML file of the job
+        config: PathBuf,
+        #[command(flatten)]
+        values: Values,
+    },
+    /// Write a commented configuration to start from
+    Init(init::Init),
     /// Continue a job that was interrupted or stopped, with the same result as if it had not been
     #[command(after_help = "Examples:
   rehearsal resume runs/quickstart
-  rehearsal resume runs/quickstart --config examples/quickstart.toml")]
+  rehearsal resume runs/quickstart --set job.steps=200      longer than it was to run
+  rehearsal resume runs/quickstart --config examples/quickstart.toml
+
+A key that changes results, marked in docs/config.md, keeps its value: another one is refused by name.")]
     Resume {
         /// Directory of the job
         directory: PathBuf,
         /// Read the configuration from this file instead of the copy in the directory
         #[arg(long)]
         config: Option<PathBuf>,
+        #[command(flatten)]
+        values: Values,
+    },
+    /// List the jobs of a directory
+    #[command(after_help = "Example:
+  rehearsal list runs")]
+    List {
+        /// Directory whose folders are directories of jobs
+        #[arg(default_value = "runs")]
+        directory: PathBuf,
     },
     /// Show the progress of a job, its newest metrics and its checkpoints, also while it runs
     #[command(after_help = "Example:
@@ -164,6 +213,22 @@ The exit code is 3 if a record or a checkpoint is damaged.")]
         /// Directory of the job
         directory: PathBuf,
     },
+    /// Print the JSON schema of configurations, for editors that complete and check TOML
+    Schema,
+    /// Print the completions of a shell
+    #[command(after_help = "Example:
+  rehearsal completions bash > /etc/bash_completion.d/rehearsal")]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages, one for each command
+    #[command(after_help = "Example:
+  rehearsal man ~/.local/share/man/man1")]
+    Man {
+        /// Directory to write to, which must exist
+        directory: PathBuf,
+    },
     /// Train the embedded model from scratch, on generated text
     MakeEmbedded {
         /// Directory for the model's files
@@ -178,10 +243,13 @@ The exit code is 3 if a record or a checkpoint is damaged.")]
 /// Parses the arguments, runs the command and returns its exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    set_up_logging(cli.verbose);
+    set_up_logging(cli.verbose, cli.log_format);
     let result = match cli.command {
-        Command::Run { config } => run::run(&config),
-        Command::Resume { directory, config } => run::resume(&directory, config.as_deref()),
+        Command::Run { config, values } => run::run(&config, &values.set),
+        Command::Check { config, values } => check::check(&config, &values.set),
+        Command::Init(settings) => init::init(settings),
+        Command::Resume { directory, config, values } => run::resume(&directory, config.as_deref(), &values.set),
+        Command::List { directory } => list::list(&directory),
         Command::Status { directory } => status::status(&directory),
         Command::Generate { model, prompt, max_new_tokens, temperature, top_p, seed, system, special_tokens } => {
             let mut request =
@@ -201,6 +269,14 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "view")]
         Command::View(settings) => view::view(settings),
         Command::Verify { directory } => status::verify(&directory),
+        Command::Schema => schema(),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "rehearsal", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Man { directory } => clap_mangen::generate_to(Cli::command(), &directory)
+            .map(|()| ExitCode::SUCCESS)
+            .map_err(|source| Error::Io { path: directory, source }),
         Command::MakeEmbedded { out, steps } => make_embedded(&out, steps),
     };
     result.unwrap_or_else(|e| {
@@ -209,11 +285,21 @@ pub fn main() -> ExitCode {
     })
 }
 
-fn set_up_logging(verbose: bool) {
+fn schema() -> Result<ExitCode> {
+    let schema = serde_json::to_string_pretty(&crate::job::Config::json_schema());
+    say!("{}", schema.map_err(|e| Error::Internal(e.to_string()))?);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn set_up_logging(verbose: bool, format: LogFormat) {
     let level = if verbose { "info,rehearsal=debug" } else { "warn" };
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
     let ansi = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi);
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
 }
 
 fn make_embedded(out: &std::path::Path, steps: u64) -> Result<ExitCode> {

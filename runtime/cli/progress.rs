@@ -83,6 +83,9 @@ fn show(bar: Option<&ProgressBar>, event: &Event) {
             let numbers: Vec<String> = e.stats.iter().map(|(name, value)| format!("{name} {value:.3}")).collect();
             line(format!("held-out at step {}: {}", e.step, numbers.join(", ")));
         }
+        Event::Best { step, measure, value } => {
+            line(format!("the best {measure} so far is {value:.3}, of step {step}; its model is in the folder best"));
+        }
         Event::Checkpoint { step, bytes, took } => {
             line(format!("checkpoint of step {step}: {:.1} MB in {:.2} s", *bytes as f64 / 1e6, took.as_secs_f64()));
         }

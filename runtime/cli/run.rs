@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use tokio_util::sync::CancellationToken;
 
-use super::exit::{FAILED, STOPPED};
+use super::exit::STOPPED;
 use super::print::{note, say};
 use super::progress::ProgressDisplay;
 use super::ranks::{self, Part};
@@ -14,15 +14,15 @@ use crate::events::Outcome;
 use crate::job::{Chain, Config};
 
 /// Starts the job of a configuration file.
-pub fn run(file: &Path) -> Result<ExitCode> {
-    work(Chain::load(file)?, false)
+pub fn run(file: &Path, values: &[String]) -> Result<ExitCode> {
+    work(Chain::load_with(file, values)?, false)
 }
 
 /// Continues the job of a directory, with the configuration in `file` if there is one.
-pub fn resume(directory: &Path, file: Option<&Path>) -> Result<ExitCode> {
+pub fn resume(directory: &Path, file: Option<&Path>, values: &[String]) -> Result<ExitCode> {
     let chain = match file {
-        Some(file) => Chain::load(file)?,
-        None => Chain::saved(directory)?,
+        Some(file) => Chain::load_with(file, values)?,
+        None => Chain::saved_with(directory, values)?,
     };
     work(chain, true)
 }
@@ -58,13 +58,7 @@ fn work(chain: Chain, resume: bool) -> Result<ExitCode> {
         outcome
     })?;
     report(&outcome);
-    Ok(if outcome.stopped {
-        ExitCode::from(STOPPED)
-    } else if outcome.step < outcome.steps {
-        ExitCode::from(FAILED)
-    } else {
-        ExitCode::SUCCESS
-    })
+    Ok(if outcome.stopped { ExitCode::from(STOPPED) } else { ExitCode::SUCCESS })
 }
 
 /// A token that the first signal (Ctrl-C, SIGTERM) cancels; the second exits at once.

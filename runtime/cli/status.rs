@@ -70,20 +70,16 @@ fn memory(memory: &MemoryUse) {
     if let Some(measured) = memory.measured_peak {
         say!("  {:19} {:.0} MB at most", "memory", megabytes(measured));
     }
-    if let Some(MemoryBudget { weights, reference, moments, gradients, activations, generation, peak }) =
-        memory.predicted
-    {
-        let parts = [
-            ("weights", weights),
-            ("reference", reference),
-            ("moments", moments),
-            ("gradients", gradients),
-            ("activations", activations),
-            ("generation", generation),
-        ];
-        let parts = parts.map(|(name, bytes)| format!("{name} {:.0}", megabytes(bytes)));
-        say!("  {:19} {:.0} MB: {}", "memory, predicted", megabytes(peak), parts.join(", "));
-    }
+    memory.predicted.iter().for_each(predicted);
+}
+
+/// Prints the predicted memory by part.
+pub fn predicted(budget: &MemoryBudget) {
+    let megabytes = |bytes: u64| bytes as f64 / 1e6;
+    let parts = budget.by_purpose();
+    let of = parts.iter().filter(|(name, _)| *name != "peak");
+    let of: Vec<String> = of.map(|(name, bytes)| format!("{name} {:.0}", megabytes(*bytes))).collect();
+    say!("  {:19} {:.0} MB: {}", "memory, predicted", megabytes(budget.peak), of.join(", "));
 }
 
 /// Checks every checksum of the store and prints what is damaged.

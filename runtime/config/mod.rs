@@ -6,6 +6,7 @@
 
 mod document;
 mod keys;
+mod overrides;
 mod paths;
 mod problem;
 mod range;
@@ -14,6 +15,7 @@ mod section;
 mod stages;
 
 pub use keys::{Effect, Key, Keys, Kind, Settings};
+pub(crate) use overrides::with_values;
 pub use paths::{ModelSource, folder_of};
 pub use problem::{ConfigError, Problem};
 pub use range::Range;

@@ -51,6 +51,13 @@ pub trait Content {
 
     /// Its largest token.
     fn largest_token(&self) -> u32;
+
+    /// The token sequences that are learned from, each a prompt with a completion.
+    fn sequences(&self) -> Vec<Vec<u32>>;
+}
+
+fn joined<'a>(all: impl Iterator<Item = &'a Tokens>) -> Vec<Vec<u32>> {
+    all.map(|tokens| [tokens.prompt.as_slice(), tokens.completion.as_slice()].concat()).collect()
 }
 
 fn largest<'a>(all: impl Iterator<Item = &'a Tokens>) -> u32 {
@@ -73,6 +80,10 @@ impl Content for MaskedSequence {
     fn largest_token(&self) -> u32 {
         self.tokens.iter().copied().max().unwrap_or(0)
     }
+
+    fn sequences(&self) -> Vec<Vec<u32>> {
+        vec![self.tokens.to_vec()]
+    }
 }
 
 impl Content for PairRow {
@@ -86,6 +97,10 @@ impl Content for PairRow {
 
     fn largest_token(&self) -> u32 {
         largest([&self.chosen, &self.rejected].into_iter())
+    }
+
+    fn sequences(&self) -> Vec<Vec<u32>> {
+        joined([&self.chosen, &self.rejected].into_iter())
     }
 }
 
@@ -102,6 +117,10 @@ impl Content for Ranking {
 
     fn largest_token(&self) -> u32 {
         largest(self.completions.iter())
+    }
+
+    fn sequences(&self) -> Vec<Vec<u32>> {
+        joined(self.completions.iter())
     }
 }
 

@@ -5,6 +5,7 @@ use std::fmt::Debug;
 
 use dyn_clone::DynClone;
 use rehearsal_learn::reward::Normalisation;
+use rehearsal_lm::Architecture;
 
 use super::loader::Loader;
 use super::run::Run;
@@ -14,6 +15,7 @@ use crate::config::{Keys, Settings};
 use crate::data::PromptsSettings;
 use crate::error::Result;
 use crate::futures::BoxFuture;
+use crate::memory::MemoryBudget;
 use crate::metrics::Metric;
 use crate::settings::Common;
 use crate::summary::Evaluation;
@@ -38,6 +40,11 @@ pub trait AlgorithmSettings: Settings + Any + DynClone + Debug + Send + Sync {
 
     /// How prompts become tokens, if it has prompts.
     fn prompts(&self) -> Option<&PromptsSettings> {
+        None
+    }
+
+    /// The memory that it is expected to take, for prompts of `prompt_tokens` tokens on average, if it says so.
+    fn memory(&self, _common: &Common, _model: &Architecture, _prompt_tokens: u64) -> Option<MemoryBudget> {
         None
     }
 

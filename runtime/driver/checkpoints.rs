@@ -44,7 +44,7 @@ impl Run {
             step: self.state.step,
             models,
             state: self.state.encode()?,
-            keep: self.common.checkpoint.keep,
+            keep: self.common.checkpoint.kept(),
         };
         let (archivist, journal, step) = (self.roles.archivist.clone(), self.journal.clone(), checkpoint.step);
         let written = tokio::spawn(async move {

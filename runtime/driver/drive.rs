@@ -55,6 +55,8 @@ pub async fn drive(run: &mut Run, algorithm: &mut dyn Algorithm) -> Result<Outco
     run.readiness.set(false);
     if !stopped {
         export(run, algorithm).await?;
+        run.done = true;
+        run.write_status().await?;
         while let Ok(command) = run.commands.try_recv() {
             run.carry_out(command).await?;
         }
@@ -62,7 +64,8 @@ pub async fn drive(run: &mut Run, algorithm: &mut dyn Algorithm) -> Result<Outco
     Ok(Outcome {
         directory: run.common.job.directory.clone(),
         step: run.state.step,
-        steps: run.common.job.steps,
+        // A job whose patience is over has had its last step.
+        steps: if stopped { run.common.job.steps } else { run.state.step },
         stopped,
         evaluations: run.state.evaluations.clone(),
     })
@@ -80,8 +83,8 @@ async fn steps(run: &mut Run, algorithm: &mut dyn Algorithm) -> Result<()> {
         if checkpoint_due(run) {
             run.begin_checkpoint().await?;
         }
-        if run.state.step >= run.common.job.steps {
-            return run.settle().await;
+        if run.state.step >= run.common.job.steps || is_patience_over(run) {
+            return run.checkpoint().await;
         }
         boundary(run).await?;
         let with_checkpoint = run.writing.is_some();
@@ -96,6 +99,12 @@ async fn steps(run: &mut Run, algorithm: &mut dyn Algorithm) -> Result<()> {
         step.summary.seconds.total = took.as_secs_f64();
         run.finish_step(step).await?;
     }
+}
+
+/// Whether so many evaluations were not better than the best one that the job ends early.
+fn is_patience_over(run: &Run) -> bool {
+    let patience = run.common.evaluation.patience;
+    patience > 0 && run.state.best.is_some_and(|best| best.since >= patience)
 }
 
 /// Whether an evaluation is due between two steps and not done.
@@ -168,7 +177,12 @@ impl Run {
     }
 
     /// Writes the trained model as a Hugging Face directory; an earlier one is replaced as a whole.
-    async fn write_model(&self, directory: PathBuf, dtype: DType, normalisation: Option<Normalisation>) -> Result<()> {
+    pub(super) async fn write_model(
+        &self,
+        directory: PathBuf,
+        dtype: DType,
+        normalisation: Option<Normalisation>,
+    ) -> Result<()> {
         let writing = blocking(move || Writing::begin(&directory)).await?;
         let trained = || Error::Internal("the algorithm has started no model to train".into());
         self.roles.trained.first().ok_or_else(trained)?.export(writing.path().to_path_buf(), dtype).await?;

@@ -41,7 +41,12 @@ pub struct Loaded {
     pub fingerprint: Vec<(String, String)>,
     /// Average length of a prompt in tokens, rounded up.
     pub prompt_tokens: u64,
+    /// The first rows as the model reads them.
+    pub first: Vec<Vec<String>>,
 }
+
+/// Rows that [`Loaded::first`] holds.
+const FIRST: usize = 3;
 
 impl<'a> Loader<'a> {
     /// Loads the policy's start. Chat templates that print the date print `day`, in days after 1 January 1970.
@@ -67,6 +72,7 @@ impl<'a> Loader<'a> {
             steps: None,
             fingerprint,
             prompt_tokens: 0,
+            first: Vec::new(),
         };
         Ok(Self { common, rewards, results, models, policy, loaded })
     }
@@ -162,6 +168,8 @@ impl<'a> Loader<'a> {
         loaded.dropped.add_rows("is too long", prompts.too_long);
         loaded.rows = prompts.train.len();
         loaded.prompt_tokens = prompts.mean_tokens();
+        let first = prompts.train.iter().take(FIRST).map(|row| Ok(vec![self.policy.text.decode_all(&row.tokens)?]));
+        loaded.first = first.collect::<Result<_>>()?;
         Ok(prompts)
     }
 
@@ -178,6 +186,9 @@ impl<'a> Loader<'a> {
         self.loaded.dropped = reader.dropped;
         self.loaded.fingerprint.push(("the data".into(), rows.fingerprint()));
         self.loaded.rows = rows.train.len();
+        let text = |tokens: Vec<u32>| Ok(self.policy.text.decode_all(&tokens)?);
+        let first = rows.train.iter().take(FIRST).map(|row| row.sequences().into_iter().map(text).collect());
+        self.loaded.first = first.collect::<Result<_>>()?;
         if data.epochs > 0.0 {
             let steps = (data.epochs * rows.train.len() as f64 / data.batch_size as f64).ceil() as u64;
             self.loaded.steps = Some(steps.max(1));

@@ -4,6 +4,7 @@ use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
 
+use candle_core::DType;
 use rehearsal_actors::{CriticHandle, Objective, PolicyHandle, StepReport, UpdateBatch};
 use rehearsal_lm::Checkpoint;
 use rehearsal_store::Preference;
@@ -28,6 +29,9 @@ use crate::readiness::Readiness;
 use crate::settings::Common;
 use crate::status::{JobStatus, MemoryUse};
 use crate::summary::Evaluation;
+
+/// The model of the best evaluation, in the job's directory (`evaluation.best`).
+pub const BEST_FOLDER: &str = "best";
 
 /// Evaluations in `status.json`: the newest. All are in `evaluations.jsonl`.
 const EVALUATIONS_SHOWN: usize = 100;
@@ -81,6 +85,8 @@ pub struct Run {
     pub(super) writing: Option<Writing>,
     /// The last step's line of the history.
     pub(super) last: Value,
+    /// Whether the job is at its end, and its model written.
+    pub(super) done: bool,
     /// Where the memory should go.
     pub(super) budget: Option<MemoryBudget>,
     /// Held until the job ends, such as servers.
@@ -191,6 +197,16 @@ impl Run {
     /// Notes an evaluation, and makes it visible.
     pub(super) async fn finish_evaluation(&mut self, evaluation: Evaluation) -> Result<()> {
         self.meters.evaluation(&evaluation)?;
+        if let Some(measure) = self.common.evaluation.best {
+            let name = measure.name();
+            let missing =
+                || Error::Usage(format!("`evaluation.best` = \"{name}\" is no number of this job's evaluations"));
+            let value = evaluation.stat(name).ok_or_else(missing)?;
+            if self.state.compare(measure, evaluation.step, value) {
+                self.write_model(self.common.job.directory.join(BEST_FOLDER), DType::F32, None).await?;
+                self.tell(Event::Best { step: evaluation.step, measure: name, value });
+            }
+        }
         let mut line = row(&evaluation);
         line["samples"] = json!(evaluation.samples);
         self.journal.append(Log::Evaluations, &line).await?;
@@ -243,6 +259,7 @@ impl Run {
             algorithm: self.algorithm.into(),
             dropped: self.dropped.clone(),
             memory: MemoryUse { predicted: self.budget, measured_peak: None },
+            done: self.done,
             paused: false,
             waiting: Vec::new(),
         };

@@ -100,6 +100,7 @@ pub async fn start(setup: Setup, algorithm: Box<dyn LoadedAlgorithm>) -> Result<
         begun: Duration::ZERO,
         writing: None,
         last: Value::Null,
+        done: false,
         budget,
         _guards: guards,
     };

@@ -3,10 +3,11 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::settings::Measure;
 use crate::summary::{Counters, Evaluation, StepSummary};
 
 /// First byte of an encoded state.
-const VERSION: u8 = 3;
+const VERSION: u8 = 4;
 
 /// The state of a job between two steps.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -23,6 +24,19 @@ pub struct JobState {
     pub kl_coef: Option<f64>,
     /// The first answers to the held-out prompts, as tokens, where the reward can only compare: later ones meet them.
     pub first_answers: Vec<Vec<u32>>,
+    /// The best evaluation by `evaluation.best`.
+    pub best: Option<Best>,
+}
+
+/// The best evaluation so far.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// Step after which it was made.
+    pub step: u64,
+    /// Its value.
+    pub value: f64,
+    /// Evaluations since, none of which was better.
+    pub since: u64,
 }
 
 /// Evaluations that every checkpoint holds. All are in `evaluations.jsonl`.
@@ -34,6 +48,20 @@ impl JobState {
         self.evaluations.push(evaluation);
         let surplus = self.evaluations.len().saturating_sub(EVALUATIONS_KEPT);
         self.evaluations.drain(..surplus);
+    }
+
+    /// Compares an evaluation with the best so far by its value; whether it is better.
+    pub fn compare(&mut self, measure: Measure, step: u64, value: f64) -> bool {
+        match &mut self.best {
+            Some(best) if !measure.is_better(value, best.value) => {
+                best.since += 1;
+                false
+            }
+            best => {
+                *best = Some(Best { step, value, since: 0 });
+                true
+            }
+        }
     }
 
     /// Counts a step that drew `drawn` prompts or rows and generated `completions` completions.
@@ -63,8 +91,9 @@ impl JobState {
         let damaged = |e: postcard::Error| Error::SavedState { reason: e.to_string() };
         match bytes.split_first() {
             Some((&VERSION, body)) => postcard::from_bytes(body).map_err(damaged),
-            // Version 2 ended before the last field, which is then empty: a list of no items.
-            Some((2, body)) => postcard::from_bytes(&[body, &[0]].concat()).map_err(damaged),
+            // Older versions end before the last fields, which are then empty: nothing, and before that a list of no items.
+            Some((3, body)) => postcard::from_bytes(&[body, &[0]].concat()).map_err(damaged),
+            Some((2, body)) => postcard::from_bytes(&[body, &[0, 0]].concat()).map_err(damaged),
             Some((version, _)) => {
                 let reason = format!("it has version {version}; this program reads up to {VERSION}");
                 Err(Error::SavedState { reason })

@@ -12,7 +12,7 @@ use super::job::Job;
 use super::saved::{self, CONFIG_FILE, Kept, Saved};
 use crate::algorithms::Algorithms;
 use crate::blocking::blocking;
-use crate::config::folder_of;
+use crate::config::{folder_of, with_values};
 use crate::driver::MODEL_FOLDER;
 use crate::error::{At, Error, Result};
 use crate::events::Outcome;
@@ -46,7 +46,13 @@ impl Chain {
 
     /// Reads a file.
     pub fn load(file: &Path) -> Result<Self> {
-        let source = fs::read_to_string(file).at(file)?;
+        Self::load_with(file, &[])
+    }
+
+    /// Reads a file with values in place of its own: `section.key=value` each, or `stage.2.section.key=value` for the second
+    /// stage. They belong to the copy that the job keeps.
+    pub fn load_with(file: &Path, values: &[String]) -> Result<Self> {
+        let source = with_values(&fs::read_to_string(file).at(file)?, values)?;
         let base = folder_of(file);
         let stages = Config::stages(&source, &base).map_err(|e| e.in_file(file))?;
         Ok(Self { stages, source, base: base.display().to_string(), devices: None })
@@ -54,8 +60,14 @@ impl Chain {
 
     /// Reads what was started in a directory.
     pub fn saved(directory: &Path) -> Result<Self> {
-        let Saved { stages, kept } =
-            saved::read(directory, &Algorithms::default())?.ok_or_else(|| Error::NothingToResume(directory.into()))?;
+        Self::saved_with(directory, &[])
+    }
+
+    /// The same with values in place of those that were kept, as [`Chain::load_with`]. Those that change results are refused
+    /// when the job is resumed.
+    pub fn saved_with(directory: &Path, values: &[String]) -> Result<Self> {
+        let Saved { stages, kept } = saved::read(directory, &Algorithms::default(), values)?
+            .ok_or_else(|| Error::NothingToResume(directory.into()))?;
         Ok(Self { stages, source: kept.source, base: kept.origin.base, devices: None })
     }
 

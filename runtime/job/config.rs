@@ -125,6 +125,19 @@ impl Config {
         keys
     }
 
+    /// A visit of every key of the job's algorithm, and of sources of rewards if it needs one.
+    #[cfg(feature = "cli")]
+    pub(crate) fn used(&self) -> Keys {
+        let (mut config, mut keys) = (self.clone(), Keys::default());
+        config.visit_algorithm(&mut keys);
+        config.common.visit(&mut keys);
+        config.algorithm.visit(&mut keys);
+        if config.algorithm.needs_reward() {
+            config.rewards.iter_mut().for_each(|source| source.visit(&mut keys));
+        }
+        keys
+    }
+
     /// What a resumed job must have in common: name and value of every setting that changes its results, in the order of
     /// names. Sections that the job does not use are left out.
     pub(crate) fn fingerprint(&self) -> Vec<(String, String)> {

@@ -119,7 +119,7 @@ impl Fingerprint {
     fn compare_legacy(&self, legacy: &Lines, directory: &Path) -> Result<()> {
         let mut differences = Vec::new();
         // Data or models that have moved make the old document invalid; their content is compared below.
-        if let Ok(Some(saved)) = saved::read(directory, &Algorithms::default())
+        if let Ok(Some(saved)) = saved::read(directory, &Algorithms::default(), &[])
             && let [saved] = saved.stages.as_slice()
         {
             differences = self.differences(&saved.fingerprint(), &self.settings);

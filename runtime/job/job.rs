@@ -165,13 +165,13 @@ impl JobBuilder {
 
 /// A job that can be run or resumed.
 pub struct Job {
-    config: Config,
-    kept: Kept,
+    pub(super) config: Config,
+    pub(super) kept: Kept,
     /// The host's reward, which takes the place of rules.
-    reward: Option<HostScores>,
-    recorder: Option<HostRecorder>,
+    pub(super) reward: Option<HostScores>,
+    pub(super) recorder: Option<HostRecorder>,
     name: Option<String>,
-    devices: Option<Devices>,
+    pub(super) devices: Option<Devices>,
     chain: Option<(PathBuf, Kept)>,
     events: broadcast::Sender<Event>,
 }
@@ -324,19 +324,10 @@ impl Job {
         let span = self.span();
         async move {
             // What can fail does so before anything is written.
-            let address = MetricsAddress::bind(self.config.common.metrics.listen, self.recorder.as_ref())?;
-            let view = ViewAddress::bind(&self.config.common.view)?;
-            let (placement, devices) = (self.config.common.placement.clone(), self.devices.clone());
-            let devices = blocking(move || -> Result<Devices> {
-                let devices = devices.map_or_else(|| Devices::new(placement.shared_threads()), Ok)?;
-                for placement in placement.all() {
-                    devices.open(placement)?;
-                }
-                Ok(devices)
-            })
-            .await?;
+            let addresses = self.addresses()?;
+            let devices = self.open_devices().await?;
             let opened = self.open(begin).await?;
-            self.start_roles(opened, (address, view), devices, cancel).await
+            self.start_roles(opened, addresses, devices, cancel).await
         }
         .instrument(span)
         .await
@@ -475,7 +466,7 @@ fn slow_build() -> Option<String> {
 }
 
 /// Loads the algorithm and everything else that is read. A host's reward takes the place of rules.
-fn load(config: &Config, host_reward: bool, origin: &Origin) -> Result<(Box<dyn LoadedAlgorithm>, Loaded)> {
+pub(super) fn load(config: &Config, host_reward: bool, origin: &Origin) -> Result<(Box<dyn LoadedAlgorithm>, Loaded)> {
     let rewards: Vec<_> =
         config.rewards.iter().filter(|source| !(host_reward && source.yields_to_host())).cloned().collect();
     let mut loader = Loader::new(&config.common, &rewards, origin.results, origin.day)?;

@@ -1,6 +1,7 @@
 //! A job from the outside: its configuration, builder, chain of stages, and what a resume compares.
 
 mod chain;
+mod check;
 mod config;
 mod fingerprint;
 mod handle;
@@ -12,6 +13,7 @@ mod saved;
 mod view;
 
 pub use chain::Chain;
+pub use check::Checked;
 pub use config::Config;
 pub use handle::JobHandle;
 pub use job::{Job, JobBuilder};

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::config::Config;
 use super::origin::{Origin, keep};
 use crate::algorithms::Algorithms;
-use crate::config::{ConfigError, Problem};
+use crate::config::{ConfigError, Problem, with_values};
 use crate::error::{At, Error, Result};
 
 /// The configuration's copy in the job's directory.
@@ -68,18 +68,24 @@ pub struct Saved {
 }
 
 /// Reads the copy in a directory; `None` if there is none. Of a directory that belongs to one stage, that stage alone; the
-/// directory may have been moved since.
-pub fn read(directory: &Path, algorithms: &Algorithms) -> Result<Option<Saved>> {
+/// directory may have been moved since. `values` take the place of those of the copy.
+pub fn read(directory: &Path, algorithms: &Algorithms, values: &[String]) -> Result<Option<Saved>> {
     let copy = directory.join(CONFIG_FILE);
     if !copy.exists() {
         return Ok(None);
     }
-    let (saved, problems) = read_copy(directory, &copy, algorithms)?;
+    let (saved, problems) = read_copy(directory, &copy, algorithms, values)?;
     if problems.is_empty() { Ok(Some(saved)) } else { Err(ConfigError::new(problems).in_file(&copy).into()) }
 }
 
-fn read_copy(directory: &Path, copy: &Path, algorithms: &Algorithms) -> Result<(Saved, Vec<Problem>)> {
-    let kept = Kept::of(directory)?;
+fn read_copy(
+    directory: &Path,
+    copy: &Path,
+    algorithms: &Algorithms,
+    values: &[String],
+) -> Result<(Saved, Vec<Problem>)> {
+    let mut kept = Kept::of(directory)?;
+    kept.source = with_values(&kept.source, values)?;
     let base = Path::new(&kept.origin.base);
     let (mut stages, problems) = algorithms.read(&kept.source, base).map_err(|e| e.in_file(copy))?;
     match kept.origin.stage {
@@ -101,7 +107,7 @@ impl Algorithms {
     /// stages, of which each has a directory of its own.
     pub fn saved(&self, directory: impl AsRef<Path>) -> Result<Config> {
         let directory = directory.as_ref();
-        one(read(directory, self)?.ok_or_else(|| Error::NothingToResume(directory.into()))?, directory)
+        one(read(directory, self, &[])?.ok_or_else(|| Error::NothingToResume(directory.into()))?, directory)
     }
 }
 
@@ -116,7 +122,7 @@ pub fn saved_config(directory: &Path) -> Result<Config> {
     if !copy.exists() {
         return Err(Error::NothingToResume(directory.into()));
     }
-    one(read_copy(directory, &copy, &Algorithms::default())?.0, directory)
+    one(read_copy(directory, &copy, &Algorithms::default(), &[])?.0, directory)
 }
 
 /// The day on which the job in a directory began; `None` for jobs that print no date.

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use rehearsal_store::Keep;
+
 use crate::config::{Keys, Range, Settings};
 
 /// `[job]`, without its algorithm.
@@ -42,11 +44,20 @@ pub struct CheckpointSettings {
     pub overhead: f64,
     /// Checkpoints to keep; older ones are deleted.
     pub keep: usize,
+    /// Checkpoints of steps that this divides are kept for good; 0 for none.
+    pub keep_every: u64,
+}
+
+impl CheckpointSettings {
+    /// Which checkpoints stay when one is saved.
+    pub(crate) fn kept(&self) -> Keep {
+        Keep { newest: self.keep, every: self.keep_every }
+    }
 }
 
 impl Default for CheckpointSettings {
     fn default() -> Self {
-        Self { every_steps: 50, overhead: 0.0, keep: 2 }
+        Self { every_steps: 50, overhead: 0.0, keep: 2, keep_every: 0 }
     }
 }
 
@@ -58,6 +69,8 @@ impl Settings for CheckpointSettings {
         let help = "Share of the time that checkpoints may take: from what it measures, the job chooses the steps between two, \
                     `every_steps` at most. 0: `every_steps` decides. Results do not depend on it.";
         s.speed().number("overhead", &mut self.overhead, Range::within(0.0, 1.0), help);
-        s.speed().integer("keep", &mut self.keep, Range::within(1.0, 1000.0), "Checkpoints kept.");
+        s.speed().integer("keep", &mut self.keep, Range::within(1.0, 1000.0), "Checkpoints kept: the newest.");
+        let help = "Checkpoints of steps that this divides are kept for good; 0 for none.";
+        s.speed().integer("keep_every", &mut self.keep_every, Range::from(0.0), help);
     }
 }

@@ -11,7 +11,7 @@ mod placement;
 mod view;
 pub(crate) mod words;
 
-pub use evaluation::EvaluationSettings;
+pub use evaluation::{EvaluationSettings, Measure};
 pub use job::{CheckpointSettings, JobSettings};
 pub use limits::LimitsSettings;
 pub use lora::LoraSettings;

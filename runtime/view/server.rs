@@ -1,7 +1,7 @@
 //! The HTTP server of the viewer.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -10,14 +10,13 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use rehearsal_store::Store;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::index::Filter;
 use super::job::ShownJob;
-use crate::access::{Control, JobReader, Overrule};
-use crate::error::{At, Error, ErrorKind, Result};
+use crate::access::{self, Control, JobReader, Overrule};
+use crate::error::{Error, ErrorKind, Result};
 use crate::listen::{self, Bound};
 use crate::web::{self, Access, WebServer, asset};
 
@@ -53,7 +52,7 @@ impl Viewer {
     pub fn of(directories: &[PathBuf]) -> Result<Self> {
         let viewer = Self { directories: directories.into(), jobs: Mutex::default() };
         for directory in directories {
-            if found(directory)?.is_empty() {
+            if access::jobs_in(directory)?.is_empty() {
                 let message = format!("{} has no job; name the directory of a job, or of jobs", directory.display());
                 return Err(Error::Usage(message));
             }
@@ -71,7 +70,7 @@ impl Viewer {
     fn look(&self) -> Result<Vec<Arc<ShownJob>>> {
         let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         for directory in &self.directories {
-            for path in found(directory)? {
+            for path in access::jobs_in(directory)? {
                 if jobs.iter().all(|job| job.directory() != path) {
                     jobs.push(Arc::new(ShownJob::of(&path)));
                 }
@@ -84,26 +83,6 @@ impl Viewer {
         let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         jobs.get(id).cloned().ok_or_else(|| Error::Usage(format!("there is no job {id}")))
     }
-}
-
-/// The jobs of a directory: itself, or its folders, by name.
-fn found(directory: &Path) -> Result<Vec<PathBuf>> {
-    if Store::exists(directory) {
-        return Ok(vec![directory.into()]);
-    }
-    let mut jobs = Vec::new();
-    for entry in std::fs::read_dir(directory).at(directory)? {
-        let path = entry.at(directory)?.path();
-        if Store::exists(&path) {
-            jobs.push(path);
-        } else if path.is_dir() {
-            // The stages of a chain.
-            let inner = std::fs::read_dir(&path).into_iter().flatten().flatten().map(|e| e.path());
-            jobs.extend(inner.filter(|path| Store::exists(path)));
-        }
-    }
-    jobs.sort();
-    Ok(jobs)
 }
 
 /// Serves the viewer on an address.

@@ -91,9 +91,24 @@ struct Shard {
     inline: bool,
 }
 
+/// Which checkpoints stay when one is saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Keep {
+    /// The newest; at least one stays.
+    pub newest: usize,
+    /// Those of steps that this divides stay for good; 0 for none.
+    pub every: u64,
+}
+
+impl From<usize> for Keep {
+    fn from(newest: usize) -> Self {
+        Self { newest, every: 0 }
+    }
+}
+
 impl Store {
-    /// Saves a checkpoint, and deletes all but the newest `keep` (at least one) and the rollouts and scores of steps before
-    /// those. It is visible only once it is complete.
+    /// Saves a checkpoint, and deletes all but those to `keep` and the rollouts and scores of steps before the newest of those. It
+    /// is visible only once it is complete.
     ///
     /// `models` are the counters of the trained models by name, `state` is the job's own state.
     ///
@@ -108,7 +123,7 @@ impl Store {
         models: &BTreeMap<String, ModelCounters>,
         tensors: &[TensorBytes<'_>],
         state: &[u8],
-        keep: usize,
+        keep: impl Into<Keep>,
     ) -> Result<SavedCheckpoint> {
         if let Some(tensor) = tensors.iter().find(|t| !is_finite(t)) {
             return Err(Error::NotFinite { step, tensor: tensor.name.clone() });
@@ -129,7 +144,7 @@ impl Store {
         self.shards.sync()?;
         let mut batch = WriteBatch::default();
         record::put(&mut batch, key::checkpoint(step), record::CHECKPOINT, &manifest)?;
-        let old = self.retire(&mut batch, manifest, keep)?;
+        let old = self.retire(&mut batch, manifest, keep.into())?;
         self.kv.apply(batch)?;
         // What the deleted manifests named goes once their deletion is durable.
         self.remove_files(&old)?;
@@ -223,12 +238,15 @@ impl Store {
 
     /// Adds to `batch` what is deleted when `newest` is saved: all manifests but it and the newest others, the tensors that
     /// only those had in the database, and the rollouts that no kept checkpoint is resumed with.
-    fn retire(&self, batch: &mut WriteBatch, newest: Manifest, keep: usize) -> Result<Retired> {
+    fn retire(&self, batch: &mut WriteBatch, newest: Manifest, keep: Keep) -> Result<Retired> {
         let mut manifests = self.manifests()?;
         manifests.retain(|m| m.step != newest.step);
         manifests.push(newest);
         manifests.sort_by_key(|m| m.step);
-        let kept = manifests.split_off(manifests.len().saturating_sub(keep.max(1)));
+        let mut kept = manifests.split_off(manifests.len().saturating_sub(keep.newest.max(1)));
+        let oldest = kept.first().map(|m| m.step);
+        let for_good = |m: &mut Manifest| keep.every > 0 && m.step.is_multiple_of(keep.every);
+        kept.extend(manifests.extract_if(.., for_good));
         let used: BTreeSet<String> = kept.iter().flat_map(|m| &m.shards).map(|s| s.hash.clone()).collect();
         for manifest in &manifests {
             record::remove(&*self.kv, batch, key::checkpoint(manifest.step))?;
@@ -243,8 +261,8 @@ impl Store {
                 batch.remove(key::shard_part(hash, part as u32));
             }
         }
-        if let Some(oldest) = kept.first() {
-            self.retire_rollouts(batch, oldest.step)?;
+        if let Some(oldest) = oldest {
+            self.retire_rollouts(batch, oldest)?;
         }
         Ok(Retired { steps: manifests.iter().map(|m| m.step).collect(), used })
     }

@@ -45,7 +45,7 @@ mod shards;
 mod simulation;
 mod sled_kv;
 
-pub use checkpoint::{CheckpointSummary, LoadedCheckpoint, OwnedTensor, SavedCheckpoint, TensorBytes};
+pub use checkpoint::{CheckpointSummary, Keep, LoadedCheckpoint, OwnedTensor, SavedCheckpoint, TensorBytes};
 pub use error::{Error, Result};
 pub use files::{Disk, Files, beside, replace, replace_directory, replace_durably};
 pub use header::ModelCounters;

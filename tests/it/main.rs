@@ -5,6 +5,7 @@ mod architecture;
 mod bad_input;
 mod chat;
 mod cli;
+mod commands;
 mod crash;
 mod distributed;
 mod docs;

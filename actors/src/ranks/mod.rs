@@ -50,6 +50,33 @@ pub trait Wire: Send {
     fn all_gather(&self, own: &[f32], counts: &[usize]) -> Vec<Vec<f32>>;
 }
 
+/// A connection that was closed: what is sent goes nowhere, and nothing arrives.
+struct Closed;
+
+impl Wire for Closed {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn size(&self) -> usize {
+        1
+    }
+
+    fn send(&self, _: usize, _: &[u8]) {}
+
+    fn try_receive(&self, _: usize) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn all_to_all(&self, _: &[Vec<f32>], _: &[usize]) -> Vec<Vec<f32>> {
+        Vec::new()
+    }
+
+    fn all_gather(&self, _: &[f32], _: &[usize]) -> Vec<Vec<f32>> {
+        Vec::new()
+    }
+}
+
 /// Rank 0's connection to the other ranks. Clones share it; one request to all is under way at a time.
 #[derive(Clone)]
 pub struct Ranks {
@@ -70,12 +97,13 @@ impl Ranks {
         self.size
     }
 
-    /// Tells all ranks to end.
+    /// Tells all ranks to end, and closes the connection to them. A role that ends later sends them nothing any more.
     pub fn stop(&self) {
-        let wire = self.wire();
+        let mut wire = self.wire();
         for rank in 1..self.size {
             message::send(&**wire, rank, &Request::Stop);
         }
+        *wire = Box::new(Closed);
     }
 
     fn wire(&self) -> MutexGuard<'_, Box<dyn Wire>> {

@@ -115,6 +115,11 @@ impl Text {
         guarded(|| self.tokenizer.decode(tokens, true)).map_err(Error::Tokenizer)
     }
 
+    /// Decodes tokens, special ones too.
+    pub fn decode_all(&self, tokens: &[u32]) -> Result<String> {
+        guarded(|| self.tokenizer.decode(tokens, false)).map_err(Error::Tokenizer)
+    }
+
     /// The chat template, if the model has one.
     pub fn template(&self) -> Option<&ChatTemplate> {
         self.template.as_ref()

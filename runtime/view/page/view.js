@@ -59,7 +59,8 @@ function evaluations() {
 }
 
 function condition(job) {
-  if (!job.running) return job.status.step >= job.status.steps && job.status.steps ? "done" : "does not run";
+  const { done, step, steps } = job.status;
+  if (!job.running) return done || (steps && step >= steps) ? "done" : "does not run";
   if (job.status.paused) return "paused";
   const wait = (job.status.waiting || [])[0];
   return wait ? `waits ${Math.round(wait.seconds)} s for ${wait.wait}` : "runs";
