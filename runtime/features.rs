@@ -22,6 +22,8 @@ pub const ENCODERS: Feature = Feature { name: "encoders", enabled: cfg!(feature 
 /// The Prometheus endpoint.
 pub const PROMETHEUS: Feature = Feature { name: "prometheus", enabled: cfg!(feature = "prometheus") };
 
+/// Rules that need more than the others.
+pub const VERIFY: Feature = Feature { name: "verify", enabled: cfg!(feature = "verify") };
 /// The job viewer.
 pub const VIEW: Feature = Feature { name: "view", enabled: cfg!(feature = "view") };
 /// Nodes that generate.

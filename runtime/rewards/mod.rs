@@ -11,6 +11,7 @@ mod registry;
 pub mod rules;
 mod scorer;
 mod source;
+pub mod verify;
 mod weighted;
 
 pub use encoder::{EncoderReward, EncoderSource};

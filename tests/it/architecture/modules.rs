@@ -189,6 +189,14 @@ fn plain_path(tokens: &[Token], begin: usize) -> (Segments, usize) {
 
 /// Reads a `use` up to what follows it: its leaves, each with the name it is bound to.
 fn use_tree(tokens: &[Token], begin: usize, prefix: &[String], leaves: &mut Vec<(Segments, String)>) -> usize {
+    // A glob binds nothing that could be followed.
+    let glob = |leaves: &mut Vec<(Segments, String)>, path: Segments, i: usize| {
+        leaves.push((path, "*".into()));
+        i + 1
+    };
+    if tokens.get(begin).is_some_and(|t| t.is('*')) {
+        return glob(leaves, prefix.to_vec(), begin);
+    }
     let (more, mut i) = plain_path(tokens, begin);
     let mut path = [prefix, &more].concat();
     if tokens.get(i) == Some(&Token::Separator) {
@@ -201,9 +209,7 @@ fn use_tree(tokens: &[Token], begin: usize, prefix: &[String], leaves: &mut Vec<
             }
             return i + 1;
         }
-        // A glob binds nothing that could be followed.
-        leaves.push((path, "*".into()));
-        return i + 1;
+        return glob(leaves, path, i);
     }
     if path.last().is_some_and(|last| last == "self") && path.len() > 1 {
         path.pop();

@@ -11,6 +11,7 @@ mod policy_gradient;
 mod preferences;
 mod reference;
 mod reward_models;
+mod rewards;
 mod sampling;
 mod steps;
 
