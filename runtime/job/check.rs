@@ -48,9 +48,8 @@ impl JobBuilder {
 
 impl Job {
     async fn check(self) -> Result<Checked> {
-        let addresses = self.addresses()?;
+        let _bound = self.addresses()?;
         self.open_devices().await?;
-        drop::<(MetricsAddress, ViewAddress)>(addresses);
         let (config, reward, kept) = (self.config.clone(), self.reward.is_some(), self.kept.clone());
         blocking(move || {
             let (_, loaded) = load(&config, reward, &kept.origin)?;

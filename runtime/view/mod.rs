@@ -2,8 +2,8 @@
 //! do about a job. `rehearsal view` serves it for directories of jobs, and `[view]` within a running job.
 //!
 //! It reads jobs by the one way to read them, [`crate::JobReader`], and the files that a job writes for people:
-//! `history.jsonl`, `evaluations.jsonl` and `status.json`. [`curves`] and [`index`] are what it keeps in memory, without disk or
-//! network; [`job`] reads one job, and [`server`] is the HTTP server.
+//! `history.jsonl`, `evaluations.jsonl` and `status.json`. `curves.rs` and `index.rs` are what it keeps in memory, without disk or
+//! network; `job.rs` reads one job, and `server.rs` is the HTTP server.
 
 mod curves;
 mod index;
