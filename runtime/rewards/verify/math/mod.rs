@@ -323,6 +323,26 @@ mod tests {
         assert_eq!(parse(&"(".repeat(3000), Form::Loose), None);
         assert_eq!(parse(&"1+".repeat(3000), Form::Loose), None);
         assert_eq!(parse(&"-".repeat(4000), Form::Loose), None);
+        for operator in ["!", "%", "^2", "/2", "=2", "\\%"] {
+            assert_eq!(parse(&format!("2{}", operator.repeat(1000)), Form::Loose), None, "{operator}");
+        }
+        let odd = [
+            "\\",
+            "$",
+            "\\boxed{",
+            "$$",
+            "\\(",
+            "−",
+            "#### ",
+            "ﬁnal answer is $",
+            "1−",
+            "\u{130}final answer is $1$",
+            "'",
+            "_",
+        ];
+        for (a, b) in odd.iter().flat_map(|a| odd.map(|b| (*a, b))) {
+            let _ = is_correct(&format!("{a}{b}"), &format!("{b}{a}"), Extraction::Any);
+        }
     }
 
     #[test]

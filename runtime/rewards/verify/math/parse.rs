@@ -19,8 +19,11 @@ const SPELLINGS: [(&str, &str); 11] = [
 
 /// Longest expression that is read, in characters.
 const LENGTH_MAX: usize = 4096;
-/// Deepest nesting.
+/// Deepest nesting of brackets.
 const DEPTH_MAX: usize = 64;
+/// Most operators that nest what is before them, such as the signs of a quotient's quotient: a tree of an expression is not
+/// deeper than both together.
+const NESTED_MAX: usize = 256;
 
 /// How strictly LaTeX is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,7 +40,7 @@ pub fn parse(source: &str, form: Form) -> Option<Expression> {
         return None;
     }
     let source = SPELLINGS.iter().fold(source.to_string(), |text, (from, to)| text.replace(from, to));
-    let mut parser = Parser { tokens: tokens(&source)?, at: 0, depth: 0, form };
+    let mut parser = Parser { tokens: tokens(&source)?, at: 0, depth: 0, nested: 0, form };
     let all = parser.list()?;
     if parser.at < parser.tokens.len() {
         return None;
@@ -274,6 +277,7 @@ struct Parser {
     tokens: Vec<Token>,
     at: usize,
     depth: usize,
+    nested: usize,
     form: Form,
 }
 
@@ -290,6 +294,12 @@ impl Parser {
         let is = self.is(sign);
         self.at += usize::from(is);
         is
+    }
+
+    /// Counts an operator that nests what is before or behind it.
+    fn nest(&mut self) -> Option<()> {
+        self.nested += 1;
+        (self.nested <= NESTED_MAX).then_some(())
     }
 
     /// Relations between commas.
@@ -310,6 +320,7 @@ impl Parser {
         while let Some(Token::Sign(sign @ ('=' | '<' | '>' | '≤' | '≥' | '≠' | '∈' | '≈'))) = self.peek().cloned()
         {
             self.at += 1;
+            self.nest()?;
             let right = self.union()?;
             left = Relation(Box::new(left), sign, Box::new(right));
         }
@@ -348,9 +359,11 @@ impl Parser {
 
     fn product(&mut self) -> Option<Expression> {
         if self.take('-') {
+            self.nest()?;
             return Some(Negated(Box::new(self.product()?)));
         }
         if self.take('+') {
+            self.nest()?;
             return self.product();
         }
         let mut left = self.power()?;
@@ -359,6 +372,7 @@ impl Parser {
                 let right = self.signed_power()?;
                 left = times(left, right);
             } else if self.take('/') {
+                self.nest()?;
                 let right = self.signed_power()?;
                 left = Quotient(Box::new(left), Box::new(right));
             } else if self.begins_factor() {
@@ -390,10 +404,13 @@ impl Parser {
         let mut base = self.atom()?;
         loop {
             if self.take('!') {
+                self.nest()?;
                 base = Function("factorial".into(), vec![base]);
             } else if self.take('%') {
+                self.nest()?;
                 base = Percent(Box::new(base));
             } else if self.take('^') {
+                self.nest()?;
                 let exponent = self.argument()?;
                 base = Power(Box::new(base), Box::new(exponent));
             } else {
