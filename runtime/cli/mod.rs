@@ -19,6 +19,8 @@ mod saved;
 mod status;
 #[cfg(feature = "view")]
 mod view;
+#[cfg(feature = "view")]
+mod watch;
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -204,6 +206,14 @@ A job trains on the ledger by `data.train = [\"labels\"]`.")]
     /// Serve a page that shows jobs: curves, answers with scores and verdicts, and controls
     #[cfg(feature = "view")]
     View(view::View),
+    /// Show a job's curves and newest answers in the terminal until it ends
+    #[cfg(feature = "view")]
+    #[command(after_help = "Example:
+  rehearsal watch runs/quickstart")]
+    Watch {
+        /// Directory of the job
+        directory: PathBuf,
+    },
     /// Check every checksum of a job's store
     #[command(after_help = "Example:
   rehearsal verify runs/quickstart
@@ -268,6 +278,8 @@ pub fn main() -> ExitCode {
         Command::Label(settings) => label::label(settings),
         #[cfg(feature = "view")]
         Command::View(settings) => view::view(settings),
+        #[cfg(feature = "view")]
+        Command::Watch { directory } => watch::watch(&directory),
         Command::Verify { directory } => status::verify(&directory),
         Command::Schema => schema(),
         Command::Completions { shell } => {

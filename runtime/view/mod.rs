@@ -10,6 +10,8 @@ mod index;
 mod job;
 mod server;
 
+#[cfg(feature = "cli")]
+pub(crate) use curves::Curves;
 pub use server::{Viewer, serve};
 pub(crate) use server::{WHAT, serve_on};
 

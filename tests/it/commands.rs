@@ -75,6 +75,8 @@ fn a_check_reads_everything_and_writes_nothing() {
     assert_eq!(missing.status.code(), Some(2));
     succeeds(&["run", rows.to_str().unwrap()]);
     assert!(succeeds(&["check", rows.to_str().unwrap()]).contains("holds a job; `rehearsal resume` continues it"));
+    let watched = succeeds(&["watch", folder.path().join("job").to_str().unwrap()]);
+    assert!(watched.contains("dpo: step 2 of 2, done") && watched.contains("margin"), "{watched}");
     let listed = succeeds(&["list", folder.path().to_str().unwrap()]);
     assert!(listed.lines().any(|line| line.starts_with("job ") && line.contains("2 of 2 done")), "{listed}");
 }
