@@ -1,14 +1,19 @@
 //! Power cuts under the real program on a disk that loses what was not synced, sled's log included.
 
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
+
+use fuser::BackgroundSession;
 
 use super::cases::{self, Case, Prepared};
 use super::disk::Disk;
 use super::ways::Started;
 use super::{Random, remains, seed, whole};
 use crate::support::parts::{Part, skip};
-use crate::support::{number, program};
+use crate::support::{PATIENCE, number, program};
 
 /// The program, in a system that was started anew: with a number of its own for the boot.
 fn after_boot(arguments: [&str; 2], boot: &Path) -> Command {
@@ -64,16 +69,30 @@ fn campaign(case: &Case, cuts: u32, index: u64) -> Option<u32> {
             process.signal(libc::SIGKILL);
             process.wait();
             done += 1;
-            session.umount_and_join().unwrap();
+            unmount(session, &place);
             disk = disk.survived(&mut random);
             session = disk.mount(&place).unwrap();
         }
         for (got, want) in remains(&job).iter().zip(&want) {
             got.assert_same(want);
         }
-        session.umount_and_join().unwrap();
+        unmount(session, &place);
     }
     Some(done)
+}
+
+/// Unmounts a disk and waits for the end of its session. It is busy for a moment: a store that was dropped closes its files in
+/// threads of its own, and a process that another test starts has them until it runs its program.
+fn unmount(session: BackgroundSession, place: &Path) {
+    let path = CString::new(place.as_os_str().as_bytes()).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    // SAFETY: the path is a C string that outlives the call.
+    while unsafe { libc::umount2(path.as_ptr(), 0) } != 0 {
+        let error = std::io::Error::last_os_error();
+        assert!(error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline, "{}: {error}", place.display());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    session.join().unwrap();
 }
 
 /// Whether there is anything to resume, as the program itself sees it.
