@@ -22,11 +22,13 @@ function query(offset) {
 
 /** Lists a job's answers from the start; keeps the list if nothing has changed. */
 export async function list(job, { quiet = false } = {}) {
+  // A search reads the whole ledger, so it is not repeated by itself.
+  if (quiet && query(0).get("text") && state.job === job) return;
   const generation = ++state.generation;
   const page = await attempt(() => request(`/api/jobs/${job}/answers?${query(0)}`));
   if (!page || generation !== state.generation) return;
   const same = state.job === job && quiet && state.matched === page.matched;
-  const more = page.complete ? "" : ", more are being read";
+  const more = page.complete ? "" : query(0).get("text") ? ", the first that match" : ", more are being read";
   $("found").textContent = `${page.matched} of ${page.records} comparisons${more}`;
   if (!page.complete && !query(0).get("text")) setTimeout(() => state.generation === generation && list(job, { quiet: true }), 200);
   if (same) return;
