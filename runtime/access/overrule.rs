@@ -3,7 +3,7 @@
 use rehearsal_store::{OVERRULES, Preference, Store};
 use serde::{Deserialize, Serialize};
 
-use crate::data::ledger::ranked;
+use crate::data::ledger::{judge_name, ranked, valid_name};
 use crate::error::{Error, Result};
 use crate::time::now_ms;
 
@@ -32,10 +32,7 @@ impl Overrule {
     pub(crate) fn record(&self, store: &Store) -> Result<Preference> {
         let Self { step, index, person, ranks } = self;
         let wrong = |what: String| Error::Usage(format!("the ranking of record {index} of step {step} {what}"));
-        let name = person.trim();
-        if name.is_empty() || name.chars().count() > 40 || name.chars().any(char::is_control) {
-            return Err(wrong("has no valid name; say who you are, in 1 to 40 characters".into()));
-        }
+        let name = valid_name(person).map_err(|reason| wrong(format!("has no valid name; {reason}")))?;
         let original = store.preferences_of_step(*step)?.into_iter().find(|p| p.index == *index);
         let original = original.filter(|p| p.overrules().is_none() && p.completions.len() > 1);
         let original = original.ok_or_else(|| wrong("is of no record that compares completions".into()))?;
@@ -45,7 +42,7 @@ impl Overrule {
         }
         let scores = ranks.iter().map(|rank| (n as u32 - rank) as f64).collect();
         let Preference { prompt, completions, row, policy_version, .. } = original;
-        let record = ranked(prompt, completions, scores, format!("person:{name}"));
+        let record = ranked(prompt, completions, scores, judge_name(name));
         Ok(Preference { step: *step, index: index + OVERRULES, row, policy_version, time_ms: now_ms(), ..record })
     }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use candle_core::DType;
 use rehearsal_lm::generate::{Finish, Options, Sampling};
 use rehearsal_lm::{Message, Text};
-use rehearsal_store::{CheckpointSummary, Preference, Prompt, Query, RolloutRecord, ScoreRecord};
+use rehearsal_store::{CheckpointSummary, Preference, Query, RolloutRecord, ScoreRecord};
 use serde::{Deserialize, Serialize};
 
 use super::overrule::Overrule;
@@ -113,17 +113,13 @@ const PROMPT_SHOWN: usize = 120;
 
 impl From<&Preference> for Brief {
     fn from(p: &Preference) -> Self {
-        let prompt = match &p.prompt {
-            Prompt::Text(text) => text,
-            Prompt::Conversation(turns) => turns.last().map_or("", |turn| &turn.content),
-        };
         let scores = || p.scores.iter().copied();
         let lengths = || p.completions.iter().map(|c| c.chars().count() as u32);
         Self {
             step: p.step,
             index: p.index,
             overrules: p.overrules(),
-            prompt: prompt.chars().take(PROMPT_SHOWN).collect(),
+            prompt: p.prompt.last().chars().take(PROMPT_SHOWN).collect(),
             judge: p.judge.clone(),
             completions: p.completions.len() as u32,
             scores: (scores().reduce(f64::min).unwrap_or(0.0), scores().reduce(f64::max).unwrap_or(0.0)),

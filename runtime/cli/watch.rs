@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use console::Term;
-use rehearsal_store::{Preference, Prompt, Query, Store};
+use rehearsal_store::{Preference, Query, Store};
 use serde_json::Value;
 
 use super::print::say;
@@ -90,11 +90,7 @@ fn picture(status: &JobStatus, running: bool, history: &[Value], answers: &[Pref
         }
     }
     for p in answers {
-        let prompt = match &p.prompt {
-            Prompt::Text(text) => text.as_str(),
-            Prompt::Conversation(turns) => turns.last().map_or("", |turn| &turn.content),
-        };
-        lines.push(format!("  {}", one_line(prompt)));
+        lines.push(format!("  {}", one_line(p.prompt.last())));
         let shown: Vec<(&str, u32)> = match p.pair {
             Some((chosen, rejected)) => vec![("+", chosen), ("-", rejected)],
             None => (0..p.completions.len() as u32).take(2).map(|at| ("=", at)).collect(),

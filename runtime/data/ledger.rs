@@ -132,6 +132,23 @@ pub fn preference(columns: &Value, judge: &str) -> std::result::Result<Preferenc
     Ok(Preference { pair, ..ranked(prompt.into_prompt(), vec![chosen, rejected], vec![won, lost], judge) })
 }
 
+/// Longest name of a person, in characters.
+const NAME_MAX: usize = 40;
+
+/// A person's name without surrounding spaces, if it is valid.
+pub fn valid_name(typed: &str) -> std::result::Result<&str, String> {
+    let name = typed.trim();
+    if name.is_empty() || name.chars().count() > NAME_MAX || name.chars().any(char::is_control) {
+        return Err(format!("say who you are, in 1 to {NAME_MAX} characters"));
+    }
+    Ok(name)
+}
+
+/// A person's name in the ledger's `judge` field.
+pub fn judge_name(person: &str) -> String {
+    format!("person:{person}")
+}
+
 /// A record of completions with scores. Its pair is the best completion and the worst, or none if all tie.
 pub fn ranked(prompt: Prompt, completions: Vec<String>, scores: Vec<f64>, judge: String) -> Preference {
     let by = |better: fn(f64, f64) -> bool| {

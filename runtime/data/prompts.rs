@@ -172,19 +172,11 @@ pub fn encode_prompt(prompt: &Prompt, settings: &PromptsSettings, text: &Text) -
 
 fn encode(prompt: &Prompt, messages: &[Message], settings: &PromptsSettings, text: &Text) -> Result<Vec<u32>> {
     Ok(match (messages, settings.special_tokens) {
-        ([], true) => text.encode(last(prompt))?,
-        ([], false) => text.encode(&text.without_special(last(prompt)))?,
+        ([], true) => text.encode(prompt.last())?,
+        ([], false) => text.encode(&text.without_special(prompt.last()))?,
         (messages, true) => text.encode_chat(messages)?,
         (messages, false) => text.encode_chat_as_text(messages)?,
     })
-}
-
-/// The text, or the content of the last message.
-fn last(prompt: &Prompt) -> &str {
-    match prompt {
-        Prompt::Text(text) => text,
-        Prompt::Conversation(turns) => turns.last().map_or("", |turn| &turn.content),
-    }
 }
 
 struct Parsed {
@@ -211,7 +203,7 @@ fn parse(value: &Value, settings: &PromptsSettings) -> std::result::Result<Parse
         }
         _ => return Err("has a `prompt` that is neither a text nor a list of messages".into()),
     };
-    if last(&prompt).trim().is_empty() {
+    if prompt.last().trim().is_empty() {
         return Err("has an empty prompt".into());
     }
     let answer = value.get(&settings.answer_column).map(|a| a.as_str().map_or_else(|| a.to_string(), String::from));

@@ -10,7 +10,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::queue::{Item, ItemId, Label, LabelValue};
 use super::service::LabelService;
-use super::store::{LabelStore, judge_name, preference};
+use super::store::{LabelStore, preference};
+use crate::data::ledger::judge_name;
 use crate::judge::{LONGEST_WAIT, ReplyCache, same_prompt};
 use crate::metrics::Meters;
 use crate::metrics::table::sources;

@@ -8,9 +8,7 @@ use serde::Serialize;
 
 use super::queue::{Item, ItemId, Label, LabelProgress, LabelQueue, LabelValue};
 use super::store::LabelStore;
-
-/// Longest name of a labeller, in characters.
-const NAME_MAX: usize = 40;
+use crate::data::ledger::valid_name;
 
 /// An item as the page shows it to one labeller.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -114,13 +112,4 @@ impl State {
         self.queue.set_labels(id, labels);
         Ok(())
     }
-}
-
-/// A labeller's name without surrounding spaces, if it is valid.
-fn valid_name(typed: &str) -> Result<&str, String> {
-    let name = typed.trim();
-    if name.is_empty() || name.chars().count() > NAME_MAX || name.chars().any(char::is_control) {
-        return Err(format!("say who you are, in 1 to {NAME_MAX} characters"));
-    }
-    Ok(name)
 }

@@ -3,17 +3,12 @@
 use rehearsal_store::{Exchange, Preference, Store, Usage};
 
 use super::queue::{Item, ItemId, Label, LabelValue};
-use crate::data::ledger::ranked;
+use crate::data::ledger::{judge_name, ranked};
 
 /// Durable storage of labels.
 pub trait LabelStore: Send {
     /// Replaces all labels of an item, which has this id in the queue. Once this returns `Ok`, they survive the process.
     fn save(&mut self, id: ItemId, item: &Item, labels: &[Label]) -> Result<(), String>;
-}
-
-/// A labeller's name in the ledger's `judge` field.
-pub fn judge_name(labeller: &str) -> String {
-    format!("person:{labeller}")
 }
 
 /// Converts a label to a ledger record: ranks become scores, a demonstration becomes the only completion, and a skip

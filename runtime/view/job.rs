@@ -200,8 +200,7 @@ impl ShownJob {
 
     /// A record with its texts, and the one by which a person overruled it.
     pub async fn answer(&self, step: u64, index: u32) -> Result<Value> {
-        let reader = self.reader().await?;
-        let all = reader.preferences(Query { steps: Some(step..step.saturating_add(1)), ..Query::default() }).await?;
+        let all = self.reader().await?.preferences(of_step(step)).await?;
         let find = |wanted: &dyn Fn(&&Preference) -> bool| all.iter().find(wanted);
         let record = find(&|p| p.index == index)
             .ok_or_else(|| Error::Usage(format!("the ledger has no record {index} of step {step}")))?;
@@ -222,7 +221,7 @@ impl ShownJob {
     /// How likely a completion of a record is, token by token.
     pub async fn score(&self, step: u64, index: u32, completion: usize) -> Result<ScoredTokens> {
         let reader = self.reader().await?;
-        let all = reader.preferences(Query { steps: Some(step..step.saturating_add(1)), ..Query::default() }).await?;
+        let all = reader.preferences(of_step(step)).await?;
         let missing =
             || Error::Usage(format!("the ledger has no completion {completion} of record {index} of step {step}"));
         let record = all.into_iter().find(|p| p.index == index).ok_or_else(missing)?;
@@ -233,10 +232,10 @@ impl ShownJob {
     /// Writes a person's ranking in place of a record's.
     pub async fn overrule(&self, overrule: Overrule) -> Result<()> {
         let reader = self.reader().await?;
-        let steps = overrule.step..overrule.step.saturating_add(1);
+        let step = overrule.step;
         reader.overrule(overrule).await?;
-        let of_step = reader.brief_page(Query { steps: Some(steps), ..Query::default() }).await?;
-        lock(&self.index).index.add(of_step);
+        let changed = reader.brief_page(of_step(step)).await?;
+        lock(&self.index).index.add(changed);
         Ok(())
     }
 
@@ -270,6 +269,11 @@ impl ShownJob {
             blocking(move || drop(idle)).await;
         }
     }
+}
+
+/// The records of one step.
+fn of_step(step: u64) -> Query {
+    Query { steps: Some(step..step.saturating_add(1)), ..Query::default() }
 }
 
 fn page(index: &Index, complete: bool, filter: &Filter, offset: usize, limit: usize) -> Value {

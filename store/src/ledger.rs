@@ -115,6 +115,16 @@ pub struct Preference {
     pub exchanges: Vec<Exchange>,
 }
 
+impl Prompt {
+    /// The text, or the content of the last message; empty without one.
+    pub fn last(&self) -> &str {
+        match self {
+            Self::Text(text) => text,
+            Self::Conversation(turns) => turns.last().map_or("", |turn| &turn.content),
+        }
+    }
+}
+
 impl Default for Prompt {
     fn default() -> Self {
         Self::Text(String::new())

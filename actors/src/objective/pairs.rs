@@ -121,10 +121,11 @@ impl Pairs {
             },
             &self.loss,
         )?;
-        let margins = values_f64(&loss.margins()?)?;
+        let margin = loss.margins()?;
+        let margins = values_f64(&margin)?;
         let count = |of: &dyn Fn(f64) -> bool| margins.iter().filter(|&&m| of(m)).count() as f64;
         pass.add("preference_accuracy", count(&|m| m > 0.0), n);
-        pass.add("margin", sum_f64(&loss.margins()?)?, n);
+        pass.add("margin", sum_f64(&margin)?, n);
         if self.loss.kind == PreferenceKind::Sigmoid {
             pass.add("gradient_weight", margins.iter().copied().map(gradient_weight).sum(), n);
             pass.add("gradient_weight_low", count(&|m| gradient_weight(m) < 0.1), n);
